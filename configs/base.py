@@ -1,0 +1,90 @@
+"""Every field, with its default. Experiment files start from here and edit.
+
+A field is overridden on the command line as --config.group.field=value. The
+meaning, unit and allowed values of each are in `mor/config.py`.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # parameters and every random choice of the run
+
+  config.model = ml_collections.ConfigDict(dict(
+      vocab_size=4096,
+      d_model=192,
+      num_heads=6,
+      num_kv_heads=2,
+      head_dim=32,
+      d_ff=512,
+      num_layers=8,  # unrolled, prelude and coda included
+      sharing="middle_cycle",  # vanilla, cycle, sequence, middle_cycle, middle_sequence
+      num_recursions=3,  # R
+      kv_plan="recursion_wise",  # recursion_wise, shared, hybrid
+      execution="gathered",  # gathered (saves FLOPs) or masked (reference)
+      rope_theta=10000.0,
+      norm_eps=1e-5,
+      init_std=0.02,
+      cross_documents=False,  # True: packed documents attend to each other
+      compute_dtype="float32",  # or bfloat16; parameters stay float32
+      remat="none",  # none, dots, full
+      scan_layers=True,
+  ))
+  config.model.router = ml_collections.ConfigDict(dict(
+      name="expert_choice",  # fixed, expert_choice, token_choice
+      arch="linear",  # linear, mlp, wide_mlp, random
+      activation="sigmoid",  # sigmoid, tanh, none; token_choice: softmax, sigmoid
+      alpha=0.1,  # factor on the activated score
+      temperature=1.0,
+      capacity=(),  # fraction of the sequence per step; () is (R-r)/R
+      capacity_warmup_steps=0,  # cosine from 1 to `capacity`; 0 is off
+      gating="weighted",  # weighted, additive; token_choice: also every_step
+      sampling="aux_loss",  # aux_loss, aux_router, none
+      sampling_coef=0.001,
+      aux_router_lr_multiplier=10.0,
+      z_loss_coef=0.0,
+      balancing="none",  # token_choice: none, loss, loss_free
+      balance_coef=0.1,
+      bias_update_rate=0.001,
+      balance_warmup_steps=0,
+  ))
+  config.data = ml_collections.ConfigDict(dict(
+      source="sotu",  # sotu, tfds:NAME, hf:DIR, or a path or glob
+      validation_source="",  # "" holds out validation_fraction of the documents
+      text_key="text",
+      validation_fraction=0.05,
+      max_bytes=0,  # training text to read; 0 is all
+      tokenizer="bpe:4096",  # bytes, bpe:SIZE, or a tokenizers .json
+      seq_len=256,  # tokens
+      batch_size=8,  # rows of the global batch
+      shuffle_seed=0,
+      cache_dir="",  # "" is the user's cache directory
+  ))
+  config.optim = ml_collections.ConfigDict(dict(
+      learning_rate=3e-3,
+      schedule="wsd",  # wsd, cosine, constant
+      warmup_steps=20,
+      cooldown_fraction=0.2,
+      end_ratio=0.0,
+      b1=0.9,
+      b2=0.95,
+      eps=1e-8,
+      weight_decay=0.1,
+      clip_norm=1.0,  # 0 is off
+  ))
+  config.train = ml_collections.ConfigDict(dict(
+      steps=500,
+      accumulation=1,  # micro-batches a step
+      loss_block=2048,  # tokens whose logits exist at once
+      log_every=10,  # steps
+      eval_every=250,  # steps
+      eval_rows=64,  # 0 is all
+      checkpoint_every=250,  # steps
+      keep_checkpoints=2,
+      sample_prompt="The state of the Union is",
+      sample_tokens=64,
+  ))
+  config.mesh = ml_collections.ConfigDict(dict(data=-1, model=1))
+  config.lock()
+  return config

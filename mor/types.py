@@ -1,0 +1,23 @@
+"""The dimension letters, and the array types that carry them.
+
+Every array of rank >= 1 ends in its shape suffix. The letters:
+
+  B batch rows          T query positions     S key positions
+  C kept tokens         D model width         F feed-forward width
+  N query heads         K key/value heads     G query heads per KV head (N // K)
+  H head width          V vocabulary          L layers of the shared stack
+  R recursion steps     1 a size-one axis
+"""
+
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+Tokens = Int[Array, "B T"]
+Positions = Int[Array, "B T"]
+Segments = Int[Array, "B T"]
+Mask = Bool[Array, "B T"]
+Activations = Float[Array, "B T D"]
+Queries = Float[Array, "B T N H"]
+Keys = Float[Array, "B S K H"]
+AttentionMask = Bool[Array, "B T S"]
+Embedding = Float[Array, "V D"]
