@@ -1,0 +1,39 @@
+"""Every test runs on 8 virtual CPU devices, with shapes and types checked.
+
+The environment is set before jax is first imported, so subprocesses of a test
+inherit it. The import hook checks the annotations of `mor` at every call; rank
+promotion is an error; compiled programs are kept between runs.
+"""
+
+import os
+import pathlib
+import random
+
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+_DEVICES = "--xla_force_host_platform_device_count"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "mor" / "jax"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+from absl import flags
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+import tests.typecheck  # the hook looks it up by name
+
+jaxtyping.install_import_hook("mor", "tests.typecheck.check")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+  """Starts each test from the same state of the global generators."""
+  random.seed(0)
+  np.random.seed(0)
