@@ -1,0 +1,53 @@
+"""Package metadata; `launch/venv.sh` installs it with the pins of `constraints.txt`."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+    name="mor",
+    version="0.1.0",
+    description="Mixture-of-Recursions language models in JAX",
+    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["mor", "mor.*"]),
+    package_data={"mor.data": ["corpora/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8.1",
+        "flax>=0.12.8",
+        "grain>=0.2.12",
+        "jax>=0.10.2,<0.13",
+        "jaxtyping>=0.3",
+        "matplotlib>=3.9",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12,<0.13",
+        "rich>=13.0",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.20",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "cuda12": ["jax[cuda12]"],
+        "torch": ["safetensors>=0.5", "torch>=2.4"],
+        "serve": ["aiohttp>=3.10"],
+        "test": [
+            "beartype>=0.20",
+            "chex>=0.1.90",
+            "hypothesis>=6.100",
+            "ipykernel>=6.29",
+            "jupytext>=1.16",
+            "nbmake>=1.5",
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "tensorboard>=2.18",
+        ],
+    },
+)
