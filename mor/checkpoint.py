@@ -1,0 +1,180 @@
+"""Checkpoints: the training state, the config and the step, by orbax.
+
+A batch is a pure function of the step, so the step is also the data position:
+restoring is the state plus one integer, on any number of processes.
+
+A save is written to a temporary directory in the background and renamed when
+complete, so a process killed at any moment leaves the previous checkpoint as
+the latest one. What such a save leaves behind is never read, and removed when
+the directory is opened for training again.
+"""
+
+import contextlib
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from mor import config as config_lib
+
+# Fields that may differ between a checkpoint and the run that continues it:
+# they change what is watched, kept and where, not what is computed.
+# (train.steps is free as well where the learning rate does not depend on it.)
+FREE_FIELDS = frozenset((
+    "data.cache_dir", "train.loss_block", "train.log_every", "train.eval_every", "train.eval_rows",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.sample_prompt", "train.sample_tokens", "mesh.data",
+    "mesh.model"))
+
+
+class Checkpoints:
+  """The checkpoints of one workdir. Use as a context manager."""
+
+  def __init__(self, workdir: str | os.PathLike, keep: int = 1, read_only: bool = False):
+    """Opens `workdir`/checkpoints.
+
+    Args:
+      workdir: directory of the run; created by the first save.
+      keep: newest checkpoints that a save leaves.
+      read_only: True never removes anything, for readers beside a running run.
+    """
+    self.directory = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+    self._manager = None
+    if not read_only:
+      with _one_line(f"cannot write {self.directory}", "give a --workdir that you may write", errors=OSError):
+        self.directory.mkdir(parents=True, exist_ok=True)
+    if self.directory.is_dir():
+      self._manager = ocp.CheckpointManager(
+          self.directory,
+          options=ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, read_only=read_only,
+                                               cleanup_tmp_directories=not read_only),
+          item_handlers=dict(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()))
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind, *unused) -> None:
+    if kind is None:
+      self.close()
+    else:  # the error on its way out says more than a second one of this save
+      with contextlib.suppress(OSError):
+        self.close()
+
+  def latest_step(self) -> int | None:
+    """Step of the newest complete checkpoint, None where there is none."""
+    if self._manager is None:
+      return None
+    return max(ocp.utils.checkpoint_steps(self.directory), default=None)  # the manager counts unfinished ones
+
+  def config(self) -> config_lib.Config:
+    """The config that the newest checkpoint was written with."""
+    return config_lib.from_dict(self._meta()["config"])
+
+  def check(self, config: config_lib.Config) -> None:
+    """Raises ValueError where `config` cannot continue the newest checkpoint."""
+    step = self.latest_step()
+    if step is None:
+      return
+    old, new = _flatten(self._meta()["config"]), _flatten(config_lib.to_dict(config))
+    free = FREE_FIELDS | ({"train.steps"} if config.optim.schedule == "constant" else frozenset())
+    differing = sorted(k for k in old.keys() | new.keys() if k not in free and old.get(k) != new.get(k))
+    if differing:
+      what = ", ".join(f"{k}={new.get(k)!r} (there {old.get(k)!r})" for k in differing[:3])
+      more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+      raise ValueError(f"{self.directory} holds a checkpoint of another config: {what}{more}; "
+                       "give another --workdir, or the config it was made with")
+    if config.train.steps < step:
+      raise ValueError(f"train.steps={config.train.steps} but {self.directory} is at step {step}; "
+                       f"use at least {step} steps, or another --workdir")
+
+  def restore(self, target: Any) -> Any:
+    """The newest state, placed as `target` says.
+
+    Args:
+      target: a tree of arrays or `jax.ShapeDtypeStruct`s with shardings.
+
+    Raises:
+      OSError: the checkpoint is damaged.
+      ValueError: its arrays differ from the target's in name, shape or type.
+    """
+    step = self.latest_step()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
+    with self._reading():
+      stored = self._manager.item_metadata(step).state
+    _check_types(stored, abstract, self.directory / str(step))  # orbax would cast without a word
+    with self._reading():
+      return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+
+  def save(self, step: int, state: Any, config: config_lib.Config) -> None:
+    """Starts saving; returns when `state` may be donated.
+
+    Raises:
+      OSError: this save, or the one that was still being written, failed. The
+        checkpoints before it are untouched.
+    """
+    if step == self.latest_step():
+      return
+    with self._saving():
+      self._manager.save(step, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          meta=ocp.args.JsonSave(dict(step=step, config=config_lib.to_dict(config)))))
+
+  def wait(self) -> None:
+    """Blocks until what was saved is on disk; raises as `save` does."""
+    with self._saving():
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for what is being saved, and raises as `save` does."""
+    if self._manager:
+      with self._saving():
+        self._manager.close()
+
+  def _meta(self) -> dict[str, Any]:
+    with self._reading():
+      return self._manager.restore(self.latest_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+  def _reading(self):
+    path = self.directory / str(self.latest_step())
+    return _one_line(f"cannot read the checkpoint {path}", "remove that directory to resume from the one before")
+
+  def _saving(self):
+    latest = self.latest_step()
+    kept = "there was no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is intact"
+    return _one_line(f"cannot save to {self.directory} ({kept})", "free some space and run the same command again")
+
+
+@contextlib.contextmanager
+def _one_line(what: str, remedy: str, errors: type[Exception] = Exception):
+  """Turns an error of the storage underneath into a one-line OSError."""
+  try:
+    yield
+  except errors as error:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = "no space left on the device" if "No space left" in lines[0] else lines[0][:200]
+    raise OSError(f"{what}: {reason}; {remedy}") from error
+
+
+def _check_types(stored: Any, wanted: Any, path: pathlib.Path) -> None:
+  """Raises where the arrays of a checkpoint are not those of the target."""
+  stored, wanted = _by_path(stored), _by_path(wanted)
+  for name in sorted(stored.keys() | wanted.keys()):
+    there, here = stored.get(name, "nothing"), wanted.get(name, "nothing")
+    if there != here:
+      raise ValueError(f"{path} has {there} at {name} where this model has {here}; "
+                       "use the version of mor that wrote it, or another --workdir")
+
+
+def _by_path(tree: Any) -> dict[str, str]:
+  return {jax.tree_util.keystr(keys, simple=True, separator="/"): f"{jnp.dtype(x.dtype).name}{tuple(x.shape)}"
+          for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _flatten(fields: Any, prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} as {"a.b": 1}; tuples become lists, as JSON has it."""
+  if not isinstance(fields, dict):
+    return {prefix: list(fields) if isinstance(fields, tuple) else fields}
+  return {k: v for name, value in fields.items()
+          for k, v in _flatten(value, f"{prefix}.{name}" if prefix else name).items()}
