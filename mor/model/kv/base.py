@@ -1,4 +1,4 @@
-"""What a KV plan is.
+"""What a KV plan is, and what a query sees.
 
 A plan says, for every unrolled layer of the recursion (step r, layer i, index
 r * depth + i), where its keys and values live:
@@ -7,11 +7,17 @@ r * depth + i), where its keys and values live:
   base  the slot of an earlier step it also reads; -1: none
 
 A layer sees its own fresh keys where it has them and, beneath them, its base's.
-The mask rule is the same everywhere: a query at position i sees a key at
-position j <= i of its segment.
+The mask rule is one: a query at position i sees a key at position j <= i of its
+segment. Segment 0 is padding, which nobody sees.
 """
 
 import dataclasses
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from mor import types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,3 +35,40 @@ class KVPlan:
   def shares(self) -> bool:
     """True where a later step reads keys that an earlier step wrote."""
     return any(b >= 0 for b in self.base)
+
+
+@struct.dataclass
+class KV:
+  """Keys (rotated) and values of one layer."""
+
+  k_BSKH: types.Keys
+  v_BSKH: types.Keys
+
+
+@struct.dataclass
+class KVView:
+  """What the queries of one pass see; the same for all its layers.
+
+  Attributes:
+    rotation: cosine and sine of the queries' positions.
+    mask_BTS: True where a query sees a key.
+    index_BT: where the queries' own keys belong among the base's keys, when a
+      layer has both; ascending, `S` for a query that must write nothing.
+  """
+
+  rotation: tuple[jax.Array, jax.Array]
+  mask_BTS: types.AttentionMask
+  index_BT: jax.Array | None = None
+
+  def overlay(self, base: KV, fresh: KV) -> KV:
+    """The base's keys with the queries' own fresh ones in their places, in a copy."""
+    write = jax.vmap(lambda old, index, new: old.at[index].set(new, mode="drop"))
+    return KV(write(base.k_BSKH, self.index_BT, fresh.k_BSKH), write(base.v_BSKH, self.index_BT, fresh.v_BSKH))
+
+
+def visible(q_position_BT: types.Positions, q_segment_BT: types.Segments,
+            k_position_BS: jax.Array, k_segment_BS: jax.Array) -> types.AttentionMask:
+  """The one mask rule: not later, same segment, not padding."""
+  past_BTS = k_position_BS[:, None, :] <= q_position_BT[:, :, None]
+  same_BTS = k_segment_BS[:, None, :] == q_segment_BT[:, :, None]
+  return past_BTS & same_BTS & (k_segment_BS != 0)[:, None, :]

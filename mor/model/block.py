@@ -1,0 +1,36 @@
+"""One pre-norm decoder layer: x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mor import config as config_lib
+from mor import types
+from mor.model import attention
+from mor.model import layers
+from mor.model.kv import base as kv_base
+
+
+class Block(nn.Module):
+  """A Llama layer. Its parameters may be one row of a stack used many times."""
+
+  config: config_lib.ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: types.Activations, view: kv_base.KVView, base: kv_base.KV | None = None,
+               own: bool = True) -> tuple[types.Activations, kv_base.KV | None]:
+    """See `attention.Attention`; returns the new hidden states and the fresh keys."""
+    c = self.config
+    dtype = jnp.dtype(c.compute_dtype)
+    ones = nn.initializers.ones_init()
+    attention_norm_D = self.param("attention_norm", ones, (c.d_model,), jnp.float32)
+    ffw_norm_D = self.param("ffw_norm", ones, (c.d_model,), jnp.float32)
+    with jax.named_scope("attention"):
+      out_BTD, fresh = attention.Attention(
+          c.num_heads, c.num_kv_heads, c.head_dim, c.init_std, dtype, name="attention")(
+              layers.rms_norm(x_BTD, attention_norm_D, c.norm_eps), view, base, own)
+      x_BTD = x_BTD + out_BTD
+    with jax.named_scope("ffw"):
+      ffw = layers.SwiGLU(c.d_ff, c.init_std, dtype, name="ffw")
+      x_BTD = x_BTD + ffw(layers.rms_norm(x_BTD, ffw_norm_D, c.norm_eps))
+    return x_BTD, fresh

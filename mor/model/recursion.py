@@ -1,0 +1,259 @@
+"""The recursion: route, run the shared stack on the kept tokens, merge, R times.
+
+  for r in 0 .. R-1:
+    routing = router(h)                      which tokens, and how they enter
+    y = stack(h[kept])                       the same parameters at every step
+    h[kept] = [carry] h + entry h_0 + gate y     see `routers/base.py`
+
+Two executions of one routing, equal by test. `gathered` takes the kept tokens
+to a buffer of static width, so that FLOPs, time and memory are really saved;
+indices ascend, and a query sees keys by their original positions. `masked` runs
+the full width and hides the other tokens' keys: the reference, and the path
+where counts depend on the data (causal routing of a whole sequence).
+
+Full-width steps have equal shapes and run in one `jax.lax.scan`; steps of
+different widths are unrolled over R.
+"""
+
+from collections.abc import Mapping
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from mor import config as config_lib
+from mor import types
+from mor.model import block as block_lib
+from mor.model import layers
+from mor.model import schedule as schedule_lib
+from mor.model.kv import base as kv_base
+from mor.model.kv import table as kv_table
+from mor.model.routers import base as router_base
+from mor.model.routers import table as router_table
+
+_REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@struct.dataclass
+class Trace:
+  """What the routers did: per step, kept tokens, raw logits, summed statistics."""
+
+  keep_RBT: jax.Array
+  score_RBT: jax.Array
+  sums: Mapping[str, jax.Array]
+
+
+def take(x: jax.Array, index_BC: jax.Array) -> jax.Array:
+  """Rows `x[b, index[b, c]]`; an index past the end gives the last one."""
+  index_BC = jnp.minimum(index_BC, x.shape[1] - 1)
+  return jax.vmap(lambda row, index: row[index])(x, index_BC)
+
+
+def compact(keep_BT: types.Mask, width: int) -> jax.Array:
+  """Ascending positions `[B, width]` of the kept tokens; T where there are fewer."""
+  seq_len = keep_BT.shape[1]
+  position_BT = jnp.where(keep_BT, jnp.arange(seq_len)[None, :], seq_len)
+  return jnp.sort(position_BT, axis=1)[:, :width]
+
+
+def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activations, view: kv_base.KVView,
+               base: kv_base.KV | None = None, own: bool = True,
+               keep: bool = False) -> tuple[types.Activations, kv_base.KV | None]:
+  """A scan over layers stacked on the leading axis of `params` (and of `base`).
+
+  Returns:
+    Hidden states, and with `keep` the layers' fresh keys, stacked.
+  """
+  apply = layer_fn(config, own)
+
+  def body(x_BTD, layer):
+    x_BTD, fresh = apply(layer[0], x_BTD, view, layer[1])
+    return x_BTD, fresh if keep else None
+
+  if config.scan_layers:
+    return jax.lax.scan(body, x_BTD, (params, base))
+  kept = []
+  for i in range(jax.tree.leaves(params)[0].shape[0]):
+    x_BTD, fresh = body(x_BTD, jax.tree.map(lambda a: a[i], (params, base)))
+    kept.append(fresh)
+  return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *kept) if keep else None
+
+
+def layer_fn(config: config_lib.ModelConfig, own: bool):
+  """One layer as a function of its parameters, rematerialised as configured."""
+  block = block_lib.Block(config)
+  apply = lambda params, x_BTD, view, base: block.apply({"params": params}, x_BTD, view, base, own)
+  if config.remat == "none":
+    return apply
+  return jax.checkpoint(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan_layers)
+
+
+class Recursion:
+  """The static tables of one model's recursion, and the pass over them."""
+
+  def __init__(self, config: config_lib.ModelConfig):
+    self.config = config
+    self.schedule = schedule_lib.make(config)
+    self.plan = kv_table.PLANS[config.kv_plan](self.schedule)
+    self.router = router_table.ROUTERS[config.router.name](config)
+
+  def run(self, params: dict, h_BTD: types.Activations, segment_BT: types.Segments, *, routing: str,
+          bias_R: jax.Array | None = None, train_step: jax.Array | None = None, bucket: int | None = None,
+          key: jax.Array | None = None) -> tuple[types.Activations, Trace]:
+    """Runs all steps.
+
+    Args:
+      params: `stack` and, if the router has any, `router` and `aux_router`.
+      h_BTD: hidden states after the prelude.
+      segment_BT: document of each position, 0 on padding.
+      routing: "select" or "decide", static.
+      bias_R: token-choice's loss-free bias.
+      train_step: for capacity and balance warm-up; None once trained.
+      bucket: static part of `train_step`; see `ExpertChoice.widths`.
+      key: for random scores.
+    """
+    valid_BT = segment_BT != 0
+    plan = self.router.enter(params, h_BTD, valid_BT, bias_R=bias_R, train_step=train_step, key=key)
+    route = getattr(self.router, routing)
+    seq_len = h_BTD.shape[1]
+    gathered = self.config.execution == "gathered" and (routing == "select" or self.router.decide == self.router.select)
+    widths = self.router.widths(seq_len, bucket) if gathered else (seq_len,) * self.schedule.num_steps
+    advance = _Pass(self, params["stack"], segment_BT, entry_BTD=h_BTD)
+
+    state, alive_BT, store, traces = h_BTD, valid_BT, {}, []
+    first_scanned = self._first_scanned(widths, seq_len)
+    for r in range(first_scanned):
+      routed = route(plan, state, alive_BT, r)
+      state = advance(r, state, routed, store, widths[r])
+      alive_BT = routed.keep_BT
+      traces.append((routed.keep_BT, routed.score_BT, routed.sums))
+    traces = [jax.tree.map(lambda *a: jnp.stack(a), *traces)] if traces else []
+
+    if first_scanned < self.schedule.num_steps:
+      def body(carry, r):
+        state, alive_BT = carry
+        routed = route(plan, state, alive_BT, r)
+        state = advance(1 if store else 0, state, routed, store, seq_len)
+        return (state, routed.keep_BT), (routed.keep_BT, routed.score_BT, routed.sums)
+
+      steps_R = jnp.arange(first_scanned, self.schedule.num_steps)
+      (state, _), scanned = jax.lax.scan(body, (state, alive_BT), steps_R)
+      traces.append(scanned)
+
+    keep_RBT, score_RBT, sums = jax.tree.map(lambda *a: jnp.concatenate(a), *traces)
+    sums = {**sums, **getattr(plan, "sums", {}), "tokens": router_base.count(valid_BT),
+            "last_T": jnp.sum(keep_RBT[-1], axis=0, dtype=jnp.float32)}
+    return state, Trace(keep_RBT, score_RBT, sums)
+
+  def _first_scanned(self, widths: tuple[int, ...], seq_len: int) -> int:
+    """The first step from which on all steps have one shape and one KV rule."""
+    num_steps = self.schedule.num_steps
+    if not (self.config.scan_layers and self.schedule.cyclic) or any(w != seq_len for w in widths[1:]):
+      return num_steps
+    first = 1 if self.plan.shares else 0
+    return first if num_steps - first > 1 else num_steps
+
+
+class _Pass:
+  """One pass of the stack over the kept tokens of one step, merged into the state."""
+
+  def __init__(self, recursion: Recursion, stack: dict, segment_BT: types.Segments, entry_BTD: types.Activations):
+    self.recursion = recursion
+    self.config = recursion.config
+    self.stack = stack
+    self.segment_BT = segment_BT
+    if self.config.cross_documents:
+      self.segment_BT = (segment_BT != 0).astype(segment_BT.dtype)
+    self.entry_BTD = entry_BTD
+    batch, seq_len = segment_BT.shape
+    self.position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
+
+  def __call__(self, step: int, state_BTD, routed: router_base.Routing, store: dict, width: int):
+    """Returns the new state; a first step whose keys are shared fills `store`.
+
+    Args:
+      step: static step whose row of the plan to use.
+      state_BTD: hidden states.
+      routed: this step's routing.
+      store: keys by slot, written by the first step of a sharing plan.
+      width: static gather width; the full width does not gather.
+    """
+    seq_len = state_BTD.shape[1]
+    shared_first = step == 0 and self.recursion.plan.shares
+    if width == seq_len or shared_first:
+      return self._full(step, state_BTD, routed, store)
+    gathered = lambda: self._gathered(step, state_BTD, routed, store, width)
+    if self.config.router.name == "expert_choice":  # counts never exceed the width
+      return gathered()
+    fullest = jnp.max(jnp.sum(routed.keep_BT, axis=1))
+    return jax.lax.cond(fullest > width, lambda: self._full(step, state_BTD, routed, store), gathered)
+
+  def _full(self, step, state_BTD, routed, store):
+    seen_BT = self.segment_BT
+    if not self.recursion.plan.shares:
+      seen_BT = jnp.where(routed.keep_BT, self.segment_BT, 0)
+    view = kv_base.KVView(
+        rotation=self._rotation(self.position_BT),
+        mask_BTS=kv_base.visible(self.position_BT, self.segment_BT, self.position_BT, seen_BT),
+        index_BT=jnp.where(routed.keep_BT, self.position_BT, state_BTD.shape[1]))
+    y_BTD = self._stack(step, state_BTD, view, store)
+    new_BTD = self._enter(y_BTD, routed, None)
+    if routed.carry:
+      new_BTD = state_BTD + new_BTD
+    return jnp.where(routed.keep_BT[:, :, None], new_BTD, state_BTD)
+
+  def _gathered(self, step, state_BTD, routed, store, width):
+    with jax.named_scope("gather"):
+      index_BC = compact(routed.keep_BT, width)
+      x_BCD = take(state_BTD, index_BC)
+      segment_BC = jnp.where(index_BC < state_BTD.shape[1], take(self.segment_BT, index_BC), 0)
+    reads_base = self.recursion.plan.shares
+    k_position, k_segment = (self.position_BT, self.segment_BT) if reads_base else (index_BC, segment_BC)
+    view = kv_base.KVView(
+        rotation=self._rotation(index_BC),
+        mask_BTS=kv_base.visible(index_BC, segment_BC, k_position, k_segment),
+        index_BT=index_BC)
+    y_BCD = self._stack(step, x_BCD, view, store)
+    new_BCD = self._enter(y_BCD, routed, index_BC)
+    with jax.named_scope("scatter"):
+      if routed.carry:
+        write = lambda row, index, new: row.at[index].add(new, mode="drop", unique_indices=True)
+      else:
+        write = lambda row, index, new: row.at[index].set(new, mode="drop", unique_indices=True)
+      return jax.vmap(write)(state_BTD, index_BC, new_BCD)
+
+  def _enter(self, y, routed: router_base.Routing, index_BC):
+    """gate * y + entry * h_0, on the full width or at `index_BC`."""
+    pick = (lambda a: a) if index_BC is None else (lambda a: take(a, index_BC))
+    if routed.gate_BT is not None:
+      y = y * pick(routed.gate_BT)[:, :, None].astype(y.dtype)
+    if routed.entry_BT is not None:
+      y = y + pick(routed.entry_BT)[:, :, None].astype(y.dtype) * pick(self.entry_BTD)
+    return y
+
+  def _rotation(self, position):
+    return layers.rotation(position, self.config.head_dim, self.config.rope_theta)
+
+  def _stack(self, step, x, view, store: dict):
+    """The stack's layers of `step`, by the plan's slots."""
+    schedule, plan = self.recursion.schedule, self.recursion.plan
+    start = step * schedule.depth
+    own = plan.own[start:start + schedule.depth]
+    base = plan.base[start:start + schedule.depth]
+    if schedule.cyclic:  # the whole stack in order, one rule for all its layers
+      keep = plan.shares and step == 0
+      x, fresh = run_layers(self.config, self.stack, x, view, store.get("step_0") if base[0] >= 0 else None,
+                            own=own[0] >= 0, keep=keep)
+      if keep:
+        store["step_0"] = fresh
+      return x
+    for i, row in enumerate(schedule.rows[step]):
+      apply = layer_fn(self.config, own[i] >= 0)
+      x, fresh = apply(jax.tree.map(lambda a: a[row], self.stack), x, view, store.get(base[i]))
+      if own[i] >= 0:
+        store[own[i]] = fresh
+    return x

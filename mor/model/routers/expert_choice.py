@@ -1,0 +1,149 @@
+"""Expert-choice routing: each step keeps its best-scoring tokens.
+
+With candidates A the tokens kept by the step before (hierarchical filtering):
+
+  g = alpha * act(router_r(h / temperature))        h: un-normalised residual
+  A' = the max(1, int(capacity_r * length)) best of A by g
+  h[A'] += g[A'] * stack(h[A'])                     or += stack(h[A'])
+
+Top-k sees the whole sequence, future included. To route causally at inference,
+a binary cross-entropy teaches the router (or a second router on detached
+states) to predict its own top-k: `decide` keeps a live token where that logit
+is >= 0; a step of capacity 1 keeps every live token.
+
+Source: MoR paper §2.2.1; raymin0223/mixture_of_recursions
+model/mor_model/expert_choice_router.py (no causal mode there). `length` counts
+the row's tokens without padding, so padding never changes a row.
+"""
+
+import math
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mor import config as config_lib
+from mor import types
+from mor.model.routers import base
+from mor.model.routers import scores
+
+WARMUP_BUCKETS = 4  # static widths compiled during a capacity warm-up
+
+
+@struct.dataclass
+class Plan:
+  """What the steps need: parameters, counts and randomness."""
+
+  params: dict
+  aux_params: dict
+  kept_RB: jax.Array  # tokens each step keeps of each row
+  key: jax.Array
+
+
+def top(score_BT: jax.Array, alive_BT: types.Mask, kept_B: jax.Array) -> types.Mask:
+  """Marks the `kept_B` best live tokens of each row; ties go to the earlier.
+
+  Sorted, not `top_k`: the count may differ by row, and a stable sort stays
+  local to a batch shard where `top_k` would gather the scores.
+  """
+  score_BT = jnp.where(alive_BT, score_BT, -jnp.inf)
+  order_BT = jnp.argsort(-score_BT, axis=-1, stable=True)
+  chosen_BT = jnp.arange(score_BT.shape[1])[None, :] < kept_B[:, None]
+  return jax.vmap(lambda order, chosen: jnp.zeros_like(chosen).at[order].set(chosen))(order_BT, chosen_BT)
+
+
+class ExpertChoice:
+  """See the module docstring."""
+
+  def __init__(self, config: config_lib.ModelConfig):
+    self.config = config
+    self.num_steps = config.num_recursions
+
+  def init(self, key: jax.Array) -> dict:
+    main_key, aux_key = jax.random.split(key)
+    params = {"router": scores.init(main_key, self.config, self.num_steps, 1)}
+    if self.config.router.sampling == "aux_router":
+      params["aux_router"] = scores.init(aux_key, self.config, self.num_steps, 1)
+    return {name: tree for name, tree in params.items() if tree}
+
+  def enter(self, params, h_BTD, valid_BT, *, bias_R=None, train_step=None, key=None) -> Plan:
+    """Counts what each step keeps of each row."""
+    del h_BTD, bias_R
+    return Plan(params.get("router", {}), params.get("aux_router", {}), self.kept(valid_BT, train_step),
+                jax.random.key(0) if key is None else key)
+
+  def kept(self, valid_BT: types.Mask, train_step: jax.Array | None) -> jax.Array:
+    """Tokens each step keeps of each row: max(1, int(capacity * length)), 0 of an empty row."""
+    length_B = jnp.sum(valid_BT, axis=1)
+    seq_len = valid_BT.shape[1]
+    table_RS = np.array([[min(t, max(1, int(c * t))) for t in range(seq_len + 1)] for c in self.config.capacity])
+    kept_RB = jnp.asarray(table_RS)[:, length_B]
+    warmup = self.config.router.capacity_warmup_steps
+    if warmup and train_step is not None:
+      progress = jnp.minimum(1.0, train_step / warmup)
+      capacity_R = jnp.asarray(self.config.capacity, jnp.float32)
+      extra = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+      warm_R1 = (capacity_R + (1.0 - capacity_R) * extra)[:, None]
+      # The static widths bound the count where float32 rounds up.
+      warm_RB = jnp.floor(warm_R1 * length_B[None, :].astype(jnp.float32)).astype(kept_RB.dtype)
+      warm_RB = jnp.clip(warm_RB, jnp.minimum(1, length_B)[None, :], length_B[None, :])
+      kept_RB = jnp.where(progress >= 1.0, kept_RB, jnp.maximum(kept_RB, warm_RB))
+    return kept_RB
+
+  def widths(self, seq_len: int, bucket: int | None = None) -> tuple[int, ...]:
+    """Static gather widths; during a warm-up, the widest of the `bucket`."""
+    capacity = self.config.capacity
+    if bucket is not None and bucket < WARMUP_BUCKETS:
+      extra = 0.5 * (1.0 + math.cos(math.pi * bucket / WARMUP_BUCKETS))
+      return tuple(min(seq_len, 1 + int((c + (1.0 - c) * extra) * seq_len)) for c in capacity)
+    return tuple(max(1, int(c * seq_len)) for c in capacity)
+
+  def select(self, plan: Plan, h_BTD: types.Activations, alive_BT: types.Mask, step) -> base.Routing:
+    """Keeps the best-scoring live tokens of each row; not causal."""
+    logit_BT, score_BT = self._score(plan, h_BTD, step)
+    with jax.named_scope("top_k"):
+      keep_BT = top(jax.lax.stop_gradient(score_BT), alive_BT, plan.kept_RB[step])
+    predictor_BT = self._predictor(plan, h_BTD, logit_BT, step)
+    sums = {
+        "candidates": base.count(alive_BT),
+        "kept": base.count(keep_BT),
+        "correct": base.count(alive_BT & ((predictor_BT >= 0) == keep_BT)),
+        "z": base.total(jnp.square(logit_BT), alive_BT),
+    }
+    if self.config.router.sampling != "none":
+      bce_BT = optax.sigmoid_binary_cross_entropy(predictor_BT, keep_BT.astype(jnp.float32))
+      sums["sampling"] = base.total(bce_BT, alive_BT)
+    return self._routing(keep_BT, logit_BT, score_BT, sums)
+
+  def decide(self, plan: Plan, h_BTD: types.Activations, alive_BT: types.Mask, step) -> base.Routing:
+    """Keeps the live tokens whose logit is >= 0; causal, one token at a time."""
+    logit_BT, score_BT = self._score(plan, h_BTD, step)
+    capacity_R = np.array(self.config.capacity)
+    if self.config.router.arch == "random":
+      ratio_R = capacity_R / np.concatenate([[1.0], capacity_R[:-1]])
+      keep_BT = logit_BT >= 1.0 - jnp.asarray(ratio_R, jnp.float32)[step]
+    else:
+      keep_BT = self._predictor(plan, h_BTD, logit_BT, step) >= 0
+    keep_BT = alive_BT & (keep_BT | jnp.asarray(capacity_R == 1.0)[step])
+    sums = {"candidates": base.count(alive_BT), "kept": base.count(keep_BT)}
+    return self._routing(keep_BT, logit_BT, score_BT, sums)
+
+  def _score(self, plan, h_BTD, step):
+    router = self.config.router
+    if router.arch == "random":
+      logit_BT = scores.uniform(jax.random.fold_in(plan.key, step), h_BTD.shape[:2])
+      return logit_BT, router.alpha * logit_BT
+    logit_BT = scores.logits(plan.params, step, h_BTD / router.temperature)[:, :, 0]
+    return logit_BT, scores.activate(router, logit_BT)
+
+  def _predictor(self, plan, h_BTD, logit_BT, step):
+    """The logit that predicts the router's own choice."""
+    if self.config.router.sampling == "aux_router":
+      return scores.logits(plan.aux_params, step, jax.lax.stop_gradient(h_BTD))[:, :, 0]
+    return logit_BT
+
+  def _routing(self, keep_BT, logit_BT, score_BT, sums) -> base.Routing:
+    gate_BT = score_BT if self.config.router.gating == "weighted" else None
+    return base.Routing(keep_BT=keep_BT, score_BT=logit_BT, gate_BT=gate_BT, carry=True, sums=sums)

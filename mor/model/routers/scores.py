@@ -1,0 +1,58 @@
+"""Score networks of the routers: hidden state -> logits, in float32.
+
+linear D -> O, mlp D -> 2D -> O, wide_mlp D -> 4D -> O (GELU), no biases; or
+random scores without parameters. The parameters of all routers of a model are
+stacked on a leading axis.
+
+Source: MoR paper Table 4 and App. G.1; raymin0223/mixture_of_recursions
+model/mor_model/util.py, where wide_mlp has the width of mlp.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mor import config as config_lib
+
+WIDTHS = {"mlp": 2, "wide_mlp": 4}  # hidden width / model width
+
+
+def init(key: jax.Array, config: config_lib.ModelConfig, num_routers: int, num_outputs: int) -> dict:
+  """Parameters of `num_routers` score networks; normal, the model's `init_std`."""
+  arch = config.router.arch
+  if arch == "random":
+    return {}
+  hidden_key, out_key = jax.random.split(key)
+  d_model = config.d_model
+  width = WIDTHS.get(arch, 1) * d_model
+  normal = lambda k, shape: config.init_std * jax.random.normal(k, shape, jnp.float32)
+  params = {"out": normal(out_key, (num_routers, width, num_outputs))}
+  if arch in WIDTHS:
+    params["hidden"] = normal(hidden_key, (num_routers, d_model, width))
+  return params
+
+
+def logits(params: dict, index: jax.Array | int, h_BTD: jax.Array) -> jax.Array:
+  """Logits `[B, T, O]` of the network number `index`."""
+  with jax.named_scope("router"):
+    x_BTD = h_BTD.astype(jnp.float32)
+    if "hidden" in params:
+      x_BTD = jax.nn.gelu(jnp.einsum("BTD,DW->BTW", x_BTD, params["hidden"][index]), approximate=False)
+    return jnp.einsum("BTW,WO->BTO", x_BTD, params["out"][index])
+
+
+def uniform(key: jax.Array, shape_BT: tuple[int, int]) -> jax.Array:
+  """Random scores that depend on row and position only, not on the shape."""
+  row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(shape_BT[0]))
+  keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(row_keys, jnp.arange(shape_BT[1]))
+  return jax.vmap(jax.vmap(jax.random.uniform))(keys)
+
+
+def activate(config: config_lib.RouterConfig, logits_BTO: jax.Array) -> jax.Array:
+  """alpha * activation(logits)."""
+  functions = {
+      "sigmoid": jax.nn.sigmoid,
+      "tanh": jnp.tanh,
+      "none": lambda x: x,
+      "softmax": lambda x: jax.nn.softmax(x, axis=-1),
+  }
+  return config.alpha * functions[config.activation](logits_BTO)

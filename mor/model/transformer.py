@@ -1,0 +1,136 @@
+"""The model: embed, prelude, recursion, coda, norm; the head is the embedding.
+
+Parameters (float32; n layers stacked on the leading axis, V vocabulary, …):
+
+  embedding [V, D]                final_norm [D]
+  prelude | stack | coda          `block.Block`'s, each [n, …]
+  router, aux_router              `routers/scores.py`, stacked over steps
+
+Source: Llama block; MoR paper §2 and Table 5.
+"""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from mor import config as config_lib
+from mor import types
+from mor.model import block as block_lib
+from mor.model import layers
+from mor.model import recursion as recursion_lib
+from mor.model import schedule as schedule_lib
+from mor.model.kv import base as kv_base
+
+
+@struct.dataclass
+class Output:
+  """One forward pass.
+
+  Attributes:
+    hidden_BTD: hidden states after the final norm, compute dtype.
+    keep_RBT: True where recursion step r processed the token.
+    score_RBT: raw router logits, float32.
+    sums: auxiliary losses and statistics, summed over tokens; per step where
+      they are of a step. `train/loss.py` normalises them.
+  """
+
+  hidden_BTD: types.Activations
+  keep_RBT: jax.Array
+  score_RBT: jax.Array
+  sums: Mapping[str, jax.Array]
+
+
+class Transformer(nn.Module):
+  """A decoder whose middle runs a shared stack of layers up to R times a token."""
+
+  config: config_lib.ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BT: types.Tokens, segment_BT: types.Segments | None = None, *, routing: str = "select",
+               train_step: jax.Array | None = None, bucket: int | None = None,
+               key: jax.Array | None = None) -> Output:
+    """Runs the whole sequence.
+
+    Args:
+      tokens_BT: token ids.
+      segment_BT: document of each token, 1, 2, …; 0 is padding. None: one
+        document a row.
+      routing: "select" is training's (expert-choice sees the whole sequence),
+        "decide" is causal.
+      train_step: current step, for warm-ups; None once trained.
+      bucket: static capacity bucket of `train_step`, see
+        `ExpertChoice.widths`.
+      key: for random routers.
+    """
+    config = self.config
+    if segment_BT is None:
+      segment_BT = jnp.ones_like(tokens_BT)
+    h_BTD, params, recursion = self._enter(tokens_BT, segment_BT)
+    bias_R = None
+    if config.router.balancing == "loss_free":
+      bias_R = self.variable("balance", "bias_R", jnp.zeros, (config.num_recursions,), jnp.float32).value
+    with jax.named_scope("recursion"):
+      h_BTD, trace = recursion.run(
+          params, h_BTD, segment_BT, routing=routing, bias_R=bias_R, train_step=train_step, bucket=bucket, key=key)
+    h_BTD = self._edge("coda", h_BTD, segment_BT)
+    final_norm_D = self.param("final_norm", nn.initializers.ones_init(), (config.d_model,), jnp.float32)
+    return Output(layers.rms_norm(h_BTD, final_norm_D, config.norm_eps), trace.keep_RBT, trace.score_RBT, trace.sums)
+
+  @nn.compact
+  def depth_sums(self, tokens_BT: types.Tokens, segment_BT: types.Segments, *,
+                 train_step: jax.Array | None = None) -> Mapping[str, jax.Array]:
+    """Token-choice's statistics alone, known before the recursion runs."""
+    h_BTD, params, recursion = self._enter(tokens_BT, segment_BT)
+    bias_R = None
+    if self.config.router.balancing == "loss_free":
+      bias_R = self.variable("balance", "bias_R", jnp.zeros, (self.config.num_recursions,), jnp.float32).value
+    return recursion.router.enter(params, h_BTD, segment_BT != 0, bias_R=bias_R, train_step=train_step).sums
+
+  def _enter(self, tokens_BT, segment_BT):
+    """Embedding and prelude; also declares the recursion's parameters."""
+    config = self.config
+    init = nn.initializers.normal(config.init_std)
+    embedding_VD = self.param("embedding", init, (config.vocab_size, config.d_model), jnp.float32)
+    with jax.named_scope("embed"):
+      h_BTD = embedding_VD.astype(jnp.dtype(config.compute_dtype))[tokens_BT]
+    h_BTD = self._edge("prelude", h_BTD, segment_BT)
+    recursion = recursion_lib.Recursion(config)
+    params = {"stack": self._layers("stack", recursion.schedule.num_stack_rows)}
+    for name in jax.eval_shape(recursion.router.init, jax.random.key(0)):
+      params[name] = self.param(name, lambda key, name=name: recursion.router.init(key)[name])
+    return h_BTD, params, recursion
+
+  def _edge(self, group: str, h_BTD, segment_BT):
+    """The unshared layers of `group`, over every token."""
+    num_layers = getattr(schedule_lib.make(self.config), group)
+    if not num_layers:
+      return h_BTD
+    batch, seq_len = segment_BT.shape
+    position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
+    if self.config.cross_documents:
+      segment_BT = (segment_BT != 0).astype(segment_BT.dtype)
+    view = kv_base.KVView(
+        rotation=layers.rotation(position_BT, self.config.head_dim, self.config.rope_theta),
+        mask_BTS=kv_base.visible(position_BT, segment_BT, position_BT, segment_BT))
+    with jax.named_scope(group):
+      return recursion_lib.run_layers(self.config, self._layers(group, num_layers), h_BTD, view)[0]
+
+  def _layers(self, group: str, num_layers: int) -> dict:
+    """Parameters of `num_layers` blocks, stacked."""
+    def init(key):
+      block = block_lib.Block(self.config)
+      x_BTD = jnp.zeros((1, 1, self.config.d_model))
+      view = kv_base.KVView(
+          rotation=layers.rotation(jnp.zeros((1, 1), jnp.int32), self.config.head_dim, self.config.rope_theta),
+          mask_BTS=jnp.ones((1, 1, 1), bool))
+      return jax.vmap(lambda k: block.init(k, x_BTD, view)["params"])(jax.random.split(key, num_layers))
+    return self.param(group, init)
+
+
+def unembed(params: dict, hidden_BTD: types.Activations) -> jax.Array:
+  """Logits `[B, T, V]` in float32. At scale use `train/loss.py`, which blocks them."""
+  embedding_VD = params["embedding"].astype(hidden_BTD.dtype)
+  return jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
