@@ -1,0 +1,26 @@
+"""Files and functions stay small, and what is public says what it does."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILES = sorted(p for p in (ROOT / "mor").rglob("*.py") if p.name != "__init__.py")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_style(path):
+  text = path.read_text(encoding="utf-8")
+  tree = ast.parse(text)
+  assert len(text.splitlines()) <= 300, "over 300 lines: split the idea"
+  assert ast.get_docstring(tree), "the module has no docstring"
+  for node in ast.walk(tree):
+    if isinstance(node, FUNCTIONS):
+      lines = node.end_lineno - node.lineno + 1
+      limit = 100 if path.match("mor/train/loop.py") else 60
+      assert lines <= limit, f"{node.name} has {lines} lines, over {limit}"
+  for node in tree.body:
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_"):
+      assert ast.get_docstring(node), f"{node.name} has no docstring"
