@@ -1,0 +1,139 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events, throughput.
+
+`metrics.jsonl` has one JSON object a line, {"step": s, "train/loss": …}, where s
+counts finished optimizer steps: one line of train/ values for every logged step
+and one of eval/ values for every evaluation. A resumed run first drops what was
+written after its checkpoint, so that no step appears twice.
+"""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+
+from tensorboardX import event_file_writer
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+
+# Dense bfloat16 peak of one device in FLOP/s, by a part of its `device_kind`;
+# the first match counts. Vendors' data sheets. None is listed for CPUs.
+PEAK_FLOPS = (
+    ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("GH200", 989e12), ("B200", 2250e12),
+    ("A100", 312e12), ("A10G", 70e12), ("L40S", 362e12), ("L4", 121e12), ("RTX 4090", 165e12), ("V100", 125e12),
+    ("T4", 65e12), ("TPU v6", 918e12), ("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12),
+    ("TPU v5", 459e12), ("TPU v4", 275e12), ("TPU v3", 61.5e12), ("TPU v2", 22.5e12))
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Peak FLOP/s of a device by the name jax gives it; None if not known."""
+  return next((peak for name, peak in PEAK_FLOPS if name.lower() in device_kind.lower()), None)
+
+
+class Throughput:
+  """Tokens per second, and MFU where the device's peak is known.
+
+  Time between `restart` and `read` counts; compilation, evaluation and saving
+  are left out by restarting after them.
+  """
+
+  def __init__(self, tokens_per_step: int, flops_per_token: float, device_kind: str, num_devices: int):
+    self._tokens_per_step = tokens_per_step
+    self._flops_per_token = flops_per_token
+    peak = peak_flops(device_kind)
+    self._peak = peak and peak * num_devices
+    self._mark = None
+
+  def restart(self, step: int) -> None:
+    """Counts from `step`, finished just now."""
+    self._mark = (step, time.perf_counter())
+
+  def read(self, step: int) -> dict[str, float]:
+    """The rate since the last reading; nothing where no step lies between."""
+    mark = self._mark
+    self.restart(step)
+    if mark is None or step <= mark[0]:
+      return {}
+    rate = (step - mark[0]) * self._tokens_per_step / (self._mark[1] - mark[1])
+    mfu = {"mfu": rate * self._flops_per_token / self._peak} if self._peak else {}
+    return {"tokens_per_second": rate, **mfu}
+
+
+class Writer:
+  """Appends to a workdir's metrics.jsonl and TensorBoard events."""
+
+  def __init__(self, workdir: str | os.PathLike, start_step: int, enabled: bool = True):
+    """Opens the files, dropping what was measured after `start_step`.
+
+    Args:
+      workdir: directory of the run.
+      start_step: finished steps of the state that the run starts from.
+      enabled: False writes nothing; True on one process only.
+    """
+    self._lines = self._events = None
+    if not enabled:
+      return
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      _drop_after(path, start_step)
+    self._lines = path.open("a", encoding="utf-8")
+    board = path.parent / "tensorboard"
+    board.mkdir(exist_ok=True)
+    # Events are written in this thread: tensorboardX's own writer thread would
+    # leave the run waiting for ever when the disk is full.
+    self._events = event_file_writer.EventsWriter(str(board / "events"), f".{os.getpid()}.{start_step}")
+    if start_step:
+      self._events.write_event(event_pb2.Event(
+          wall_time=time.time(), step=start_step + 1,
+          session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, *unused) -> None:
+    if self._lines:
+      self._lines.close()
+      self._events.close()
+
+  def write(self, step: int, group: str, values: Mapping[str, float]) -> None:
+    """Writes `values` of a finished step under the names group/name.
+
+    Raises:
+      OSError: the disk is full, in one line.
+    """
+    if self._lines is None:
+      return
+    values = {f"{group}/{k}": v for k, v in values.items()}
+    try:
+      self._lines.write(json.dumps({"step": step, **values}) + "\n")
+      self._lines.flush()
+      for name, value in values.items():
+        self._events.write_event(event_pb2.Event(
+            wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+      self._events.flush()
+    except OSError as error:
+      raise OSError(f"cannot write {self._lines.name}: {error.strerror}; "
+                    "free some space and run the same command again") from error
+
+
+def read(workdir: str | os.PathLike) -> list[dict[str, float]]:
+  """The lines of a run's metrics.jsonl; a last line cut short is left out."""
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:  # the process was killed while writing it
+      continue
+  return rows
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+  """Keeps the lines of steps up to `step`; all or nothing if killed here."""
+  kept = [json.dumps(row) for row in read(path.parent) if row["step"] <= step]
+  fresh = path.with_suffix(".jsonl.tmp")
+  fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+  os.replace(fresh, path)
