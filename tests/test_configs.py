@@ -1,0 +1,110 @@
+"""Every file of configs/ builds, and its model shape-evaluates at full size."""
+
+import importlib.util
+import pathlib
+import sys
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+from ml_collections import config_flags
+import pytest
+
+from configs import paper
+from mor import config
+from mor.analysis import memory
+from mor.model import transformer
+
+DIRECTORY = pathlib.Path(paper.__file__).parent
+FILES = sorted(path.stem for path in DIRECTORY.glob("*.py") if path.stem != "__init__")
+
+
+def _check(made):
+  """Full width, depth and row length; one row, since no shape depends on more."""
+  model = transformer.Transformer(made.model)
+
+  def init(key, tokens_BT):
+    out, variables = model.init_with_output(key, tokens_BT)
+    return out.hidden_BTD, out.keep_RBT, variables["params"]
+
+  tokens_BT = jax.ShapeDtypeStruct((1, made.data.seq_len), jnp.int32)
+  hidden_BTD, keep_RBT, params = jax.eval_shape(init, jax.random.key(0), tokens_BT)
+  assert hidden_BTD.shape == (1, made.data.seq_len, made.model.d_model)
+  assert keep_RBT.shape == (made.model.num_recursions, 1, made.data.seq_len)
+  num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert num_params == sum(memory.parameter_count(made.model))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file(name):
+  path = DIRECTORY / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(f"configs_under_test_{name}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  _check(config.from_config_dict(module.get_config()))
+
+
+@pytest.mark.parametrize("name", paper.members())
+def test_paper_member(name):
+  _check(config.from_config_dict(paper.get_config(name)))
+
+
+@pytest.mark.parametrize("name, layers, r, steps, warmup", [
+    ("vanilla-360m", 32, 1, 9438, 57),
+    ("recursive-360m-r4", 34, 4, 8883, 57),
+    ("mor-360m-r2", 32, 2, 12619, 86),
+    ("mor-360m-r4", 34, 4, 14216, 86),
+    ("mor-135m-r3", 32, 3, 36326, 86),
+    ("mor_share-360m-r3", 32, 3, 14672, 86),
+    ("recursive-1.7b-r3", 26, 3, 1922, 57),  # steps by the calculator
+])
+def test_paper_recipe(name, layers, r, steps, warmup):
+  made = config.from_config_dict(paper.get_config(name))
+  assert (made.model.num_layers, made.model.num_recursions) == (layers, r)
+  assert (made.train.steps, made.optim.warmup_steps) == (steps, warmup)
+  assert (made.data.seq_len, made.data.batch_size, made.model.vocab_size) == (2048, 1024, 49152)
+  optim = made.optim
+  assert (optim.learning_rate, optim.schedule, optim.cooldown_fraction) == (3e-3, "wsd", 0.2)
+  assert (optim.b1, optim.b2, optim.weight_decay, optim.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+  assert made.model.compute_dtype == "bfloat16" and made.model.cross_documents
+
+
+def test_paper_routers():
+  make = lambda name: config.from_config_dict(paper.get_config(name)).model
+  expert, token = make("mor-360m-r3").router, make("mor_token-360m-r3").router
+  assert (expert.name, expert.arch, expert.activation, expert.alpha) == (
+      "expert_choice", "linear", "sigmoid", 0.1)
+  assert (expert.sampling, expert.sampling_coef, expert.z_loss_coef) == ("aux_loss", 0.001, 0.0)
+  assert (token.name, token.arch, token.activation, token.alpha) == (
+      "token_choice", "linear", "softmax", 1.0)
+  assert (token.balancing, token.balance_coef, token.z_loss_coef) == ("loss", 0.1, 0.0)
+  assert make("mor_share-360m-r3").router == expert
+  assert make("mor_share-360m-r3").kv_plan == "shared"
+  assert make("recursive-360m-r3").router.name == make("vanilla-360m").router.name == "fixed"
+
+
+def test_three_recursions_are_the_default():
+  assert paper.get_config("mor-730m").to_dict() == paper.get_config("mor-730m-r3").to_dict()
+
+
+@pytest.mark.parametrize("name", [
+    "", "mor", "mor-3b", "moe-360m-r3", "mor-360m-r5", "mor-360m-r", "mor-360m-r33", "MOR-360m-r3",
+    "mor-360m-r3 ", "mor-360m-r3-x", "vanilla-360m-r3", "vanilla-360m-r1"])
+def test_paper_argument_out_of_the_family_is_named(name):
+  with pytest.raises(ValueError) as caught:
+    paper.get_config(name)
+  message = str(caught.value)
+  for part in [f"configs/paper.py:{name} ", *paper.MODELS, *paper.SIZES, "R in 2, 3, 4"]:
+    assert part in message
+  assert "\n" not in message
+
+
+def test_command_line_takes_the_argument_and_overrides(monkeypatch):
+  argv = ["main", f"--config={DIRECTORY / 'paper.py'}:mor-730m-r2", "--config.train.steps=7000",
+          "--config.model.router.capacity=(1.0, 0.25)"]
+  monkeypatch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values)
+  values(argv)
+  made = config.from_config_dict(values.config)
+  assert (made.model.d_model, made.train.steps, made.model.capacity) == (1536, 7000, (1.0, 0.25))
