@@ -1,0 +1,134 @@
+"""Losses: blocked cross-entropy, and the routers' auxiliary terms.
+
+Every term is a sum over tokens divided by a count over the *whole* batch, so it
+does not depend on how the batch is cut into micro-batches or devices:
+
+  nll       sum over targets / number of targets
+  sampling  sum_r  BCE over the candidates of step r / number of candidates
+  z         sum_r  logit^2 over candidates / number (token-choice: logsumexp^2)
+  balance   sum_i  (R * fraction_i) * mean p_i,  fraction_i of the whole batch
+
+Source: MoR paper §2.2.1 and Table 4. The official code divides the sampling
+loss by the micro-batch only, so its coefficient grows with accumulation.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from mor import config as config_lib
+from mor import types
+
+
+def block_len(batch: int, seq_len: int, block: int) -> int:
+  """The longest divisor t of `seq_len` with batch * t <= block (at least 1)."""
+  return max(t for t in range(1, seq_len + 1) if seq_len % t == 0 and (t == 1 or batch * t <= block))
+
+
+def _blocks(x: jax.Array, length: int) -> jax.Array:
+  """[B, T, ...] as [T / t, B, t, ...]: blocks in time, so rows stay on their device."""
+  batch, seq_len = x.shape[:2]
+  return jnp.moveaxis(x.reshape(batch, seq_len // length, length, *x.shape[2:]), 1, 0)
+
+
+def _unblock(x: jax.Array) -> jax.Array:
+  x = jnp.moveaxis(x, 0, 1)
+  return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _logits(hidden_BTD, embedding_VD):
+  return jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD.astype(hidden_BTD.dtype),
+                    preferred_element_type=jnp.float32)
+
+
+def _nll(logits_BTV, target_BT):
+  lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+  return lse_BT - jnp.take_along_axis(logits_BTV, target_BT[:, :, None], axis=-1)[:, :, 0], lse_BT
+
+
+def token_nll(params: dict, hidden_BTD: types.Activations, target_BT: types.Tokens, block: int) -> jax.Array:
+  """Negative log-likelihood of each target, float32; logits exist `block` tokens at a time."""
+  length = block_len(*target_BT.shape, block)
+  one = lambda xs: _nll(_logits(xs[0], params["embedding"]), xs[1])[0]
+  return _unblock(jax.lax.map(one, (_blocks(hidden_BTD, length), _blocks(target_BT, length))))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(hidden_BTD: types.Activations, embedding_VD: types.Embedding, target_BT: types.Tokens,
+                  weight_BT: jax.Array, block: int) -> jax.Array:
+  """Weighted sum of `token_nll`, whose gradient is computed in the same pass.
+
+  The forward pass of a gradient holds one block of logits and leaves the
+  gradients themselves as residuals: three products with the head, not four, and
+  no `[B, T, V]` array.
+  """
+  return jnp.sum(token_nll({"embedding": embedding_VD}, hidden_BTD, target_BT, block) * weight_BT)
+
+
+def _cross_entropy_forward(hidden_BTD, embedding_VD, target_BT, weight_BT, block):
+  length = block_len(*target_BT.shape, block)
+  dtype = hidden_BTD.dtype
+
+  def body(carry, xs):
+    loss, d_embedding_VD = carry
+    hidden, target, weight = xs
+    logits_BTV = _logits(hidden, embedding_VD)
+    nll_BT, lse_BT = _nll(logits_BTV, target)
+    hit_BTV = jax.lax.broadcasted_iota(target.dtype, logits_BTV.shape, 2) == target[:, :, None]
+    d_logits_BTV = (jnp.exp(logits_BTV - lse_BT[:, :, None]) - hit_BTV) * weight[:, :, None]
+    d_logits_BTV = d_logits_BTV.astype(dtype)
+    d_hidden = jnp.einsum("BTV,VD->BTD", d_logits_BTV, embedding_VD.astype(dtype))
+    d_embedding_VD += jnp.einsum("BTV,BTD->VD", d_logits_BTV, hidden, preferred_element_type=jnp.float32)
+    return (loss + jnp.sum(nll_BT * weight), d_embedding_VD), (d_hidden, nll_BT)
+
+  start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape, jnp.float32))
+  xs = tuple(_blocks(x, length) for x in (hidden_BTD, target_BT, weight_BT))
+  (loss, d_embedding_VD), (d_hidden, nll) = jax.lax.scan(body, start, xs)
+  return loss, (_unblock(d_hidden), d_embedding_VD.astype(embedding_VD.dtype), _unblock(nll))
+
+
+def _cross_entropy_backward(block, residuals, d_loss):
+  del block
+  d_hidden_BTD, d_embedding_VD, nll_BT = residuals
+  return (d_hidden_BTD * d_loss.astype(d_hidden_BTD.dtype), d_embedding_VD * d_loss, None, nll_BT * d_loss)
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def normalizers(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """The counts that `auxiliary` divides by, from a whole batch's sums."""
+  if config.router.name == "fixed":
+    return {}
+  norms = {"candidates": sums["candidates"], "tokens": sums["tokens"]}
+  if config.router.name == "token_choice":
+    norms["fraction"] = sums["chosen_R"] / jnp.maximum(sums["tokens"], 1.0)
+  return norms
+
+
+def auxiliary(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array],
+              norms: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Unscaled auxiliary losses of a micro-batch; they add up over micro-batches."""
+  router, terms = config.router, {}
+  if router.name == "fixed" or router.arch == "random":
+    return terms
+  if router.name == "expert_choice":
+    per_step = lambda x: jnp.sum(x / jnp.maximum(norms["candidates"], 1.0))
+    if router.sampling != "none":
+      terms["sampling"] = per_step(sums["sampling"])
+    terms["z"] = per_step(sums["z"])
+  if router.name == "token_choice":
+    tokens = jnp.maximum(norms["tokens"], 1.0)
+    terms["z"] = sums["z"] / tokens
+    if router.balancing == "loss":
+      fraction_R = jax.lax.stop_gradient(norms["fraction"])
+      terms["balance"] = jnp.sum(config.num_recursions * fraction_R * sums["prob_R"]) / tokens
+  return terms
+
+
+def weighted(config: config_lib.RouterConfig, terms: Mapping[str, jax.Array]) -> jax.Array:
+  """Sum of the auxiliary losses times their coefficients."""
+  coefs = {"sampling": config.sampling_coef, "z": config.z_loss_coef, "balance": config.balance_coef}
+  return sum((coefs[name] * term for name, term in terms.items()), jnp.zeros((), jnp.float32))

@@ -1,0 +1,201 @@
+"""One training step: micro-batches, gradients, update, metrics; jitted once."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import optax
+
+from mor import config as config_lib
+from mor import sharding
+from mor.model import transformer
+from mor.model.routers import expert_choice
+from mor.train import loss as loss_lib
+from mor.train import optim
+
+
+@struct.dataclass
+class TrainState:
+  """All that a step changes. `balance` holds token-choice's loss-free bias."""
+
+  step: jax.Array
+  params: dict
+  opt_state: Any
+  balance: dict
+
+
+def init_state(config: config_lib.Config, mesh: Mesh) -> TrainState:
+  """The state at step 0, made on its devices; a function of `config.seed`."""
+  shardings = state_shardings(config, mesh)
+  with jax.set_mesh(mesh):
+    return jax.jit(lambda: _init(config), out_shardings=shardings)()
+
+
+def state_shapes(config: config_lib.Config) -> TrainState:
+  """`ShapeDtypeStruct`s of the state."""
+  return jax.eval_shape(lambda: _init(config))
+
+
+def state_shardings(config: config_lib.Config, mesh: Mesh) -> TrainState:
+  """`NamedSharding` of every leaf of the state."""
+  return sharding.tree_shardings(mesh, state_shapes(config))
+
+
+def _init(config: config_lib.Config) -> TrainState:
+  tokens_BT = jnp.zeros((1, 2), jnp.int32)
+  variables = transformer.Transformer(config.model).init(jax.random.key(config.seed), tokens_BT)
+  params = variables["params"]
+  return TrainState(jnp.zeros((), jnp.int32), params, optim.make(config).init(params), dict(variables.get("balance", {})))
+
+
+def make_train_step(config: config_lib.Config, mesh: Mesh) -> Callable:
+  """`train_step(state, batch, step=None) -> (state, metrics)`.
+
+  `step` is the host's copy of `state.step`; it is needed only during a capacity
+  warm-up, where it picks the static widths, and read from the device if absent.
+  The state is donated.
+
+  Raises:
+    ValueError: the rows of a micro-batch do not divide among the devices.
+  """
+  rows, devices = config.data.batch_size // config.train.accumulation, mesh.shape["data"]
+  if rows % devices:
+    raise ValueError(f"data.batch_size / train.accumulation = {rows} rows is not a multiple of mesh.data={devices}; "
+                     f"use {rows - rows % devices or devices} or {rows - rows % devices + devices} rows")
+  shardings = state_shardings(config, mesh)
+  replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+  jitted = jax.jit(
+      lambda state, batch, bucket: update(config, state, batch, bucket), static_argnums=2, donate_argnums=0,
+      in_shardings=(shardings, by_row), out_shardings=(shardings, replicated))
+  warmup = config.model.router.capacity_warmup_steps
+
+  def train_step(state: TrainState, batch: Mapping[str, jax.Array], step: int | None = None):
+    bucket = None
+    if warmup:
+      step = int(state.step) if step is None else step
+      bucket = min(expert_choice.WARMUP_BUCKETS, step * expert_choice.WARMUP_BUCKETS // warmup)
+    with jax.set_mesh(mesh):
+      return jitted(state, batch, bucket)
+
+  train_step.jitted = jitted
+  return train_step
+
+
+def update(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax.Array],
+           bucket: int | None) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The pure step."""
+  parts = config.train.accumulation
+  targets = jnp.sum(batch["loss_mask_BT"], dtype=jnp.float32)
+  grad_fn = jax.value_and_grad(micro_loss, argnums=1, has_aux=True)
+
+  def one(micro, norms, part):
+    (_, aux), grads = grad_fn(config, state.params, state, micro, targets, norms, bucket, part)
+    return aux, grads
+
+  if parts == 1:
+    (terms, sums), grads = one(batch, None, 0)
+  else:
+    # Rows a, a + parts, …: every device keeps its own rows.
+    micros = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), dict(batch))
+    norms = _normalizers(config, state, micros)
+    first = jax.tree.map(lambda x: x[0], micros)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, norms, 0))
+    add = lambda total, xs: (jax.tree.map(jnp.add, total, one(xs[0], norms, xs[1])), None)
+    ((terms, sums), grads), _ = jax.lax.scan(add, zeros, (micros, jnp.arange(parts)))
+
+  updates, opt_state = optim.make(config).update(grads, state.opt_state, state.params)
+  new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state,
+                         _balance(config.model, state, sums))
+  metrics = {
+      **terms,
+      "grad_norm": optax.global_norm(grads),
+      "learning_rate": jnp.asarray(optim.learning_rate(config)(state.step), jnp.float32),
+      **router_metrics(config.model, sums),
+  }
+  return new_state, metrics
+
+
+def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch: Mapping[str, jax.Array],
+               targets: jax.Array, norms: Mapping[str, jax.Array] | None, bucket: int | None, part):
+  """Loss of a micro-batch, as its share of the whole batch's.
+
+  Args:
+    config: the experiment.
+    params: differentiated.
+    state: step and balance.
+    batch: rows of the micro-batch.
+    targets: number of targets of the whole batch.
+    norms: counts of the whole batch; None where the micro-batch is the batch.
+    bucket: see `Transformer`.
+    part: index of the micro-batch.
+  """
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), part)
+  out = transformer.Transformer(config.model).apply(
+      {"params": params, "balance": state.balance}, batch["tokens_BT"], batch["segment_BT"], routing="select",
+      train_step=state.step, bucket=bucket, key=key)
+  weight_BT = batch["loss_mask_BT"] / jnp.maximum(targets, 1.0)
+  nll = loss_lib.cross_entropy(out.hidden_BTD, params["embedding"], batch["target_BT"], weight_BT,
+                               config.train.loss_block)
+  norms = loss_lib.normalizers(config.model, out.sums) if norms is None else norms
+  aux = loss_lib.auxiliary(config.model, out.sums, norms)
+  loss = nll + loss_lib.weighted(config.model.router, aux)
+  terms = {"loss": loss, "nll": nll, **{f"{name}_loss": term for name, term in aux.items()}}
+  return loss, (terms, dict(out.sums))
+
+
+def _normalizers(config, state, micro) -> dict[str, jax.Array]:
+  """The whole batch's counts before its micro-batches run.
+
+  Expert-choice's follow from the rows' lengths; token-choice's need the prelude
+  and the router, a small part of the forward pass.
+  """
+  model = transformer.Transformer(config.model)
+  name = config.model.router.name
+  if name == "fixed":
+    return {}
+  valid_BT = micro["segment_BT"].reshape(-1, micro["segment_BT"].shape[-1]) != 0
+  tokens = jnp.sum(valid_BT, dtype=jnp.float32)
+  if name == "expert_choice":
+    kept_RB = expert_choice.ExpertChoice(config.model).kept(valid_BT, state.step)
+    kept_R = jnp.sum(kept_RB, axis=1, dtype=jnp.float32)
+    return {"candidates": jnp.concatenate([tokens[None], kept_R[:-1]]), "tokens": tokens}
+  sums = jax.lax.map(
+      lambda batch: model.apply({"params": state.params, "balance": state.balance}, batch["tokens_BT"],
+                                batch["segment_BT"], train_step=state.step, method="depth_sums"), micro)
+  chosen_R = jnp.sum(sums["chosen_R"], axis=0)
+  return {"tokens": tokens, "fraction": chosen_R / jnp.maximum(tokens, 1.0)}
+
+
+def _balance(config: config_lib.ModelConfig, state: TrainState, sums: Mapping[str, jax.Array]) -> dict:
+  """Loss-free balancing: the bias moves toward the underloaded depths."""
+  router = config.router
+  if router.balancing != "loss_free":
+    return state.balance
+  load_R = sums["chosen_R"] / jnp.maximum(sums["tokens"], 1.0)
+  bias_R = state.balance["bias_R"] + router.bias_update_rate * jnp.sign(jnp.mean(load_R) - load_R)
+  return {"bias_R": jnp.where(state.step < router.balance_warmup_steps, 0.0, bias_R)}
+
+
+def router_metrics(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """Routing statistics of a batch; {} without a router.
+
+  load_r: fraction of tokens that step r (from 1) processes. sampling_accuracy:
+  fraction of candidates whose logit predicts the top-k. dead_tokens: fraction of
+  positions that no row keeps to the last step. max_vio: largest load over the
+  mean load, minus 1. entropy: of the depth distribution, nats.
+  """
+  if config.router.name == "fixed":
+    return {}
+  tokens = jnp.maximum(sums["tokens"], 1.0)
+  metrics = {f"load_{r + 1}": sums["kept"][r] / tokens for r in range(config.num_recursions)}
+  metrics["dead_tokens"] = jnp.mean(sums["last_T"] == 0, dtype=jnp.float32)
+  if "correct" in sums:
+    metrics["sampling_accuracy"] = jnp.sum(sums["correct"]) / jnp.maximum(jnp.sum(sums["candidates"]), 1.0)
+  if "chosen_R" in sums:
+    load_R = sums["chosen_R"] / tokens
+    metrics["max_vio"] = jnp.max(load_R) / jnp.maximum(jnp.mean(load_R), 1e-9) - 1.0
+    metrics["entropy"] = sums["entropy"] / tokens
+  return metrics
