@@ -126,6 +126,8 @@ class ModelConfig:
       _require(len(self.router.capacity) == r,
                f"router.capacity={self.router.capacity} has {len(self.router.capacity)} entries for "
                f"{r} recursions", f"give {r} fractions, or () for (R-r)/R")
+    for field in ("rope_theta", "norm_eps", "init_std"):
+      _require(getattr(self, field) > 0, f"model.{field}={getattr(self, field)}", "use a value > 0")
     routed = self.router.name != "fixed"
     if routed and self.kv_plan != "recursion_wise":
       _require(self.sharing in ("vanilla", "cycle", "middle_cycle"),
@@ -187,6 +189,9 @@ class OptimConfig:
     _require(0 <= self.cooldown_fraction <= 1, f"optim.cooldown_fraction={self.cooldown_fraction}",
              "use a fraction in [0, 1]")
     _require(0 <= self.end_ratio <= 1, f"optim.end_ratio={self.end_ratio}", "use a fraction in [0, 1]")
+    _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optim.b1={self.b1}, b2={self.b2}", "use decays in [0, 1)")
+    _require(self.eps > 0, f"optim.eps={self.eps}", "use a value > 0")
+    _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}", "use a value >= 0")
     _require(self.clip_norm >= 0, f"optim.clip_norm={self.clip_norm}", "use 0 for off, or a positive norm")
 
 

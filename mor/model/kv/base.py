@@ -39,10 +39,10 @@ class KVPlan:
 
 @struct.dataclass
 class KV:
-  """Keys (rotated) and values of one layer."""
+  """Keys (rotated) and values of one layer, or of layers stacked before B."""
 
-  k_BSKH: types.Keys
-  v_BSKH: types.Keys
+  k_BSKH: jax.Array
+  v_BSKH: jax.Array
 
 
 @struct.dataclass
