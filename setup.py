@@ -41,10 +41,9 @@ setuptools.setup(
         "test": [
             "beartype>=0.20",
             "chex>=0.1.90",
-            "hypothesis>=6.100",
             "ipykernel>=6.29",
-            "jupytext>=1.16",
-            "nbmake>=1.5",
+            "nbclient>=0.10",
+            "nbformat>=5.10",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "tensorboard>=2.18",

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,7 @@ def test_router_of_the_readme(monkeypatch):
       wanted_BT = np.array(batch["segment_BT"] > 0)
       wanted_BT[:, np.arange(config.data.seq_len) % 2**r != 0] = False
       np.testing.assert_array_equal(keep_BT, wanted_BT)
-  np.testing.assert_allclose(hidden["gathered"], hidden["masked"], atol=1e-5)
+  chex.assert_trees_all_close(hidden["gathered"], hidden["masked"], atol=1e-5)
 
 
 def test_names_of_the_readme_exist():
