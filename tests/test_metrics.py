@@ -68,6 +68,8 @@ def test_throughput_counts_steps_between_restarts(monkeypatch):
   assert meter.read(1) == {}
   now[0] += 4
   assert meter.read(3) == pytest.approx(dict(tokens_per_second=24, mfu=24e9 / (2 * 989e12)))
+  meter.pause()
+  assert not meter.running
   now[0] += 100
   meter.restart(3)
   now[0] += 1

@@ -33,8 +33,8 @@ def peak_flops(device_kind: str) -> float | None:
 class Throughput:
   """Tokens per second, and MFU where the device's peak is known.
 
-  Time between `restart` and `read` counts; compilation, evaluation and saving
-  are left out by restarting after them.
+  Only the time between `restart` and `pause` counts, so compilation, evaluation
+  and saving are left out.
   """
 
   def __init__(self, tokens_per_step: int, flops_per_token: float, device_kind: str, num_devices: int):
@@ -42,6 +42,14 @@ class Throughput:
     self._flops_per_token = flops_per_token
     peak = peak_flops(device_kind)
     self._peak = peak and peak * num_devices
+    self._mark = None
+
+  @property
+  def running(self) -> bool:
+    return self._mark is not None
+
+  def pause(self) -> None:
+    """What happens from now on does not count, until `restart` or `read`."""
     self._mark = None
 
   def restart(self, step: int) -> None:

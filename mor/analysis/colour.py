@@ -1,0 +1,72 @@
+"""Text whose tokens show their recursion depth, for terminals and pages."""
+
+from collections.abc import Sequence
+import html
+from typing import Any
+
+# From shallow to deep: 256-colour terminal code and the same colour on a page.
+_PALETTE = ((230, "#ffffd7"), (222, "#ffd787"), (215, "#ffaf5f"), (208, "#ff8700"), (202, "#ff5f00"), (160, "#d70000"))
+
+
+def shade(depth: int, num_recursions: int) -> int | None:
+  """Index of a depth's colour: spread over the palette, None for depth 0."""
+  if depth <= 0:
+    return None
+  top = len(_PALETTE) - 2 if num_recursions < 4 else len(_PALETTE) - 1
+  return round((depth - 1) / max(num_recursions - 1, 1) * top)
+
+
+def page_colour(depth: int, num_recursions: int) -> str:
+  """Hexadecimal colour of a depth; white for 0."""
+  index = shade(depth, num_recursions)
+  return "#ffffff" if index is None else _PALETTE[index][1]
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+  """The text that each id adds; together they are the decoded text.
+
+  Bytes of one character that are split over tokens show at the last of them.
+  """
+  out, shown = [], 0
+  for i in range(len(ids)):
+    text = tokenizer.decode(ids[:i + 1])
+    if text.endswith("\N{REPLACEMENT CHARACTER}") and i + 1 < len(ids):
+      out.append("")
+      continue
+    out.append(text[shown:])
+    shown = max(shown, len(text))
+  return out
+
+
+def terminal(parts: Sequence[str], depths: Sequence[int], num_recursions: int, coloured: bool, width: int = 80) -> str:
+  """The text and its legend, coloured, or with digits of the depths beneath."""
+  if coloured:
+    legend = " ".join(_ansi(f" {d} ", d, num_recursions) for d in range(1, num_recursions + 1))
+    body = "".join(_ansi(part, d, num_recursions) for part, d in zip(parts, depths))
+    return f"{body}\n\nrecursion steps: {legend}"
+  text = "".join(parts).replace("\n", "⏎").replace("\t", " ")
+  digits = "".join((_digit(d) * len(part)) for part, d in zip(parts, depths))
+  rows = [f"{text[i:i + width]}\n{digits[i:i + width]}" for i in range(0, len(text), width)]
+  return "\n".join([*rows, "", f"(beneath each token: the recursion steps it took, 1 to {num_recursions})"])
+
+
+def page(parts: Sequence[str], depths: Sequence[int], num_recursions: int) -> str:
+  """The text as HTML, one span a token."""
+  spans = [f'<span style="background:{page_colour(d, num_recursions)}" title="depth {d}">{html.escape(part)}</span>'
+           for part, d in zip(parts, depths) if part]
+  legend = " ".join(f'<span style="background:{page_colour(d, num_recursions)}">&nbsp;{d}&nbsp;</span>'
+                    for d in range(1, num_recursions + 1))
+  return f'<p class="tokens">{"".join(spans)}</p>\n<p>recursion steps: {legend}</p>'
+
+
+def _digit(depth: int) -> str:
+  return str(depth) if depth < 10 else "+"
+
+
+def _ansi(text: str, depth: int, num_recursions: int) -> str:
+  """Colours each line on its own, so that a line's end is not filled."""
+  index = shade(depth, num_recursions)
+  if index is None or not text:
+    return text
+  start = f"\x1b[38;5;16;48;5;{_PALETTE[index][0]}m"
+  return "\n".join(f"{start}{line}\x1b[0m" if line else "" for line in text.split("\n"))

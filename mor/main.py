@@ -1,0 +1,183 @@
+"""The command line.
+
+  python -m mor.main --config=configs/quickstart.py --workdir=runs/quickstart
+  python -m mor.main --workdir=runs/quickstart --mode=sample --prompt="My fellow"
+
+Modes: `train` starts or resumes the run of a workdir; `eval` prints its held-out
+figures as a JSON object; `sample` continues a prompt; `info` prints the size and
+cost of a config as a JSON object. `eval` and `sample` take the config from the
+workdir where none is given.
+
+Exit status: 0 done; 2 something given is wrong, or the disk is full; 1 training
+diverged; 75 (EX_TEMPFAIL) stopped by SIGINT or SIGTERM, and the same command
+goes on. Errors are one line; MOR_TRACEBACK=1 shows where they come from.
+"""
+
+from collections.abc import Callable, Sequence
+import json
+import os
+import pathlib
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+from ml_collections import config_flags
+
+from mor import checkpoint
+from mor import config as config_lib
+from mor import sharding
+from mor.analysis import info
+from mor.data import text
+from mor.train import evaluate
+from mor.train import finish
+from mor.train import loop
+from mor.train import step as step_lib
+
+STOPPED, WRONG, DIVERGED = 75, 2, 1
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py; see configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
+_BUDGET = flags.DEFINE_float("budget", None, "info: forward FLOPs to turn into steps, e.g. 16.5e18.")
+_PROMPT = flags.DEFINE_string("prompt", None, "sample: text to continue; default train.sample_prompt.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "sample: new tokens at most.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "sample: 0 takes the most likely token.")
+_SEED = flags.DEFINE_integer("seed", 0, "sample: seed of the draws.")
+
+
+def _train() -> int:
+  outcome = loop.train(_config("train"), _workdir("train"))
+  print(outcome.text, flush=True)
+  return 0 if outcome.summary is not None else STOPPED
+
+
+def _eval() -> int:
+  config, state, step, mesh = _restore("eval")
+  corpus = text.load(config.data, config.model.vocab_size)
+  figures = loop.evaluator(config, mesh, corpus)(state)
+  compressors = evaluate.compressed_bits_per_byte(corpus.validation_text())
+  print(json.dumps({"step": step, **figures, **compressors}))
+  return 0
+
+
+def _sample() -> int:
+  config, state, _, _ = _restore("sample")
+  prompt = config.train.sample_prompt if _PROMPT.value is None else _PROMPT.value
+  print(finish.sample(config, {"params": state.params, "balance": state.balance}, text.load_tokenizer(config.data),
+                      prompt, _MAX_TOKENS.value, _TEMPERATURE.value, _SEED.value))
+  return 0
+
+
+def _info() -> int:
+  print(json.dumps(info.info(_config("info"), _BUDGET.value)))
+  return 0
+
+
+MODES: dict[str, Callable[[], int]] = {"train": _train, "eval": _eval, "sample": _sample, "info": _info}
+_MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
+
+
+def _config(mode: str) -> config_lib.Config:
+  if _CONFIG.value is None:
+    raise ValueError(f"--mode={mode} needs a config; give --config=FILE, e.g. --config=configs/quickstart.py")
+  return config_lib.from_config_dict(_CONFIG.value)
+
+
+def _workdir(mode: str) -> str:
+  if not _WORKDIR.value:
+    raise ValueError(f"--mode={mode} needs a directory; give --workdir=DIR, e.g. --workdir=runs/quickstart")
+  return _WORKDIR.value
+
+
+def _restore(mode: str) -> tuple[config_lib.Config, step_lib.TrainState, int, jax.sharding.Mesh]:
+  """Config, newest state and its step, of a run that may be running still."""
+  with checkpoint.Checkpoints(_workdir(mode), read_only=True) as checkpoints:
+    if checkpoints.latest_step() is None:
+      raise ValueError(f"{checkpoints.directory} holds no checkpoint; train first with --mode=train, "
+                       "or give the --workdir of a run")
+    config = checkpoints.config() if _CONFIG.value is None else _config(mode)
+    checkpoints.check(config)
+    mesh = sharding.make_mesh(config.mesh)
+    return config, *loop.restore_or_init(config, mesh, checkpoints), mesh
+
+
+def _main(argv: Sequence[str]) -> int:
+  """Runs the mode; what is wrong with the request is one line and a status."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.FATAL)  # libraries log pages on what we say in a line
+  _keep_compiled_programs()
+  try:
+    if argv[1:]:
+      raise ValueError(f"unexpected argument {argv[1]!r}; every option is --name=value")
+    return MODES[_MODE.value]()
+  except KeyboardInterrupt:
+    print("interrupted; run the same command to go on", file=sys.stderr)
+    return STOPPED
+  except FloatingPointError as error:
+    return _fail(error, DIVERGED)
+  except (ValueError, OSError) as error:
+    return _fail(error, WRONG)
+
+
+def _fail(error: Exception, status: int) -> int:
+  if os.environ.get("MOR_TRACEBACK"):
+    raise error
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+  print(f"error: {lines[0]}", file=sys.stderr)
+  return status
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Parses flags; a mistake in them, or in the config file, ends the program in one line."""
+  try:
+    for arg, following in zip(argv, [*argv[1:], ""]):
+      name, given, value = arg.lstrip("-").partition("=")
+      path = (value if given else following).split(":")[0]
+      if arg.startswith("-") and name == "config" and not pathlib.Path(path).is_file():
+        raise ValueError(f"--config={path}: no such file; use one of configs/*.py, or your own")
+    return flags.FLAGS(argv)
+  except Exception as error:  # a config file is a program and may raise anything
+    sys.exit(_fail(ValueError(_explain(error, argv)), WRONG))
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> str:
+  """What a user needs of the errors of absl and ml_collections."""
+  message = str(error)
+  if isinstance(error, (AttributeError, KeyError)):  # these quote what they say, once or twice
+    message = message.replace("\\n", "\n").replace("\\'", "'").strip("'\"")
+  lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
+  if isinstance(error, flags.UnrecognizedFlagError):
+    if error.flagname.startswith("config."):
+      return f"--{error.flagname} without --config; give --config=FILE before it"
+    return f"{' '.join(lines)}; --help lists all"
+  if "before a value for --config" in lines[0]:
+    return f"{lines[0]}; give --config=FILE first"
+  if "Error whilst parsing config file" in lines[0]:
+    return f"{lines[0].split(': Error whilst')[0]}: {lines[-1].partition(': ')[2] or lines[-1]}"
+  if isinstance(error, (AttributeError, KeyError)):
+    name = lines[0].strip("'")
+    given = next((arg for arg in argv if arg.startswith("--config.") and name in arg.split("=")[0].split(".")), None)
+    if given:
+      return f"{given}: unknown config field; {' '.join([*lines[1:], 'configs/base.py lists every field'])}"
+  if isinstance(error, (flags.Error, ValueError)):
+    return " ".join(lines[:2])
+  return f"the config file fails with {type(error).__name__}: {lines[0]}"
+
+
+def _keep_compiled_programs() -> None:
+  """A later run of the same program does not compile again."""
+  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mor" / "jax"
+  for name, value in (("jax_compilation_cache_dir", str(cache)), ("jax_persistent_cache_min_compile_time_secs", 0.0),
+                      ("jax_persistent_cache_min_entry_size_bytes", -1)):
+    if name.upper() not in os.environ:
+      jax.config.update(name, value)
+
+
+def run() -> None:
+  """Entry point."""
+  app.run(_main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+  run()

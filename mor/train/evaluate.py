@@ -1,0 +1,115 @@
+"""Held-out loss, under the routing of training and under the causal one.
+
+  oracle  `select`: expert-choice sees the whole row, as in training
+  causal  `decide`: what generation can do; the figure to compare models by
+  nll     nats per target token;  bpb = nll of all targets / ln 2 / their bytes
+
+Bits per byte count the bytes of text that the targets stand for, so they do not
+depend on the tokenizer; ends of documents are targets of no bytes, and count.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import functools
+import lzma
+import math
+from typing import Any
+import zlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from mor import config as config_lib
+from mor.model import transformer
+from mor.train import batches as batches_lib
+from mor.train import loss as loss_lib
+
+Batch = Mapping[str, np.ndarray]
+
+
+def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Callable[..., dict[str, float]]:
+  """`evaluate(params, balance, batches) -> metrics`.
+
+  Args:
+    config: the experiment.
+    mesh: where the batches go.
+    num_bytes_V: bytes of text that each token id stands for.
+
+  Returns:
+    A function whose metrics are nll_, bpb_ and load_ (fraction of tokens that
+    step r processes, r from 1) for "causal" and, of routed models, "oracle";
+    `agreement`, the fraction of (token, step) that both route alike, over steps
+    that may drop tokens; and the counts `targets` and `bytes`.
+  """
+  num_bytes_V = jnp.asarray(num_bytes_V, jnp.int32)
+  jitted = jax.jit(functools.partial(_sums, config))
+
+  def evaluate(params: dict, balance: dict, batches: Iterable[Batch]) -> dict[str, float]:
+    total, pending = {}, None
+    for batch in batches:
+      with jax.set_mesh(mesh):
+        sums = jitted(params, balance, num_bytes_V, batches_lib.put(mesh, batch))
+      total = _add(total, pending)  # the batch before, while this one runs
+      pending = sums
+    return _metrics(config.model, _add(total, pending))
+
+  return evaluate
+
+
+def routings(model: config_lib.ModelConfig) -> dict[str, str]:
+  """Name of each figure and the routing behind it."""
+  return {"causal": "decide"} if model.router.name == "fixed" else {"causal": "decide", "oracle": "select"}
+
+
+def compressed_bits_per_byte(text: str) -> dict[str, float]:
+  """What `gzip -9` and `xz -9` need for (at most 64 MiB of) the same text."""
+  data = text.encode()[:2**26]
+  packed = {"gzip": zlib.compress(data, 9), "xz": lzma.compress(data, preset=9)}
+  return {f"bpb_{name}": 8 * len(out) / max(len(data), 1) for name, out in packed.items()}
+
+
+def _sums(config: config_lib.Config, params: dict, balance: dict, num_bytes_V: jax.Array,
+          batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """What a batch adds to each sum."""
+  valid_BT, mask_BT = batch["segment_BT"] != 0, batch["loss_mask_BT"]
+  byte_BT = num_bytes_V[batch["target_BT"]]
+  sums = {"tokens": jnp.sum(valid_BT), "targets": jnp.sum(mask_BT), "bytes": jnp.sum(jnp.where(mask_BT, byte_BT, 0))}
+  keep = {}
+  for name, routing in routings(config.model).items():
+    out = transformer.Transformer(config.model).apply(
+        {"params": params, "balance": balance}, batch["tokens_BT"], batch["segment_BT"], routing=routing,
+        key=jax.random.key(config.seed))
+    nll_BT = loss_lib.token_nll(params, out.hidden_BTD, batch["target_BT"], config.train.loss_block)
+    keep[name] = out.keep_RBT & valid_BT[None]
+    sums[f"nll_{name}"] = jnp.sum(jnp.where(mask_BT, nll_BT, 0.0))
+    sums[f"kept_{name}"] = jnp.sum(keep[name], axis=(1, 2))
+  if "oracle" in keep:
+    same_RBT = (keep["causal"] == keep["oracle"]) & valid_BT[None]
+    sums["same"] = jnp.sum(same_RBT, axis=(1, 2))
+  return sums
+
+
+def _add(total: dict[str, Any], sums: Mapping[str, jax.Array] | None) -> dict[str, Any]:
+  """Sums over batches in float64, which 32 bits would round."""
+  if sums is None:
+    return total
+  return {k: total.get(k, 0.0) + np.asarray(v, np.float64) for k, v in jax.device_get(sums).items()}
+
+
+def _metrics(model: config_lib.ModelConfig, total: Mapping[str, Any]) -> dict[str, float]:
+  if not total or not total["targets"]:
+    raise ValueError("there are no held-out tokens to evaluate; use a larger data.validation_fraction, "
+                     "or name a data.validation_source")
+  metrics = {}
+  for name in routings(model):
+    metrics[f"nll_{name}"] = total[f"nll_{name}"] / total["targets"]
+    metrics[f"bpb_{name}"] = total[f"nll_{name}"] / math.log(2) / max(total["bytes"], 1.0)
+    if model.num_recursions > 1:
+      for r, kept in enumerate(total[f"kept_{name}"]):
+        metrics[f"load_{name}_{r + 1}"] = kept / total["tokens"]
+  if "same" in total:
+    dropping = [r for r, fraction in enumerate(model.capacity) if fraction < 1] or range(model.num_recursions)
+    metrics["agreement"] = np.mean([total["same"][r] for r in dropping]) / total["tokens"]
+  metrics |= {"targets": total["targets"], "bytes": total["bytes"]}
+  return {k: float(v) for k, v in metrics.items()}

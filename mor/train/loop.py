@@ -1,0 +1,171 @@
+"""The training loop: one run from its latest checkpoint to its last step.
+
+The loop never waits for the step it has just dispatched: it reads the metrics of
+the one before. Before an evaluation or a save it reads them all, so that a state
+whose loss or gradient is not finite is never saved.
+
+What a run leaves in its workdir: checkpoints/, metrics.jsonl, tensorboard/, and
+at the end report.html, report.png and summary.json.
+"""
+
+from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+
+from mor import checkpoint
+from mor import config as config_lib
+from mor import sharding
+from mor.analysis import flops
+from mor.data import prefetch
+from mor.data import text
+from mor.train import batches as batches_lib
+from mor.train import evaluate as evaluate_lib
+from mor.train import finish
+from mor.train import metrics as metrics_lib
+from mor.train import progress
+from mor.train import step as step_lib
+from mor.train import stop as stop_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """Where a call of `train` ended.
+
+  Attributes:
+    step: finished optimizer steps; the checkpoint of this step is saved.
+    summary: final figures; None where a signal stopped the run before its end.
+    text: what to print at the end.
+  """
+
+  step: int
+  summary: Mapping[str, float] | None
+  text: str
+
+
+def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
+  """Trains, or goes on training, the run of `workdir`.
+
+  The result does not depend on where a run was interrupted: parameters are
+  bitwise those of an uninterrupted run on the same machine.
+
+  Raises:
+    FloatingPointError: the loss or the gradient of a step is not finite.
+    OSError: a checkpoint or the metrics cannot be written.
+    ValueError: the config, the data or the workdir do not fit.
+  """
+  mesh = sharding.make_mesh(config.mesh)
+  with checkpoint.Checkpoints(workdir, read_only=True) as existing:  # a wrong request creates nothing
+    existing.check(config)
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(stop_lib.Stop())
+    corpus = text.load(config.data, config.model.vocab_size)
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config.train.keep_checkpoints))
+    state, start = restore_or_init(config, mesh, checkpoints)
+    main = jax.process_index() == 0
+    writer = stack.enter_context(metrics_lib.Writer(workdir, start, enabled=main))
+    shown = stack.enter_context(progress.Progress(start, config.train.steps, enabled=main))
+    shown.say(f"resuming at step {start}" if start else f"starting in {workdir}")
+    evaluate = evaluator(config, mesh, corpus)
+    state, step = _steps(config, mesh, corpus, state, start, evaluate, checkpoints, writer, shown, stop)
+  if step < config.train.steps:
+    return Outcome(step, None, f"stopped at step {step} of {config.train.steps}, saved; "
+                   "run the same command to go on")
+  return Outcome(step, *finish.finish(config, workdir, corpus, lambda: evaluate(state), state.params, state.balance))
+
+
+def restore_or_init(config: config_lib.Config, mesh: jax.sharding.Mesh,
+                    checkpoints: checkpoint.Checkpoints) -> tuple[step_lib.TrainState, int]:
+  """The newest checkpoint's state, or a fresh one, and its step."""
+  start = checkpoints.latest_step()
+  if start is None:
+    return step_lib.init_state(config, mesh), 0
+  shapes, shardings = step_lib.state_shapes(config), step_lib.state_shardings(config, mesh)
+  target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  return checkpoints.restore(target), start
+
+
+def evaluator(config: config_lib.Config, mesh: jax.sharding.Mesh,
+              corpus: text.Corpus) -> Callable[[step_lib.TrainState], dict[str, float]]:
+  """`evaluate(state) -> metrics` over `train.eval_rows` held-out rows."""
+  evaluate = evaluate_lib.make(config, mesh, corpus.tokenizer.num_bytes_V)
+  return lambda state: evaluate(state.params, state.balance, corpus.validation.in_order(
+      config.data.batch_size, config.train.eval_rows))
+
+
+def _steps(config, mesh, corpus, state, start, evaluate, checkpoints, writer, shown, stop):
+  """The loop itself; returns the state and the number of finished steps."""
+  plan, step = config.train, start
+  train_step = step_lib.make_train_step(config, mesh)
+  log = _Log(config, mesh, writer, shown)
+  rows = batches_lib.local_rows(mesh, config.data.batch_size)
+  make_batch = lambda step: sharding.put_batch(mesh, corpus.train.batch(step, rows))
+  with contextlib.closing(prefetch.prefetch(make_batch, start, plan.steps)) as batches:
+    for batch in batches:
+      state, values = train_step(state, batch, step)
+      step += 1
+      log.put(step, values)
+      last = step == plan.steps
+      if last or step % plan.eval_every == 0:
+        log.flush()
+        held_out = evaluate(state)
+        writer.write(step, "eval", held_out)
+        shown.say(describe_eval(step, held_out))
+      if last or stop.requested or step % plan.checkpoint_every == 0:
+        log.flush()
+        checkpoints.save(step, state, config)
+      if stop.requested:
+        break
+  checkpoints.wait()
+  return state, step
+
+
+def describe_eval(step: int, held_out: Mapping[str, float]) -> str:
+  """One line on an evaluation."""
+  figures = "  ".join(f"{name} {held_out[f'bpb_{name}']:.4f} bits/byte (nll {held_out[f'nll_{name}']:.4f})"
+                      for name in ("causal", "oracle") if f"bpb_{name}" in held_out)
+  return f"step {step} held out: {figures}"
+
+
+class _Log:
+  """Reads every step's metrics one step late, checks them, writes some."""
+
+  def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh, writer: metrics_lib.Writer,
+               shown: progress.Progress):
+    self._every, self._writer, self._shown = config.train.log_every, writer, shown
+    self._meter = metrics_lib.Throughput(
+        config.data.batch_size * config.data.seq_len,
+        flops.train_flops_per_token(config.model, config.data.seq_len), mesh.devices.flat[0].device_kind,
+        mesh.devices.size)
+    self._pending: tuple[int, Any] | None = None
+
+  def put(self, step: int, values: Mapping[str, jax.Array]) -> None:
+    """Takes the metrics of `step`, running now; reads those of the step before."""
+    before, self._pending = self._pending, (step, values)
+    if before:
+      self._read(*before)
+
+  def flush(self) -> None:
+    """Waits for the last step; what follows does not count as training time."""
+    before, self._pending = self._pending, None
+    if before:
+      self._read(*before)
+    self._meter.pause()
+
+  def _read(self, step: int, values: Mapping[str, jax.Array]) -> None:
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
+      raise FloatingPointError(
+          f"loss={values['loss']} and grad_norm={values['grad_norm']} at step {step}, so nothing was saved after "
+          "the step before it; lower optim.learning_rate or lengthen optim.warmup_steps, in another --workdir")
+    self._shown.step(step)
+    if step % self._every == 0:
+      values |= self._meter.read(step)
+      self._writer.write(step, "train", values)
+      self._shown.show(step, values)
+    elif not self._meter.running:  # the first step compiles, and an evaluation is no training
+      self._meter.restart(step)
