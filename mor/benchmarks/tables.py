@@ -1,0 +1,83 @@
+"""Rewrites the tables of README.md from the results that were measured.
+
+  python -m mor.benchmarks.tables
+
+Between `<!-- table:NAME -->` and the next `<!-- end -->` stands the table of
+`benchmarks/results/NAME.json`, in the form of the benchmark that made it, under
+a line that says how. Nothing else changes.
+"""
+
+from collections.abc import Callable
+import json
+import pathlib
+import re
+
+from mor.benchmarks import results
+
+MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def train_throughput(record: dict) -> list[list[str]]:
+  """Header and rows: time, FLOPs and memory of a step against the first model's."""
+  head = ["model", "parameters*", "seconds a step", "time ratio (min–max)", "FLOP ratio: causal, executed",
+          "time / FLOP ratio", "peak memory ratio"]
+  rows = []
+  for row in record["models"]:
+    ratio, seconds = row[f"{record['clock']}_ratio"], row[f"{record['clock']}_seconds"]
+    rows.append([
+        row["model"],
+        f"{row['parameters_non_embedding'] / 1e6:.1f}M",
+        f"{seconds['median']:.3g}",
+        f"{ratio['median']:.3f} ({ratio['min']:.3f}–{ratio['max']:.3f})",
+        f"{row['flops_ratio']:.3f}, {row['flops_executed_ratio']:.3f}",
+        f"{row['step_per_flops']:.3f}, {row['step_per_flops_executed']:.3f}",
+        f"{row['peak_memory_bytes_ratio']:.3f}",
+    ])
+  return [head, *rows]
+
+
+FORMS: dict[str, Callable[[dict], list[list[str]]]] = {"train_throughput": train_throughput}
+NOTES = {
+    "train_throughput": "*without the embedding. Whole steps of {sizes[batch]} x {sizes[seq_len]} tokens, "
+                        "{sizes[num_layers]} unrolled layers, D={sizes[d_model]}, V={sizes[vocab_size]}; medians of "
+                        "{rounds} rounds in turn, {clock} time.",
+}
+
+
+def rewrite(text: str, directory: pathlib.Path) -> str:
+  """The text with every marked table made anew.
+
+  Raises:
+    ValueError: a marked table has no result, or no end.
+  """
+  found = MARKED.findall(text)
+  if len(found) != len(re.findall(r"<!-- table:", text)):
+    raise ValueError("a <!-- table:NAME --> has no <!-- end --> after it; add one on its own line")
+  return MARKED.sub(lambda match: match[1] + table(match[2], directory) + match[3], text)
+
+
+def table(name: str, directory: pathlib.Path) -> str:
+  """Markdown of `NAME.json`: the table, and how it was measured."""
+  path = directory / f"{name}.json"
+  if not path.is_file():
+    raise ValueError(f"table:{name} has no {path}; run its benchmark with --out={path}")
+  record = json.loads(path.read_text(encoding="utf-8"))
+  benchmark = record["benchmark"]
+  head, *rows = FORMS[benchmark](record)
+  lines = [head, ["---"] * len(head), *rows]
+  made = (f"{record['processor'] if record['device'] == 'cpu' else record['device']}, "
+          f"{record['cores_used']} of {record['cores']} cores, {record['dtype']}, JAX {record['jax']}, "
+          f"commit {record['commit']}")
+  return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "",
+                    f"{NOTES[benchmark].format(**record)} {made}:", f"`{record['command']}`", ""])
+
+
+def main(argv: list[str]) -> None:
+  """Rewrites README.md."""
+  results.Parser(prog="python -m mor.benchmarks.tables", description=__doc__.splitlines()[0]).parse_args(argv)
+  readme = results.ROOT / "README.md"
+  readme.write_text(rewrite(readme.read_text(encoding="utf-8"), results.DIRECTORY), encoding="utf-8")
+
+
+if __name__ == "__main__":
+  results.run(main)

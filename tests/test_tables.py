@@ -1,0 +1,54 @@
+"""Tables come from the results and nothing else of the text changes."""
+
+import json
+
+import pytest
+
+from mor.benchmarks import results
+from mor.benchmarks import tables
+
+RECORD = dict(
+    benchmark="train_throughput", command="python -m mor.benchmarks.train_throughput --pin=0", commit="abc123",
+    device="cpu", processor="A Processor", cores=4, cores_used=1, dtype="float32", jax="9.9", clock="cpu", rounds=7,
+    sizes=dict(batch=3, seq_len=12, num_layers=8, d_model=20, vocab_size=61))
+
+
+def _row(model, ratio):
+  spread = dict(min=ratio - 0.1, median=ratio, max=ratio + 0.2)
+  return dict(model=model, parameters_non_embedding=3_200_000, cpu_seconds=dict(spread, median=1.23456),
+              cpu_ratio=spread, flops_ratio=0.8, flops_executed_ratio=0.75, step_per_flops=1.05,
+              step_per_flops_executed=1.12, peak_memory_bytes_ratio=0.7)
+
+
+@pytest.fixture
+def directory(tmp_path):
+  (tmp_path / "speed.json").write_text(json.dumps(RECORD | dict(models=[_row("vanilla", 1.0), _row("mor-r2", 0.84)])))
+  return tmp_path
+
+
+def test_a_table_replaces_what_stood_there(directory):
+  text = "before\n<!-- table:speed -->\nold\nrows\n<!-- end -->\nafter\n<!-- end -->\n"
+  new = tables.rewrite(text, directory)
+  lines = new.splitlines()
+  assert new.startswith("before\n<!-- table:speed -->\n| model |")
+  assert new.endswith("\n<!-- end -->\nafter\n<!-- end -->\n")
+  assert "old" not in new
+  assert lines[5] == ("| mor-r2 | 3.2M | 1.23 | 0.840 (0.740–1.040) | 0.800, 0.750 | 1.050, 1.120 | 0.700 |")
+  assert "3 x 12 tokens" in new and "cpu time. A Processor, 1 of 4 cores, float32, JAX 9.9, commit abc123:" in new
+  assert f"`{RECORD['command']}`" in lines
+  assert tables.rewrite(new, directory) == new
+
+
+@pytest.mark.parametrize("text, message", [
+    ("<!-- table:speed -->\n", "has no <!-- end -->"),
+    ("<!-- table:speed -->\n<!-- table:speed -->\n<!-- end -->", "has no <!-- end -->"),
+    ("<!-- table:slow -->\n<!-- end -->", "table:slow has no .*slow.json; run its benchmark"),
+])
+def test_bad_marks_are_named(directory, text, message):
+  with pytest.raises(ValueError, match=message):
+    tables.rewrite(text, directory)
+
+
+def test_the_readme_shows_the_committed_results():
+  readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
+  assert tables.rewrite(readme, results.DIRECTORY) == readme, "run python -m mor.benchmarks.tables"
