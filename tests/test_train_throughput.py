@@ -51,9 +51,9 @@ def test_memory_holds_the_state_and_the_batch(record):
   params = vanilla["parameters_embedding"] + vanilla["parameters_non_embedding"]
   batch_bytes = 3 * 72 * (3 * 4 + 1)
   assert vanilla["memory_bytes"]["argument"] == pytest.approx(3 * 4 * params + batch_bytes, abs=64)
-  # The donated state takes its place once; what else comes out is a few scalars.
+  # The donated state takes its place once; beside it come out scalars and pointers.
   temporary = vanilla["memory_bytes"]["temp"]
-  assert vanilla["peak_memory_bytes"] - temporary == pytest.approx(3 * 4 * params + batch_bytes, abs=256)
+  assert vanilla["peak_memory_bytes"] - temporary == pytest.approx(3 * 4 * params + batch_bytes, abs=1024)
 
 
 def test_xla_counts_what_is_executed(record):
