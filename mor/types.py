@@ -9,8 +9,11 @@ Every array of rank >= 1 ends in its shape suffix. The letters:
   R recursion steps     1 a size-one axis
 """
 
-from jax import Array
+import jax
 from jaxtyping import Bool, Float, Int
+import numpy as np
+
+Array = jax.Array | np.ndarray
 
 Tokens = Int[Array, "B T"]
 Positions = Int[Array, "B T"]

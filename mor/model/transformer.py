@@ -66,8 +66,8 @@ class Transformer(nn.Module):
       key: for random routers.
     """
     config = self.config
-    if segment_BT is None:
-      segment_BT = jnp.ones_like(tokens_BT)
+    tokens_BT = jnp.asarray(tokens_BT)
+    segment_BT = jnp.ones_like(tokens_BT) if segment_BT is None else jnp.asarray(segment_BT)
     h_BTD, params, recursion = self._enter(tokens_BT, segment_BT)
     bias_R = None
     if config.router.balancing == "loss_free":

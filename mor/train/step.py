@@ -19,9 +19,16 @@ from mor.train import optim
 
 @struct.dataclass
 class TrainState:
-  """All that a step changes. `balance` holds token-choice's loss-free bias."""
+  """All that a step changes: arrays, or their shapes or shardings.
 
-  step: jax.Array
+  Attributes:
+    step: updates done, int32 scalar.
+    params: see `transformer.Transformer`.
+    opt_state: optax's.
+    balance: token-choice's loss-free bias, if any.
+  """
+
+  step: Any
   params: dict
   opt_state: Any
   balance: dict
