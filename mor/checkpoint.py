@@ -10,6 +10,7 @@ the directory is opened for training again.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 from typing import Any
@@ -100,12 +101,14 @@ class Checkpoints:
       ValueError: its arrays differ from the target's in name, shape or type.
     """
     step = self.latest_step()
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _to_plain(target))
     with self._reading():
       stored = self._manager.item_metadata(step).state
     _check_types(stored, abstract, self.directory / str(step))  # orbax would cast without a word
     with self._reading():
-      return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+      plain = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+    arrays = _by_path(plain)
+    return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in _by_path(target)])
 
   def save(self, step: int, state: Any, config: config_lib.Config) -> None:
     """Starts saving; returns when `state` may be donated.
@@ -118,7 +121,7 @@ class Checkpoints:
       return
     with self._saving():
       self._manager.save(step, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state),
+          state=ocp.args.StandardSave(_to_plain(state)),
           meta=ocp.args.JsonSave(dict(step=step, config=config_lib.to_dict(config)))))
 
   def wait(self) -> None:
@@ -160,16 +163,27 @@ def _one_line(what: str, remedy: str, errors: type[Exception] = Exception):
 def _check_types(stored: Any, wanted: Any, path: pathlib.Path) -> None:
   """Raises where the arrays of a checkpoint are not those of the target."""
   stored, wanted = _by_path(stored), _by_path(wanted)
+  describe = lambda x: "nothing" if x is None else f"{jnp.dtype(x.dtype).name}{tuple(x.shape)}"
   for name in sorted(stored.keys() | wanted.keys()):
-    there, here = stored.get(name, "nothing"), wanted.get(name, "nothing")
+    there, here = describe(stored.get(name)), describe(wanted.get(name))
     if there != here:
       raise ValueError(f"{path} has {there} at {name} where this model has {here}; "
                        "use the version of mor that wrote it, or another --workdir")
 
 
-def _by_path(tree: Any) -> dict[str, str]:
-  return {jax.tree_util.keystr(keys, simple=True, separator="/"): f"{jnp.dtype(x.dtype).name}{tuple(x.shape)}"
-          for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
+def _by_path(tree: Any) -> dict[str, Any]:
+  """Leaves by path, e.g. "opt_state/1/mu/embedding"."""
+  return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
+          for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _to_plain(tree: Any) -> dict[str, Any]:
+  """Nested dictionaries of the same paths, which any program can read back."""
+  plain = {}
+  for path, leaf in _by_path(tree).items():
+    *groups, name = path.split("/")
+    functools.reduce(lambda at, group: at.setdefault(group, {}), groups, plain)[name] = leaf
+  return plain
 
 
 def _flatten(fields: Any, prefix: str = "") -> dict[str, Any]:
