@@ -1,0 +1,154 @@
+"""Which documents train and which are held out.
+
+Documents are numbered in the order of the source (blank ones do not count); the
+`validation_fraction` of them that `shuffled` puts first is held out, at least
+one. A source of a single document is cut near its end, at a line break where it
+has one. With `data.validation_source` every document of `data.source` trains.
+
+Orders come from a hash of (seed, number), so they are the same on every machine
+and with every NumPy.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import hashlib
+import pathlib
+
+from mor import config as config_lib
+from mor.data import sources
+
+SAMPLE_BYTES = 16_000_000  # of training text, for training a tokenizer
+
+
+def shuffled(num: int, seed: int, purpose: str) -> list[int]:
+  """A permutation of range(num); `purpose` keeps uses of one seed independent."""
+  return sorted(range(num), key=lambda i: hashlib.sha256(f"{purpose} {seed} {i}".encode()).digest())
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Documents by use; nothing is read before one of them is iterated.
+
+  Attributes:
+    train: in the order of the source.
+    held_out: in the order of its source.
+    sample: a random choice of `train`, `SAMPLE_BYTES` at most.
+  """
+
+  train: sources.Documents
+  held_out: sources.Documents
+  sample: sources.Documents
+
+
+def make(config: config_lib.DataConfig, cache_root: pathlib.Path) -> Split:
+  """Splits `data.source`, or pairs it with `data.validation_source`.
+
+  Raises:
+    FileNotFoundError: a source does not exist.
+    ValueError: a source cannot be used, or a file trains and is held out too.
+      Empty sources raise when they are read.
+  """
+  source = sources.open_source(config.source, config.text_key, cache_root)
+  plan = _Plan(config, source)
+  parts = (*source.parts, config.text_key, str(config.max_bytes))
+  if config.validation_source:
+    held_out = sources.open_source(config.validation_source, config.text_key, cache_root)
+    both = sorted(set(source.parts) & set(held_out.parts))
+    if both:
+      raise ValueError(f"data.validation_source={config.validation_source!r} shares "
+                       f"{both[0].split(' ')[0]} with data.source={config.source!r}; leave the "
+                       "held-out text out of data.source")
+    held_out = sources.Documents((*held_out.parts, config.text_key),
+                                 functools.partial(_read_all, config.validation_source, held_out))
+  else:
+    parts = (*parts, str(config.validation_fraction), str(config.shuffle_seed))
+    held_out = sources.Documents((*parts, "held out"), functools.partial(plan.read, held_out=True))
+  return Split(
+      train=sources.Documents((*parts, "train"), functools.partial(plan.read, held_out=False)),
+      held_out=held_out,
+      sample=sources.Documents((*parts, "sample", str(config.shuffle_seed)), plan.read_sample))
+
+
+class _Plan:
+  """Numbers the documents of a source in one pass, then reads them by use."""
+
+  def __init__(self, config: config_lib.DataConfig, source: sources.Documents):
+    self._config = config
+    self._source = source
+
+  def read(self, held_out: bool) -> Iterator[str]:
+    for index, text in enumerate(self._texts(self._is_single)):
+      if (index in self._held_out) == held_out:
+        yield text
+
+  def read_sample(self) -> Iterator[str]:
+    left, allowed = SAMPLE_BYTES, {}
+    for index in shuffled(len(self._num_bytes), self._config.shuffle_seed, "sample"):
+      if index not in self._held_out and left > 0:
+        allowed[index] = left
+        left -= self._num_bytes[index]
+    for index, text in enumerate(self._texts(self._is_single)):
+      if index in allowed:
+        yield _first_bytes(text, allowed[index])
+
+  @functools.cached_property
+  def _is_single(self) -> bool:
+    texts = self._texts(is_single=False)
+    if next(texts, None) is None:
+      raise ValueError(f"data.source={self._config.source!r} holds no text; give a source with at "
+                       "least one document that is not blank")
+    return not self._config.validation_source and next(texts, None) is None
+
+  @functools.cached_property
+  def _num_bytes(self) -> list[int]:
+    return [len(text.encode("utf-8")) for text in self._texts(self._is_single)]
+
+  @functools.cached_property
+  def _held_out(self) -> frozenset[int]:
+    if self._config.validation_source:
+      return frozenset()
+    if self._is_single:
+      return frozenset([1])
+    num = len(self._num_bytes)
+    num_held_out = min(num - 1, max(1, round(self._config.validation_fraction * num)))
+    return frozenset(shuffled(num, self._config.shuffle_seed, "split")[:num_held_out])
+
+  def _texts(self, is_single: bool) -> Iterator[str]:
+    left = self._config.max_bytes or None
+    for text in self._source:
+      if not text.strip():
+        continue
+      whole = text
+      if left is not None:
+        text = _first_bytes(whole, left)
+        left -= len(text.encode("utf-8"))
+      if text:
+        yield from self._cut(text) if is_single else (text,)
+      if len(text) < len(whole):
+        return
+
+  def _cut(self, text: str) -> tuple[str, str]:
+    place = round(len(text) * (1 - self._config.validation_fraction))
+    place = min(max(1, text.rfind("\n", 0, place) + 1 or place), len(text) - 1)
+    if place < 1:
+      raise ValueError(f"data.source={self._config.source!r} holds a single character; give more "
+                       "text")
+    return text[:place], text[place:]
+
+
+def _read_all(name: str, documents: sources.Documents) -> Iterator[str]:
+  found = False
+  for text in documents:
+    if text.strip():
+      found = True
+      yield text
+  if not found:
+    raise ValueError(f"data.validation_source={name!r} holds no text; give a source with at least "
+                     "one document that is not blank, or '' to hold out part of data.source")
+
+
+def _first_bytes(text: str, limit: int) -> str:
+  if len(text) <= limit // 4:  # no character is longer than 4 bytes
+    return text
+  return text.encode("utf-8")[:limit].decode("utf-8", errors="ignore")
