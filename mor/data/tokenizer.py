@@ -1,0 +1,212 @@
+"""Text to token ids and back, and how many bytes of text each id stands for.
+
+  bytes      every byte is a token; id 256 opens a document (vocabulary 257)
+  PATH.json  any file of the `tokenizers` library
+  bpe:SIZE   byte-level BPE, trained on the training text at first use and kept
+
+Text that spells a special token is encoded as ordinary text: only the pipeline
+writes `eos_id`. Decoding byte-level tokens gives the text back exactly.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import json
+import pathlib
+import re
+from typing import Any, Protocol, runtime_checkable, SupportsIndex
+
+import numpy as np
+import tokenizers
+
+from mor import config as config_lib
+from mor.data import cache
+from mor.data import sources
+
+END_OF_TEXT = ("<|endoftext|>", "<|im_end|>", "</s>", "<eos>")
+_PIECE_CHARACTERS = 65536
+# GPT-2's pattern always parts words here, so pieces cut here encode as the whole.
+_WORD_BREAK = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+  """What the rest of the project uses of a tokenizer.
+
+  Attributes:
+    vocab_size: one more than the largest id.
+    eos_id: opens every document; also the target of a document's last token.
+    num_bytes_V: bytes of text each id stands for, 0 for special tokens; exact
+      where tokens are bytes or byte-level BPE.
+    identity: changes when the encoding of any text may.
+  """
+
+  vocab_size: int
+  eos_id: int
+  num_bytes_V: np.ndarray
+  identity: str
+
+  def encode(self, text: str) -> np.ndarray:
+    """Ids of the text, int32, without special tokens."""
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """`encode` of each text, on all cores."""
+
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
+    """Text of the ids; special tokens give none, broken UTF-8 gives U+FFFD."""
+
+
+def load(config: config_lib.DataConfig, texts: sources.Documents) -> Tokenizer:
+  """The tokenizer that `data.tokenizer` names.
+
+  Args:
+    config: `tokenizer` and `cache_dir` are read.
+    texts: what "bpe:SIZE" is trained on; not read when it is in the cache.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: the name or the file makes no tokenizer.
+  """
+  kind, _, size = config.tokenizer.partition(":")
+  if config.tokenizer == "bytes":
+    return ByteTokenizer()
+  if kind == "bpe":
+    return _load_trained(size, texts, cache.root(config.cache_dir))
+  path = pathlib.Path(config.tokenizer).expanduser()
+  if path.suffix != ".json":
+    raise ValueError(f"data.tokenizer={config.tokenizer!r}; use 'bytes', 'bpe:SIZE' or the path of "
+                     "a tokenizers .json")
+  if not path.is_file():
+    raise FileNotFoundError(f"data.tokenizer={config.tokenizer!r}: no such file; use 'bytes', "
+                            "'bpe:SIZE' or the path of a tokenizers .json")
+  try:
+    return JsonTokenizer(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"data.tokenizer={config.tokenizer!r}: {error}") from error
+
+
+class ByteTokenizer:
+  """Ids are the bytes of UTF-8."""
+
+  vocab_size = 257
+  eos_id = 256
+  identity = "bytes"
+
+  def __init__(self):
+    self.num_bytes_V = np.array([1] * 256 + [0], np.int32)
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
+    return bytes(i for i in map(int, ids) if i < self.eos_id).decode("utf-8", errors="replace")
+
+
+class JsonTokenizer:
+  """A tokenizer of the `tokenizers` library.
+
+  Args:
+    serialized: content of its .json file.
+
+  Raises:
+    ValueError: not such a file, or it has none of `END_OF_TEXT`.
+  """
+
+  def __init__(self, serialized: str):
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+    except Exception as error:  # the library raises bare Exception
+      reason = str(error).splitlines()[0]
+      raise ValueError(f"not a tokenizers file ({reason}); save one with Tokenizer.save") from error
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    end = next((token for token in END_OF_TEXT if token in vocabulary), None)
+    if end is None:
+      raise ValueError(f"no end-of-text token; add one of {', '.join(END_OF_TEXT)}")
+    self._tokenizer.add_special_tokens([end])
+    self._tokenizer.encode_special_tokens = True
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self.eos_id = vocabulary[end]
+    self.vocab_size = max(vocabulary.values()) + 1
+    self.identity = hashlib.sha256(serialized.encode("utf-8")).hexdigest()
+    fields = json.loads(serialized)
+    self._divisible = _splits_words(fields)
+    self.num_bytes_V = self._count_bytes(vocabulary, _is_byte_level(fields))
+
+  def _count_bytes(self, vocabulary: dict[str, int], byte_level: bool) -> np.ndarray:
+    added = self._tokenizer.get_added_tokens_decoder()
+    num_bytes_V = np.zeros(self.vocab_size, np.int32)
+    for token, index in vocabulary.items():
+      if index in added:
+        special = added[index].special
+        num_bytes_V[index] = 0 if special else len(token.encode("utf-8"))
+      elif byte_level:
+        num_bytes_V[index] = len(token)  # one character stands for one byte
+      elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+        num_bytes_V[index] = 1
+      else:
+        num_bytes_V[index] = len(token.replace("\u2581", " ").encode("utf-8"))
+    return num_bytes_V
+
+  def encode(self, text: str) -> np.ndarray:
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    pieces = [list(split_pieces(text)) if self._divisible else [text] for text in texts]
+    encoded = iter(self._tokenizer.encode_batch_fast([piece for text in pieces for piece in text],
+                                                     add_special_tokens=False))
+    empty = np.zeros(0, np.int32)
+    return [np.concatenate([empty, *(np.array(next(encoded).ids, np.int32) for _ in text)])
+            for text in pieces]
+
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
+    return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+
+
+def split_pieces(text: str) -> Iterator[str]:
+  """Cuts a long text between words: one call on all of it needs 130 times its bytes."""
+  start = 0
+  while len(text) - start > _PIECE_CHARACTERS:
+    found = _WORD_BREAK.search(text, start + _PIECE_CHARACTERS)
+    if not found:
+      break
+    yield text[start:found.start()]
+    start = found.start()
+  yield text[start:]
+
+
+def _load_trained(size: str, texts: sources.Documents, root: pathlib.Path) -> JsonTokenizer:
+  """Reads or trains byte-level BPE with `size` tokens, end-of-text included."""
+  if not size.isdecimal() or int(size) < 257:
+    raise ValueError(f"data.tokenizer='bpe:{size}'; SIZE is a number of tokens >= 257 (256 bytes "
+                     "and end-of-text)")
+
+  def write(directory: pathlib.Path) -> None:
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = tokenizers.decoders.ByteLevel()
+    trained.train_from_iterator(
+        (piece for text in texts for piece in split_pieces(text)),
+        tokenizers.trainers.BpeTrainer(vocab_size=int(size), special_tokens=[END_OF_TEXT[0]],
+                                       initial_alphabet=alphabet, show_progress=False))
+    trained.save(str(directory / "tokenizer.json"))
+
+  name = cache.key("bpe", int(size), texts.identity)
+  directory = cache.publish(root / "tokenizers" / name, write)
+  return JsonTokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def _is_byte_level(fields: dict[str, Any]) -> bool:
+  decoder = fields["decoder"] or {}
+  return any(part["type"] == "ByteLevel" for part in decoder.get("decoders", [decoder]) if part)
+
+
+def _splits_words(fields: dict[str, Any]) -> bool:
+  """True where a text may be cut at `_WORD_BREAK` without changing its tokens."""
+  before = fields["pre_tokenizer"] or {}
+  return fields["normalizer"] is None and any(
+      part["type"] == "ByteLevel" and part["use_regex"]
+      for part in before.get("pretokenizers", [before]) if part)
