@@ -1,0 +1,130 @@
+"""From `DataConfig` to batches: split, tokenise, pack, keep, read.
+
+  source -> split -> tokenizer -> rows (in the cache, written once) -> batch(step)
+
+A directory of the cache is named by a hash of everything that its content
+depends on: the source's files (name, size, time of change), the split, the
+tokenizer and the row length. A second run starts reading rows at once.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import pathlib
+import time
+
+from absl import logging
+import numpy as np
+
+from mor import config as config_lib
+from mor.data import cache
+from mor.data import rows as rows_lib
+from mor.data import sources
+from mor.data import split as split_lib
+from mor.data import tokenizer as tokenizer_lib
+
+_LAYOUT = 1  # raise it when the rows of the same text change
+_CALL_CHARACTERS = 4_000_000  # text that is tokenised at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Text ready for training.
+
+  Attributes:
+    tokenizer: see `tokenizer.Tokenizer`.
+    train: rows of shuffled training documents.
+    validation: rows of the held-out documents.
+    directory: where the cache keeps them.
+  """
+
+  tokenizer: tokenizer_lib.Tokenizer
+  train: rows_lib.Rows
+  validation: rows_lib.Rows
+  directory: pathlib.Path
+
+  def validation_text(self) -> str:
+    """The held-out documents, end to end: the bytes that the validation targets stand for."""
+    return (self.directory / "validation.txt").read_bytes().decode("utf-8")
+
+
+def load(config: config_lib.DataConfig, vocab_size: int) -> Corpus:
+  """Opens the corpus of a config, tokenising it at first use.
+
+  Args:
+    config: what to read.
+    vocab_size: of the model.
+
+  Raises:
+    FileNotFoundError: a source or tokenizer does not exist.
+    ValueError: a source or tokenizer cannot be used, or does not fit the model
+      or the batch.
+    OSError: the cache cannot be written.
+  """
+  if not 0 <= config.shuffle_seed < 2**32:
+    raise ValueError(f"data.shuffle_seed={config.shuffle_seed}; use 0 to {2**32 - 1}")
+  split = split_lib.make(config, cache.root(config.cache_dir))
+  tokenizer = tokenizer_lib.load(config, split.sample)
+  if tokenizer.vocab_size > vocab_size:
+    raise ValueError(f"data.tokenizer={config.tokenizer!r} has {tokenizer.vocab_size} tokens, more "
+                     f"than model.vocab_size={vocab_size}; set "
+                     f"model.vocab_size={tokenizer.vocab_size} or more")
+  directory = _prepare(config, split, tokenizer)
+  train, validation = (
+      rows_lib.Rows(directory / f"{name}.array_record", eos_id=tokenizer.eos_id,
+                    seq_len=config.seq_len, batch_size=config.batch_size, seed=config.shuffle_seed,
+                    dtype=_dtype(tokenizer))
+      for name in ("train", "validation"))
+  if train.num_rows < config.batch_size:
+    raise ValueError(f"data.source={config.source!r} gives {train.num_rows} rows of "
+                     f"{config.seq_len} tokens, fewer than data.batch_size={config.batch_size}; "
+                     "use a smaller data.batch_size or data.seq_len, or more text")
+  return Corpus(tokenizer, train, validation, directory)
+
+
+def load_tokenizer(config: config_lib.DataConfig) -> tokenizer_lib.Tokenizer:
+  """The tokenizer alone; reads the corpus only when "bpe:SIZE" is not in the cache."""
+  return tokenizer_lib.load(config, split_lib.make(config, cache.root(config.cache_dir)).sample)
+
+
+def _prepare(config: config_lib.DataConfig, split: split_lib.Split,
+             tokenizer: tokenizer_lib.Tokenizer) -> pathlib.Path:
+  name = cache.key("rows", _LAYOUT, split.train.identity, split.held_out.identity,
+                   tokenizer.identity, config.shuffle_seed, config.seq_len)
+
+  def write(directory: pathlib.Path) -> None:
+    start = time.monotonic()
+    logging.info("Tokenising %s with %s ...", config.source, config.tokenizer)
+    documents = _tokenise(split.train, tokenizer)
+    order = split_lib.shuffled(len(documents), config.shuffle_seed, "order")
+    held_out = list(split.held_out)
+    (directory / "validation.txt").write_bytes("".join(held_out).encode("utf-8"))
+    for part, arrays in (("train", [documents[i] for i in order]),
+                         ("validation", _tokenise(held_out, tokenizer))):
+      rows_lib.write(directory / f"{part}.array_record", arrays, tokenizer.eos_id, config.seq_len,
+                     _dtype(tokenizer))
+      logging.info("%s: %d documents, %d tokens", part, len(arrays), sum(map(len, arrays)))
+    logging.info("... in %.1f s, kept in the cache", time.monotonic() - start)
+
+  return cache.publish(cache.root(config.cache_dir) / "rows" / name, write)
+
+
+def _tokenise(texts: sources.Documents | list[str],
+              tokenizer: tokenizer_lib.Tokenizer) -> list[np.ndarray]:
+  arrays, waiting, num_characters = [], [], 0
+
+  def encode() -> None:
+    arrays.extend(a.astype(_dtype(tokenizer)) for a in tokenizer.encode_batch(waiting))
+    waiting.clear()
+
+  for text in texts:
+    waiting.append(text)
+    num_characters += len(text)
+    if num_characters >= _CALL_CHARACTERS:
+      encode()
+      num_characters = 0
+  encode()
+  return arrays
+
+
+def _dtype(tokenizer: tokenizer_lib.Tokenizer) -> type[np.integer]:
+  return np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
