@@ -5,8 +5,9 @@
 
 Modes: `train` starts or resumes the run of a workdir; `eval` prints its held-out
 figures as a JSON object; `sample` continues a prompt; `info` prints the size and
-cost of a config as a JSON object. `eval` and `sample` take the config from the
-workdir where none is given.
+cost of a config as a JSON object; `study` trains and compares the models that a
+file such as configs/study_cpu.py lists. `eval` and `sample` take the config from
+the workdir where none is given.
 
 Exit status: 0 done; 2 something given is wrong, or the disk is full; 1 training
 diverged; 75 (EX_TEMPFAIL) stopped by SIGINT or SIGTERM, and the same command
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 import json
 import os
 import pathlib
+import shlex
 import sys
 
 from absl import app
@@ -29,6 +31,8 @@ from mor import checkpoint
 from mor import config as config_lib
 from mor import sharding
 from mor.analysis import info
+from mor.analysis import study as study_lib
+from mor.analysis import study_plan
 from mor.data import text
 from mor.train import evaluate
 from mor.train import finish
@@ -74,7 +78,18 @@ def _info() -> int:
   return 0
 
 
-MODES: dict[str, Callable[[], int]] = {"train": _train, "eval": _eval, "sample": _sample, "info": _info}
+def _study() -> int:
+  config, workdir = _config("study"), _workdir("study")
+  study = study_plan.read(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
+  if not study_lib.run(config, study, workdir, shlex.join(["python", "-m", "mor.main", *sys.argv[1:]])):
+    print("stopped and saved; run the same command to go on", flush=True)
+    return STOPPED
+  print((pathlib.Path(workdir) / "study.md").read_text(encoding="utf-8"))
+  return 0
+
+
+MODES: dict[str, Callable[[], int]] = {
+    "train": _train, "eval": _eval, "sample": _sample, "info": _info, "study": _study}
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 
 

@@ -15,7 +15,7 @@ HOMES = {
     "array_record": "mor.data.",
     "datasets": "mor.data.",
     "grain": "mor.data.",
-    "matplotlib": "mor.analysis.plots",
+    "matplotlib": ("mor.analysis.plots", "mor.analysis.study_plot"),  # figures of a run; of many runs
     "ml_collections": ("mor.config", "mor.data.", "mor.main"),
     "tensorflow_datasets": "mor.data.",
     "torch": "mor.conversion.torch_mor",
