@@ -145,7 +145,10 @@ class Recursion:
       traces.append(scanned)
 
     keep_RBT, score_RBT, sums = jax.tree.map(lambda *a: jnp.concatenate(a), *traces)
-    sums = {**sums, **getattr(plan, "sums", {}), "tokens": router_base.count(valid_BT),
+    tokens = router_base.count(valid_BT)
+    kept_R = jnp.sum(keep_RBT, axis=(1, 2), dtype=jnp.float32)
+    sums = {**sums, **getattr(plan, "sums", {}), "tokens": tokens, "kept": kept_R,
+            "candidates": jnp.concatenate([tokens[None], kept_R[:-1]]),
             "last_T": jnp.sum(keep_RBT[-1], axis=0, dtype=jnp.float32)}
     return state, Trace(keep_RBT, score_RBT, sums)
 
@@ -187,7 +190,7 @@ class _Pass:
     if width == seq_len or shared_first:
       return self._full(step, state_BTD, routed, store)
     gathered = lambda: self._gathered(step, state_BTD, routed, store, width)
-    if self.config.router.name == "expert_choice":  # counts never exceed the width
+    if self.recursion.router.bounded:
       return gathered()
     fullest = jnp.max(jnp.sum(routed.keep_BT, axis=1))
     return jax.lax.cond(fullest > width, lambda: self._full(step, state_BTD, routed, store), gathered)

@@ -98,12 +98,10 @@ def _cross_entropy_backward(block, residuals, d_loss):
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def normalizers(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def normalizers(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """The counts that `auxiliary` divides by, from a whole batch's sums."""
-  if config.router.name == "fixed":
-    return {}
-  norms = {"candidates": sums["candidates"], "tokens": sums["tokens"]}
-  if config.router.name == "token_choice":
+  norms = {name: sums[name] for name in ("candidates", "tokens")}
+  if "chosen_R" in sums:
     norms["fraction"] = sums["chosen_R"] / jnp.maximum(sums["tokens"], 1.0)
   return norms
 
@@ -111,20 +109,16 @@ def normalizers(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array]) -
 def auxiliary(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array],
               norms: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Unscaled auxiliary losses of a micro-batch; they add up over micro-batches."""
-  router, terms = config.router, {}
-  if router.name == "fixed" or router.arch == "random":
-    return terms
-  if router.name == "expert_choice":
-    per_step = lambda x: jnp.sum(x / jnp.maximum(norms["candidates"], 1.0))
-    if router.sampling != "none":
-      terms["sampling"] = per_step(sums["sampling"])
-    terms["z"] = per_step(sums["z"])
-  if router.name == "token_choice":
-    tokens = jnp.maximum(norms["tokens"], 1.0)
-    terms["z"] = sums["z"] / tokens
-    if router.balancing == "loss":
-      fraction_R = jax.lax.stop_gradient(norms["fraction"])
-      terms["balance"] = jnp.sum(config.num_recursions * fraction_R * sums["prob_R"]) / tokens
+  terms = {}
+  per_step = lambda x: jnp.sum(x / jnp.maximum(norms["candidates"], 1.0))
+  if "sampling" in sums:
+    terms["sampling"] = per_step(sums["sampling"])
+  if "z" in sums:  # of every step, or once at the entrance
+    terms["z"] = per_step(sums["z"]) if sums["z"].ndim else sums["z"] / jnp.maximum(norms["tokens"], 1.0)
+  if "prob_R" in sums and config.router.balancing == "loss":
+    fraction_R = jax.lax.stop_gradient(norms["fraction"])
+    balance = jnp.sum(config.num_recursions * fraction_R * sums["prob_R"])
+    terms["balance"] = balance / jnp.maximum(norms["tokens"], 1.0)
   return terms
 
 

@@ -146,7 +146,7 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
   weight_BT = batch["loss_mask_BT"] / jnp.maximum(targets, 1.0)
   nll = loss_lib.cross_entropy(out.hidden_BTD, params["embedding"], batch["target_BT"], weight_BT,
                                config.train.loss_block)
-  norms = loss_lib.normalizers(config.model, out.sums) if norms is None else norms
+  norms = loss_lib.normalizers(out.sums) if norms is None else norms
   aux = loss_lib.auxiliary(config.model, out.sums, norms)
   loss = nll + loss_lib.weighted(config.model.router, aux)
   terms = {"loss": loss, "nll": nll, **{f"{name}_loss": term for name, term in aux.items()}}
@@ -204,5 +204,6 @@ def router_metrics(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array]
   if "chosen_R" in sums:
     load_R = sums["chosen_R"] / tokens
     metrics["max_vio"] = jnp.max(load_R) / jnp.maximum(jnp.mean(load_R), 1e-9) - 1.0
+  if "entropy" in sums:
     metrics["entropy"] = sums["entropy"] / tokens
   return metrics

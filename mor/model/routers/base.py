@@ -7,6 +7,8 @@ A router is built once per model from its config, holds no parameters, and has
   select(plan, h, alive, step)       training and oracle; may see the future
   decide(plan, h, alive, step)       pointwise and causal
   widths(seq_len, bucket)            static number of tokens each step gathers
+  bounded                            True if no row ever keeps more than that; a
+                                     step of another router that does runs masked
 
 `select` and `decide` return a `Routing`, which says how the stack's output y
 enters the state of the tokens it keeps:
@@ -33,7 +35,8 @@ class Routing:
     gate_BT: factor on the stack's output, float32; None is 1.
     entry_BT: factor on the state at the entrance; None is 0.
     carry: whether the state itself is kept (a residual around the step).
-    sums: statistics and auxiliary losses of this step, summed over tokens.
+    sums: statistics and auxiliary losses of this step, summed over tokens; the
+      recursion itself counts `tokens`, `candidates` and `kept`.
   """
 
   keep_BT: types.Mask

@@ -57,6 +57,8 @@ def top(score_BT: jax.Array, alive_BT: types.Mask, kept_B: jax.Array) -> types.M
 class ExpertChoice:
   """See the module docstring."""
 
+  bounded = True
+
   def __init__(self, config: config_lib.ModelConfig):
     self.config = config
     self.num_steps = config.num_recursions
@@ -105,10 +107,10 @@ class ExpertChoice:
     logit_BT, score_BT = self._score(plan, h_BTD, step)
     with jax.named_scope("top_k"):
       keep_BT = top(jax.lax.stop_gradient(score_BT), alive_BT, plan.kept_RB[step])
+    if self.config.router.arch == "random":
+      return self._routing(keep_BT, logit_BT, score_BT, {})
     predictor_BT = self._predictor(plan, h_BTD, logit_BT, step)
     sums = {
-        "candidates": base.count(alive_BT),
-        "kept": base.count(keep_BT),
         "correct": base.count(alive_BT & ((predictor_BT >= 0) == keep_BT)),
         "z": base.total(jnp.square(logit_BT), alive_BT),
     }
@@ -127,8 +129,7 @@ class ExpertChoice:
     else:
       keep_BT = self._predictor(plan, h_BTD, logit_BT, step) >= 0
     keep_BT = alive_BT & (keep_BT | jnp.asarray(capacity_R == 1.0)[step])
-    sums = {"candidates": base.count(alive_BT), "kept": base.count(keep_BT)}
-    return self._routing(keep_BT, logit_BT, score_BT, sums)
+    return self._routing(keep_BT, logit_BT, score_BT, {})
 
   def _score(self, plan, h_BTD, step):
     router = self.config.router

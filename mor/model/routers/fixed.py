@@ -9,6 +9,8 @@ from mor.model.routers import base
 class Fixed:
   """Plain recursion, and with R = 1 the vanilla decoder."""
 
+  bounded = False
+
   def __init__(self, config: config_lib.ModelConfig):
     self.num_steps = config.num_recursions
 

@@ -36,6 +36,8 @@ class Plan:
 class TokenChoice:
   """See the module docstring."""
 
+  bounded = False
+
   def __init__(self, config: config_lib.ModelConfig):
     self.config = config
     self.num_steps = config.num_recursions
@@ -64,10 +66,13 @@ class TokenChoice:
 
   def _sums(self, logits_BTR, prob_BTR, depth_BT, valid_BT) -> dict:
     chosen_BTR = jax.nn.one_hot(depth_BT, self.num_steps, dtype=jnp.float32) * valid_BT[:, :, None]
+    sums = {"chosen_R": jnp.sum(chosen_BTR, axis=(0, 1))}
+    if self.config.router.arch == "random":
+      return sums
     share_BTR = prob_BTR / jnp.maximum(jnp.sum(prob_BTR, axis=-1, keepdims=True), 1e-20)
     entropy_BT = -jnp.sum(share_BTR * jnp.log(jnp.maximum(share_BTR, 1e-20)), axis=-1)
     return {
-        "chosen_R": jnp.sum(chosen_BTR, axis=(0, 1)),
+        **sums,
         "prob_R": jnp.sum(prob_BTR * valid_BT[:, :, None], axis=(0, 1)),
         "entropy": base.total(jax.lax.stop_gradient(entropy_BT), valid_BT),
         "z": base.total(jnp.square(jax.nn.logsumexp(logits_BTR, axis=-1)), valid_BT),
@@ -90,8 +95,7 @@ class TokenChoice:
       gate_BT = jnp.where(last_BT, plan.gate_BT, 1.0)
     else:
       gate_BT = None
-    sums = {"candidates": base.count(alive_BT), "kept": base.count(keep_BT)}
     return base.Routing(keep_BT=keep_BT, score_BT=jnp.take(plan.logits_BTR, step, axis=-1), gate_BT=gate_BT,
-                        entry_BT=last_BT.astype(jnp.float32), sums=sums)
+                        entry_BT=last_BT.astype(jnp.float32))
 
   decide = select
