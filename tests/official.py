@@ -24,7 +24,7 @@ from mor import config as config_lib
 from mor.model import schedule as schedule_lib
 
 ROUTERS = dict(vanilla="fixed", recursive="fixed", expert="expert_choice", token="token_choice")
-LOSSES = ("sampling_loss", "balancing_loss", "router_z_loss")
+COEFFS = dict(sampling_loss=0.001, balancing_loss=0.1, router_z_loss=0.001)  # in total_loss
 
 _REQUIRED = ("kind", "num_recursions", "num_unrolled_layers", "sharing", "heads", "kv", "d", "ff",
              "V", "rope_theta", "rms_norm_eps")
@@ -55,7 +55,7 @@ class Vector:
     params: parameter tree, float32.
     bias_R: bias of loss-free balancing, or None.
     arrays: everything but the weights, by the file's keys.
-    loss_coeffs: factor of each auxiliary loss in `total_loss`.
+    has_z: whether the official run computed the z-loss; else it reports 0.
   """
 
   name: str
@@ -64,7 +64,7 @@ class Vector:
   params: dict[str, Any]
   bias_R: np.ndarray | None
   arrays: dict[str, np.ndarray]
-  loss_coeffs: dict[str, float]
+  has_z: bool
 
 
 def read(path: str | pathlib.Path) -> Vector:
@@ -101,7 +101,10 @@ def read(path: str | pathlib.Path) -> Vector:
   if meta["kind"] == "expert":
     for r in range(model.num_recursions):
       _require(f"selected/{r}" in arrays, f"no entry 'selected/{r}'")
-  return Vector(pathlib.Path(path).stem, meta["kind"], model, params, bias_R, arrays, _coeffs(meta))
+  if meta["kind"] == "token":
+    _require("token_logits" in arrays, "no entry 'token_logits'")
+  name, has_z = pathlib.Path(path).stem, bool(meta.get("z"))
+  return Vector(name, meta["kind"], model, params, bias_R, arrays, has_z)
 
 
 def _require(ok: bool, what: str) -> None:
@@ -110,8 +113,8 @@ def _require(ok: bool, what: str) -> None:
 
 
 def _coeffs(meta):
-  coeffs = dict(dict.fromkeys(LOSSES, 0.0), **meta.get("loss_coeffs", {}))
-  _require(set(coeffs) == set(LOSSES), f"unknown loss_coeffs {sorted(coeffs)}")
+  coeffs = {**COEFFS, **(meta.get("loss_coeffs") or {})}
+  _require(set(coeffs) == set(COEFFS), f"unknown loss_coeffs {sorted(coeffs)}")
   return coeffs
 
 

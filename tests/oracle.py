@@ -64,10 +64,8 @@ def forward(config: config_lib.ModelConfig, params: dict, tokens_BT, segment_BT=
     routing: "select" (top-k over the whole row) or "decide" (causal).
     bias_R: bias of loss-free balancing, added for selection only.
 
-  Returns:
-    Result, float64.
   """
-  params = _float64(params)
+  params = _map(lambda leaf: np.asarray(leaf, np.float64), params)
   tokens_BT = np.asarray(tokens_BT)
   segment_BT = np.ones_like(tokens_BT) if segment_BT is None else np.asarray(segment_BT)
   bias_R = np.zeros(config.num_recursions) if bias_R is None else np.asarray(bias_R, np.float64)
@@ -233,28 +231,23 @@ def _stack_rows(config):
   one = {
       "vanilla": lambda l: l,
       "cycle": lambda l: l % depth,
-      "middle_cycle": lambda l: l % depth,
       "sequence": lambda l: l // config.num_recursions,
-      "middle_sequence": lambda l: l // config.num_recursions,
-  }[config.sharing]
+  }[config.sharing.removeprefix("middle_")]
   return [[one(r * depth + i) for i in range(depth)] for r in range(config.num_recursions)]
 
 
+def _map(function, tree):
+  if isinstance(tree, dict):
+    return {name: _map(function, value) for name, value in tree.items()}
+  return function(tree)
+
+
 def _layer(stacked, index):
-  if isinstance(stacked, dict):
-    return {name: _layer(value, index) for name, value in stacked.items()}
-  return stacked[index]
+  return _map(lambda leaf: leaf[index], stacked)
 
 
 def _layers(stacked):
-  """The layers of a group, or none where the model has no such group."""
   return [_layer(stacked, i) for i in range(len(stacked["ffw_norm"]))] if stacked else []
-
-
-def _float64(tree):
-  if isinstance(tree, dict):
-    return {name: _float64(value) for name, value in tree.items()}
-  return np.asarray(tree, np.float64)
 
 
 def _rms_norm(v, scale, eps):
