@@ -1,8 +1,10 @@
 """Interrupted or not, a run ends with the same numbers; a bad one keeps the last good state."""
 
+import functools
 import json
 import os
 import signal
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,6 +18,13 @@ from mor.train import progress
 from mor.train import step as step_lib
 from mor.train import stop as stop_lib
 from tests import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+  """One traced step for all runs of a config."""
+  with mock.patch.object(step_lib, "make_train_step", functools.cache(step_lib.make_train_step)):
+    yield
 
 
 @pytest.fixture(scope="module")

@@ -43,13 +43,13 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
     that may drop tokens; and the counts `targets` and `bytes`.
   """
   num_bytes_V = jnp.asarray(num_bytes_V, jnp.int32)
-  jitted = jax.jit(functools.partial(_sums, config))
 
   def evaluate(params: dict, balance: dict, batches: Iterable[Batch]) -> dict[str, float]:
     total, pending = {}, None
     for batch in batches:
       with jax.set_mesh(mesh):
-        sums = jitted(params, balance, num_bytes_V, batches_lib.put(mesh, batch))
+        sums = _sums(config.model, config.train.loss_block, params, balance, num_bytes_V, batches_lib.put(mesh, batch),
+                     jax.random.key(config.seed))
       total = _add(total, pending)  # the batch before, while this one runs
       pending = sums
     return _metrics(config.model, _add(total, pending))
@@ -69,18 +69,19 @@ def compressed_bits_per_byte(text: str) -> dict[str, float]:
   return {f"bpb_{name}": 8 * len(out) / max(len(data), 1) for name, out in packed.items()}
 
 
-def _sums(config: config_lib.Config, params: dict, balance: dict, num_bytes_V: jax.Array,
-          batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sums(model: config_lib.ModelConfig, loss_block: int, params: dict, balance: dict, num_bytes_V: jax.Array,
+          batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
   """What a batch adds to each sum."""
   valid_BT, mask_BT = batch["segment_BT"] != 0, batch["loss_mask_BT"]
   byte_BT = num_bytes_V[batch["target_BT"]]
   sums = {"tokens": jnp.sum(valid_BT), "targets": jnp.sum(mask_BT), "bytes": jnp.sum(jnp.where(mask_BT, byte_BT, 0))}
   keep = {}
-  for name, routing in routings(config.model).items():
-    out = transformer.Transformer(config.model).apply(
+  for name, routing in routings(model).items():
+    out = transformer.Transformer(model).apply(
         {"params": params, "balance": balance}, batch["tokens_BT"], batch["segment_BT"], routing=routing,
-        key=jax.random.key(config.seed))
-    nll_BT = loss_lib.token_nll(params, out.hidden_BTD, batch["target_BT"], config.train.loss_block)
+        key=key)
+    nll_BT = loss_lib.token_nll(params, out.hidden_BTD, batch["target_BT"], loss_block)
     keep[name] = out.keep_RBT & valid_BT[None]
     sums[f"nll_{name}"] = jnp.sum(jnp.where(mask_BT, nll_BT, 0.0))
     sums[f"kept_{name}"] = jnp.sum(keep[name], axis=(1, 2))
