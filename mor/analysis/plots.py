@@ -1,4 +1,4 @@
-"""Figures of a run; the only file that imports matplotlib.
+"""Figures of a run; with `study_plot.py` the only file that imports matplotlib.
 
 Every function takes the rows of metrics.jsonl (see `mor/train/metrics.py`) and
 returns an image as bytes or text; nothing is shown and no global state is used.
@@ -43,6 +43,17 @@ def overview(rows: Sequence[Row], num_recursions: int, parts: Sequence[str], dep
   _load(fig.add_subplot(grid[0, 1]), rows, num_recursions)
   _heat_map(fig.add_subplot(grid[1, :]), runs, num_recursions)
   fig.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+  out = io.BytesIO()
+  fig.savefig(out, format="png", dpi=150)
+  return out.getvalue()
+
+
+def text_by_depth(parts: Sequence[str], depths: Sequence[int], num_recursions: int) -> bytes:
+  """A text coloured by depth alone, as PNG."""
+  runs = _layout(parts, depths)
+  height = 0.8 + 0.25 * (1 + max((run[0] for run in runs), default=0))
+  fig = figure.Figure(figsize=(11, height), layout="constrained")
+  _heat_map(fig.subplots(), runs, num_recursions)
   out = io.BytesIO()
   fig.savefig(out, format="png", dpi=150)
   return out.getvalue()

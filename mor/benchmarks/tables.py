@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 
+from mor.analysis import study_report
 from mor.benchmarks import results
 
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -36,8 +37,19 @@ def train_throughput(record: dict) -> list[list[str]]:
   return [head, *rows]
 
 
-FORMS: dict[str, Callable[[dict], list[list[str]]]] = {"train_throughput": train_throughput}
+def quickstart(record: dict) -> list[list[str]]:
+  """Header and rows: held-out bits per byte beside the compressors'."""
+  labels = dict(bpb_causal="this model, causal routing", bpb_oracle="this model, oracle routing",
+                bpb_xz="`xz -9`", bpb_gzip="`gzip -9`")
+  rows = [[label, f"{record['summary'][name]:.3f}"] for name, label in labels.items()]
+  return [["held-out text", "bits per byte"], *rows]
+
+
+FORMS: dict[str, Callable[[dict], list[list[str]]]] = {
+    "quickstart": quickstart, "train_throughput": train_throughput}
 NOTES = {
+    "quickstart": "{summary[params]:,.0f} parameters, {sizes[steps]} steps of {sizes[batch]} x {sizes[seq_len]} tokens "
+                  "({summary[train_tokens]:,.0f} in all), mean depth {mean_depth:.2f} of {sizes[num_recursions]}.",
     "train_throughput": "*without the embedding. Whole steps of {sizes[batch]} x {sizes[seq_len]} tokens, "
                         "{sizes[num_layers]} unrolled layers, D={sizes[d_model]}, V={sizes[vocab_size]}; medians of "
                         "{rounds} rounds in turn, {clock} time.",
@@ -62,6 +74,8 @@ def table(name: str, directory: pathlib.Path) -> str:
   if not path.is_file():
     raise ValueError(f"table:{name} has no {path}; run its benchmark with --out={path}")
   record = json.loads(path.read_text(encoding="utf-8"))
+  if "study" in record:
+    return study_report.tables(record)
   benchmark = record["benchmark"]
   head, *rows = FORMS[benchmark](record)
   lines = [head, ["---"] * len(head), *rows]

@@ -1,0 +1,41 @@
+"""Makes every figure of the documentation from the results that were measured.
+
+  python -m mor.benchmarks.figures
+
+docs/depth.png from benchmarks/results/quickstart.json, docs/study.png from
+benchmarks/results/study_cpu.json.
+"""
+
+import json
+
+from mor.analysis import plots
+from mor.analysis import study_plot
+from mor.benchmarks import results
+
+DOCS = results.ROOT / "docs"
+
+
+def depth(record: dict) -> bytes:
+  """A held-out text, each token on the colour of its depth."""
+  return plots.text_by_depth(record["parts"], record["depths"], record["sizes"]["num_recursions"])
+
+
+FIGURES = {  # file below docs/ -> result, and what draws it
+    "depth.png": ("quickstart.json", depth),
+    "study.png": ("study_cpu.json", study_plot.curves),
+}
+
+
+def main(argv: list[str]) -> None:
+  """Writes docs/*.png."""
+  results.Parser(prog="python -m mor.benchmarks.figures", description=__doc__.splitlines()[0]).parse_args(argv)
+  DOCS.mkdir(exist_ok=True)
+  for name, (source, draw) in FIGURES.items():
+    path = results.DIRECTORY / source
+    if not path.is_file():
+      raise ValueError(f"docs/{name} has no {path}; run its benchmark with --out={path}")
+    (DOCS / name).write_bytes(draw(json.loads(path.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+  results.run(main)

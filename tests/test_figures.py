@@ -1,0 +1,41 @@
+"""Figures are drawn from results, and a missing result is named."""
+
+import json
+
+import pytest
+
+from mor.benchmarks import figures
+from mor.benchmarks import quickstart
+from mor.benchmarks import results
+from mor.benchmarks import tables
+
+RECORD = dict(benchmark="quickstart", command="python -m mor.benchmarks.quickstart", commit="abc", device="cpu",
+              processor="A Processor", cores=2, cores_used=2, dtype="float32", jax="9.9", mean_depth=1.75,
+              sizes=dict(steps=7, batch=4, seq_len=12, num_recursions=3), parts=["one ", "two ", "three "],
+              depths=[1, 2, 3], summary=dict(bpb_causal=1.5, bpb_oracle=1.25, bpb_xz=2.0, bpb_gzip=2.5,
+                                             params=1234, train_tokens=336))
+
+
+def test_depth_picture_shows_the_depths():
+  flat = figures.depth(RECORD | dict(depths=[1, 1, 1]))
+  picture = figures.depth(RECORD)
+  assert picture.startswith(b"\x89PNG") and picture != flat
+
+
+def test_a_missing_result_is_named(monkeypatch, tmp_path):
+  monkeypatch.setattr(results, "DIRECTORY", tmp_path)
+  monkeypatch.setattr(figures, "DOCS", tmp_path / "docs")
+  with pytest.raises(ValueError, match="docs/depth.png has no .*quickstart.json; run its benchmark"):
+    figures.main([])
+
+
+def test_table_of_the_quickstart(tmp_path):
+  (tmp_path / "quickstart.json").write_text(json.dumps(RECORD))
+  text = tables.table("quickstart", tmp_path)
+  assert "| this model, causal routing | 1.500 |" in text
+  assert "1,234 parameters, 7 steps of 4 x 12 tokens (336 in all), mean depth 1.75 of 3." in text
+
+
+def test_an_unfinished_quickstart_is_named(tmp_path):
+  with pytest.raises(ValueError, match="summary.json is not there; train to the end first"):
+    quickstart.main([f"--workdir={tmp_path}"])
