@@ -11,10 +11,12 @@ the directory is opened for training again.
 
 import contextlib
 import functools
+import json
 import os
 import pathlib
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -46,12 +48,8 @@ class Checkpoints:
     if not read_only:
       with _one_line(f"cannot write {self.directory}", "give a --workdir that you may write", errors=OSError):
         self.directory.mkdir(parents=True, exist_ok=True)
-    if self.directory.is_dir():
       self._manager = ocp.CheckpointManager(
-          self.directory,
-          options=ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, read_only=read_only,
-                                               cleanup_tmp_directories=not read_only),
-          item_handlers=dict(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()))
+          self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True))
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -65,9 +63,9 @@ class Checkpoints:
 
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint, None where there is none."""
-    if self._manager is None:
+    if not self.directory.is_dir():
       return None
-    return max(ocp.utils.checkpoint_steps(self.directory), default=None)  # the manager counts unfinished ones
+    return max(ocp.utils.checkpoint_steps(self.directory), default=None)
 
   def config(self) -> config_lib.Config:
     """The config that the newest checkpoint was written with."""
@@ -100,13 +98,14 @@ class Checkpoints:
       OSError: the checkpoint is damaged.
       ValueError: its arrays differ from the target's in name, shape or type.
     """
-    step = self.latest_step()
+    path = epath.Path(self._latest() / "state")
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _to_plain(target))
-    with self._reading():
-      stored = self._manager.item_metadata(step).state
-    _check_types(stored, abstract, self.directory / str(step))  # orbax would cast without a word
-    with self._reading():
-      plain = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))).state
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+      with self._reading():
+        stored = handler.metadata(path)
+      _check_types(stored, abstract, self._latest())  # orbax would cast without a word
+      with self._reading():
+        plain = handler.restore(path, args=ocp.args.StandardRestore(abstract))
     arrays = _by_path(plain)
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in _by_path(target)])
 
@@ -135,13 +134,16 @@ class Checkpoints:
       with self._saving():
         self._manager.close()
 
+  def _latest(self) -> pathlib.Path:
+    return self.directory / str(self.latest_step())
+
   def _meta(self) -> dict[str, Any]:
     with self._reading():
-      return self._manager.restore(self.latest_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+      return json.loads((self._latest() / "meta" / "metadata").read_text(encoding="utf-8"))
 
   def _reading(self):
-    path = self.directory / str(self.latest_step())
-    return _one_line(f"cannot read the checkpoint {path}", "remove that directory to resume from the one before")
+    return _one_line(f"cannot read the checkpoint {self._latest()}",
+                     "remove that directory to resume from the one before")
 
   def _saving(self):
     latest = self.latest_step()

@@ -80,13 +80,16 @@ def test_throughput_counts_steps_between_restarts(monkeypatch):
   assert on_cpu.read(1) == dict(tokens_per_second=48)
 
 
-def test_without_a_terminal_progress_is_plain_lines(capsys):
-  with progress.Progress(0, 20) as shown:
+def test_without_a_terminal_progress_is_plain_lines(capsys, monkeypatch):
+  now = iter((5.0, 14.0))
+  monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+  with progress.Progress(0, 120) as shown:
     shown.step(1)
+    shown.step(2)
     shown.show(10, dict(loss=1.25, tokens_per_second=12345.0, other=3))
     shown.say("[saved] /tmp/x")
   err = capsys.readouterr().err.splitlines()
-  assert err[0].startswith("step 10/20  loss 1.2500  tok/s 12,345  left ")
+  assert err[0].startswith("step 10/120  loss 1.2500  tok/s 12,345  left 1:50")
   assert err[1] == "[saved] /tmp/x" and len(err) == 2
 
 

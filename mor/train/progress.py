@@ -12,8 +12,8 @@ class Progress:
   """Shows a run on stderr. Use as a context manager."""
 
   def __init__(self, start_step: int, num_steps: int, enabled: bool = True):
-    self._start_step, self._num_steps, self._enabled = start_step, num_steps, enabled
-    self._started = time.perf_counter()
+    self._num_steps, self._enabled = num_steps, enabled
+    self._first = None  # the first step seen, and when: compilation is no pace
     self._bar = None
     console = rich.console.Console(file=sys.stderr)
     if enabled and console.is_terminal:
@@ -33,6 +33,7 @@ class Progress:
 
   def step(self, step: int) -> None:
     """Moves the bar to `step`."""
+    self._first = self._first or (step, time.perf_counter())
     if self._bar:
       self._bar.update(self._task, completed=step)
 
@@ -53,9 +54,11 @@ class Progress:
 
   def _left(self, step: int) -> str:
     """Time to go at the mean pace so far, as minutes:seconds."""
-    done = max(step - self._start_step, 1)
-    seconds = (time.perf_counter() - self._started) / done * (self._num_steps - step)
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    start, started = self._first or (step, 0.0)
+    if step <= start:
+      return "?"
+    seconds = int((time.perf_counter() - started) / (step - start) * (self._num_steps - step))
+    return f"{seconds // 60}:{seconds % 60:02d}"
 
 
 _SHOWN = (  # metric, label, format

@@ -1,0 +1,121 @@
+"""Kills a run at random moments, reruns it, and compares it with one left alone.
+
+  python -m tests.soak_kill --kills=10
+
+Prints one JSON object; exit status 1 unless parameters, optimizer state and
+metrics are bitwise equal. A third of the kills fall on the start, a third on a
+step, a third on a save. Some minutes; run by hand.
+"""
+
+import argparse
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from mor import checkpoint
+from mor import sharding
+from mor.train import loop
+from mor.train import metrics
+from tests import tiny
+
+STEPS = 60
+FIELDS = {
+    "model.vocab_size": 3001, "model.d_model": 96, "model.num_heads": 4, "model.num_kv_heads": 2, "model.head_dim": 12,
+    "model.d_ff": 200, "model.num_layers": 5, "data.tokenizer": "bytes", "data.seq_len": 24, "data.batch_size": 4,
+    "data.validation_fraction": 0.2, "train.steps": STEPS, "train.log_every": 1, "train.eval_every": 7,
+    "train.eval_rows": 4, "train.checkpoint_every": 2, "train.sample_tokens": 3}
+MOMENTS = ("save", "step", "start")
+
+
+class Run:
+  """A workdir, and processes that train in it."""
+
+  def __init__(self, directory: pathlib.Path, name: str):
+    self.workdir = directory / name
+    fields = {**FIELDS, "data.source": tiny.write_text(directory), "data.cache_dir": directory / "cache"}
+    self.command = [sys.executable, "-m", "mor.main", "--config=configs/base.py", f"--workdir={self.workdir}",
+                    *(f"--config.{k}={v}" for k, v in fields.items())]
+
+  def start(self) -> subprocess.Popen:
+    with (self.workdir.parent / f"{self.workdir.name}.log").open("a") as log:
+      return subprocess.Popen(self.command, stdout=log, stderr=log)
+
+  def step(self) -> int:
+    return max((row["step"] for row in metrics.read(self.workdir)), default=0)
+
+  def saving(self) -> bool:
+    return any((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+
+  def state(self):
+    with checkpoint.Checkpoints(self.workdir, read_only=True) as checkpoints:
+      config = checkpoints.config()
+      return loop.restore_or_init(config, sharding.make_mesh(config.mesh), checkpoints)
+
+  def rows(self):
+    return [{k: v for k, v in row.items() if k != "train/tokens_per_second"} for row in metrics.read(self.workdir)]
+
+
+def kill_once(run: Run, moment: str, until_step: int, start_seconds: float) -> dict:
+  """Starts the run, kills it at a moment and says what that left."""
+  process, begun = run.start(), time.perf_counter()
+  if moment == "start":
+    time.sleep(random.uniform(0, start_seconds))
+  else:
+    while process.poll() is None and run.step() < until_step:
+      time.sleep(0.002)
+    while moment == "save" and process.poll() is None and not run.saving():
+      pass
+    time.sleep(random.uniform(0, 0.05))
+  ended = process.poll()
+  process.kill()
+  process.wait()
+  with checkpoint.Checkpoints(run.workdir, read_only=True) as checkpoints:
+    kept = checkpoints.latest_step()
+  return dict(moment=moment, seconds=round(time.perf_counter() - begun, 2), ended_before=ended, step=run.step(),
+              checkpoint=kept, unfinished_save=run.saving())
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--kills", type=int, default=10)
+  parser.add_argument("--seed", type=int, default=0)
+  args = parser.parse_args()
+  random.seed(args.seed)
+  with tempfile.TemporaryDirectory() as directory:
+    straight, killed = Run(pathlib.Path(directory), "straight"), Run(pathlib.Path(directory), "killed")
+    begun = time.perf_counter()
+    if straight.start().wait():
+      sys.exit((straight.workdir.parent / "straight.log").read_text())
+    seconds = time.perf_counter() - begun
+    kills = []
+    for i in range(args.kills):
+      # Leave steps for the kills to come; what was lost is trained again.
+      until_step = killed.step() + random.randrange(1, max(2, (STEPS - killed.step()) // (args.kills - i)))
+      kills.append(kill_once(killed, MOMENTS[i % len(MOMENTS)], until_step, seconds))
+      print(kills[-1], file=sys.stderr)
+    status = killed.start().wait()
+    (ours, step), (theirs, _) = killed.state(), straight.state()
+    leaves = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+    result = dict(
+        kills=len([kill for kill in kills if kill["ended_before"] is None]),
+        during_a_save=sum(kill["unfinished_save"] for kill in kills),
+        steps=step, exit_status=status,
+        arrays=len(leaves),
+        arrays_equal=sum(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in leaves),
+        metrics_equal=killed.rows() == straight.rows(),
+        moments=kills)
+    result["ok"] = bool(status == 0 and step == STEPS and result["arrays"] == result["arrays_equal"]
+                        and result["metrics_equal"] and result["kills"] == args.kills)
+    print(json.dumps(result, indent=2))
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
