@@ -11,6 +11,7 @@ import argparse
 import json
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -65,13 +66,12 @@ class Run:
 def kill_once(run: Run, moment: str, until_step: int, start_seconds: float) -> dict:
   """Starts the run, kills it at a moment and says what that left."""
   process, begun = run.start(), time.perf_counter()
-  if moment == "start":
-    time.sleep(random.uniform(0, start_seconds))
-  else:
-    while process.poll() is None and run.step() < until_step:
-      time.sleep(0.002)
-    while moment == "save" and process.poll() is None and not run.saving():
-      pass
+  latest = begun + (random.uniform(0, start_seconds) if moment == "start" else 3600)
+  while process.poll() is None and run.step() < until_step and time.perf_counter() < latest:
+    time.sleep(0.002)
+  while moment == "save" and process.poll() is None and not run.saving():
+    pass
+  if moment != "start":
     time.sleep(random.uniform(0, 0.05))
   ended = process.poll()
   process.kill()
@@ -82,6 +82,20 @@ def kill_once(run: Run, moment: str, until_step: int, start_seconds: float) -> d
               checkpoint=kept, unfinished_save=run.saving())
 
 
+def run_through(run: Run) -> float:
+  """Runs to the end; returns the seconds to the first step, compiled programs at hand."""
+  for _ in range(2):
+    shutil.rmtree(run.workdir, ignore_errors=True)
+    process, begun, seconds = run.start(), time.perf_counter(), None
+    while process.poll() is None:
+      if seconds is None and run.step():
+        seconds = time.perf_counter() - begun
+      time.sleep(0.01)
+    if process.returncode:
+      sys.exit((run.workdir.parent / f"{run.workdir.name}.log").read_text())
+  return seconds
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--kills", type=int, default=10)
@@ -90,10 +104,7 @@ def main() -> int:
   random.seed(args.seed)
   with tempfile.TemporaryDirectory() as directory:
     straight, killed = Run(pathlib.Path(directory), "straight"), Run(pathlib.Path(directory), "killed")
-    begun = time.perf_counter()
-    if straight.start().wait():
-      sys.exit((straight.workdir.parent / "straight.log").read_text())
-    seconds = time.perf_counter() - begun
+    seconds = run_through(straight)
     kills = []
     for i in range(args.kills):
       # Leave steps for the kills to come; what was lost is trained again.

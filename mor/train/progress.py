@@ -19,7 +19,8 @@ class Progress:
     if enabled and console.is_terminal:
       self._bar = rich.progress.Progress(
           rich.progress.TextColumn("step"), rich.progress.MofNCompleteColumn(), rich.progress.BarColumn(),
-          rich.progress.TextColumn("{task.fields[values]}"), rich.progress.TimeRemainingColumn(), console=console)
+          rich.progress.TextColumn("{task.fields[values]}"), rich.progress.TimeRemainingColumn(),
+          console=console, refresh_per_second=4)
       self._task = self._bar.add_task("train", total=num_steps, completed=start_step, values="compiling")
 
   def __enter__(self) -> "Progress":
