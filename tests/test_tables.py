@@ -10,6 +10,7 @@ from mor.benchmarks import tables
 RECORD = dict(
     benchmark="train_throughput", command="python -m mor.benchmarks.train_throughput --pin=0", commit="abc123",
     device="cpu", processor="A Processor", cores=4, cores_used=1, dtype="float32", jax="9.9", clock="cpu", rounds=7,
+    load_average=0.25,
     sizes=dict(batch=3, seq_len=12, num_layers=8, d_model=20, vocab_size=61))
 
 
@@ -34,7 +35,8 @@ def test_a_table_replaces_what_stood_there(directory):
   assert new.endswith("\n<!-- end -->\nafter\n<!-- end -->\n")
   assert "old" not in new
   assert lines[5] == ("| mor-r2 | 3.2M | 1.23 | 0.840 (0.740–1.040) | 0.800, 0.750 | 1.050, 1.120 | 0.700 |")
-  assert "3 x 12 tokens" in new and "cpu time. A Processor, 1 of 4 cores, float32, JAX 9.9, commit abc123:" in new
+  assert "3 x 12 tokens" in new and "7 rounds in turn, cpu time, load average 0.2." in new
+  assert "A Processor, 1 of 4 cores, float32, JAX 9.9, commit abc123:" in new
   assert f"`{RECORD['command']}`" in lines
   assert tables.rewrite(new, directory) == new
 

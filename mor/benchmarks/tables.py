@@ -52,7 +52,7 @@ NOTES = {
                   "({summary[train_tokens]:,.0f} in all), mean depth {mean_depth:.2f} of {sizes[num_recursions]}.",
     "train_throughput": "*without the embedding. Whole steps of {sizes[batch]} x {sizes[seq_len]} tokens, "
                         "{sizes[num_layers]} unrolled layers, D={sizes[d_model]}, V={sizes[vocab_size]}; medians of "
-                        "{rounds} rounds in turn, {clock} time.",
+                        "{rounds} rounds in turn, {clock} time, load average {load_average:.1f}.",
 }
 
 
