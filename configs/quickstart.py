@@ -20,7 +20,8 @@ from configs import base
 def get_config() -> ml_collections.ConfigDict:
   config = base.get_config()
   config.model.update(vocab_size=4096, d_model=192, num_heads=6, num_kv_heads=2, head_dim=32,
-                      d_ff=512, num_layers=5, sharing="middle_cycle", num_recursions=3)
+                      d_ff=512, num_layers=5, sharing="middle_cycle", num_recursions=3,
+                      scan_layers=False)
   config.model.router.update(name="expert_choice", sampling="aux_loss", sampling_coef=0.001)
   config.data.update(source="sotu", tokenizer="bpe:4096", seq_len=256, batch_size=4)
   config.optim.update(learning_rate=3e-3, warmup_steps=20)

@@ -22,7 +22,6 @@ ROUTERS = {
     "token_choice": tiny.TOKEN_CHOICE,
 }
 EVERY = [(router, plan) for router in router_table.ROUTERS for plan in kv_table.PLANS]
-FAST = {"xla_backend_optimization_level": 0}  # compiles faster; the same numbers
 
 
 def build(router, plan):
@@ -57,7 +56,7 @@ def test_gathered_equals_masked(router, plan):
       nll_BT = loss.token_nll(params, out.hidden_BTD, batch["target_BT"], 16)
       return jnp.sum(nll_BT * batch["loss_mask_BT"]) / batch["loss_mask_BT"].sum() + sum(terms.values()), out.keep_RBT
 
-    return jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=FAST)(params)
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
   (gathered, keep), gathered_grads = value_and_grad("gathered")
   (masked, masked_keep), masked_grads = value_and_grad("masked")
@@ -81,7 +80,7 @@ def test_future_tokens_have_no_gradient(router, plan):
     out = model.apply({"params": {**params, "embedding": embedding_VD}}, tokens_BT, routing="decide")
     return jnp.sum(out.hidden_BTD[:, :cut] * probe_D[None, None, :])
 
-  grad_VD = jax.jit(jax.grad(past), compiler_options=FAST)(params["embedding"])
+  grad_VD = jax.jit(jax.grad(past))(params["embedding"])
   norm_BT = jnp.linalg.norm(grad_VD, axis=1)[tokens_BT]
   np.testing.assert_array_equal(norm_BT[:, cut:], 0.0)
   assert (norm_BT[:, :cut] > 0).all()
@@ -150,7 +149,7 @@ def test_remat_and_unrolling_change_no_gradient(remat):
   def grads(config):
     model = transformer.Transformer(config)
     total = lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, batch["tokens_BT"], batch["segment_BT"]).hidden_BTD))
-    return jax.jit(jax.grad(total), compiler_options=FAST)(params)
+    return jax.jit(jax.grad(total))(params)
 
   plain = grads(config)
   other = grads(dataclasses.replace(config, remat=remat, scan_layers=remat == "full"))
