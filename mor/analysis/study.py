@@ -63,7 +63,7 @@ def run(base: config_lib.Config, study: study_plan.Study, workdir: str | os.Path
       results[index] = _train_and_judge(workdir / one.name, one, judge)
       if results[index] is None:
         return False
-      results[index]["made_for"] = _made_for(study, one)
+      results[index] |= {"commit": header["commit"], "made_for": _made_for(study, one)}
       study_report.write_json(_path(workdir, one), results[index])
       _drop_checkpoints(workdir / one.name)
     done = [result for result in results if result is not None]
@@ -87,7 +87,7 @@ def _train_and_judge(directory: pathlib.Path, one: study_plan.Run, judge: judge_
   result["short_curve"] = _curve(metrics_lib.read(directory / "short")) if one.short else []
   rates = [row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row]
   result["step_seconds"] = one.full.data.batch_size * one.full.data.seq_len / statistics.median(rates) if rates else None
-  return result | {"commit": commit(), "load_average": os.getloadavg()[0]}
+  return result | {"load_average": os.getloadavg()[0]}
 
 
 def fork(one: study_plan.Run, directory: pathlib.Path) -> None:

@@ -97,7 +97,7 @@ def _preface(study: Mapping[str, Any]) -> list[str]:
   lines = [
       f"`{study['command']}`", "",
       f"{study['num_devices']} {study['device']} ({study['num_cpus']} CPUs), {study['compute_dtype']}, commit "
-      f"{str(study['commit'])[:12]}; {len(study['study']['seeds'])} seed(s); {data['source']}, {data['tokenizer']}, "
+      f"{_short(study['commit'])}; {len(study['study']['seeds'])} seed(s); {data['source']}, {data['tokenizer']}, "
       f"{data['batch_size']} x {data['seq_len']} tokens a step; budget {study['budget_forward_flops']:.3g} forward "
       f"FLOPs, head counted. NLL in nats per token over {tokens:,.0f} held-out tokens.",
   ]
@@ -107,6 +107,12 @@ def _preface(study: Mapping[str, Any]) -> list[str]:
     lines.append(f"BLiMP: {n} pairs, one standard error is at most {50 / n**0.5:.1f} points; chance is 50 %.")
   lines += [f"Not measured: {name} ({path} is not there)." for name, path in study["missing"].items()]
   return lines if study["complete"] else [*lines, "The study is not complete."]
+
+
+def _short(commit: str | None) -> str:
+  """A commit's first digits, and whether the code differed from it."""
+  digits, plus, changes = (commit or "unknown").partition("+")
+  return digits[:10] + plus + changes
 
 
 def _table(study: Mapping[str, Any], end: str, columns: Sequence[tuple[str, str, _Cell]]) -> list[str]:
