@@ -5,7 +5,7 @@ many as the same forward FLOPs pay for. `get_study` lists the members as fields
 that differ from `get_config`. Texts are looked for in $MOR_DATA (default
 ../shared/data); without the books the shipped addresses are used.
 
-Hardware: 2 CPU cores. Time: about 40 minutes. Expected: see the committed table.
+Hardware: 2 CPU cores. Time: about 35 minutes. Expected: see the committed table.
 
 python -m mor.main --mode=study --config=configs/study_cpu.py --workdir=runs/study_cpu
 """
