@@ -139,10 +139,7 @@ def close(actual, expected, what):
 
 
 @pytest.mark.parametrize("router,plan,sharing", layouts())
-def test_layouts(router, plan, sharing, request):
-  if router == "expert_choice" and sharing == "vanilla" and plan != "recursion_wise":
-    request.applymarker(pytest.mark.xfail(strict=True, reason=(
-        "with one step the model shows it the kept tokens' keys only, not every token's")))
+def test_layouts(router, plan, sharing):
   # Fixed has one path only, token-choice decides as it selects.
   runs = {"fixed": RUNS[:1], "token_choice": RUNS}.get(router, (*RUNS, ("masked", "select")))
   check(build(router, kv_plan=plan, sharing=sharing), runs)

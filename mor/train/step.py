@@ -118,7 +118,7 @@ def update(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax
                          _balance(config.model, state, sums))
   metrics = {
       **terms,
-      "grad_norm": optax.global_norm(grads),
+      "grad_norm": optax.tree.norm(grads),
       "learning_rate": jnp.asarray(optim.learning_rate(config)(state.step), jnp.float32),
       **router_metrics(config.model, sums),
   }

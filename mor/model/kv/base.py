@@ -6,6 +6,9 @@ r * depth + i), where its keys and values live:
   own   the slot it writes the keys of the tokens it processes to; -1: none
   base  the slot of an earlier step it also reads; -1: none
 
+and whether the plan `shares`: its first step then runs every token, kept or
+not, for the keys that others read.
+
 A layer sees its own fresh keys where it has them and, beneath them, its base's.
 The mask rule is one: a query at position i sees a key at position j <= i of its
 segment. Segment 0 is padding, which nobody sees.
@@ -26,15 +29,11 @@ class KVPlan:
 
   own: tuple[int, ...]
   base: tuple[int, ...]
+  shares: bool
 
   @property
   def num_slots(self) -> int:
     return 1 + max(self.own)
-
-  @property
-  def shares(self) -> bool:
-    """True where a later step reads keys that an earlier step wrote."""
-    return any(b >= 0 for b in self.base)
 
 
 @struct.dataclass

@@ -16,4 +16,5 @@ def plan(schedule: schedule_lib.LayerSchedule) -> base.KVPlan:
   first = shared.first_uses(schedule)
   return base.KVPlan(
       own=tuple(range(len(first))),
-      base=tuple(-1 if f == l else f for l, f in enumerate(first)))
+      base=tuple(-1 if f == l else f for l, f in enumerate(first)),
+      shares=True)

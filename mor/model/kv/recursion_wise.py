@@ -10,4 +10,4 @@ from mor.model.kv import base
 def plan(schedule: schedule_lib.LayerSchedule) -> base.KVPlan:
   """Every unrolled layer owns a slot and reads no other."""
   num = schedule.num_steps * schedule.depth
-  return base.KVPlan(own=tuple(range(num)), base=(-1,) * num)
+  return base.KVPlan(own=tuple(range(num)), base=(-1,) * num, shares=False)

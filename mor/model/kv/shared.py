@@ -21,4 +21,5 @@ def plan(schedule: schedule_lib.LayerSchedule) -> base.KVPlan:
   fresh = [first == l for l, first in enumerate(first_uses(schedule))]
   return base.KVPlan(
       own=tuple(i if new else -1 for i, new in zip(flat, fresh)),
-      base=tuple(-1 if new else i for i, new in zip(flat, fresh)))
+      base=tuple(-1 if new else i for i, new in zip(flat, fresh)),
+      shares=True)
