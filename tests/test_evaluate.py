@@ -96,7 +96,7 @@ def test_devices_do_not_matter(held_out):
 
 
 def test_token_choice_is_causal_already():
-  config = tiny.config(model=dict(router=tiny.TOKEN_CHOICE))
+  config = tiny.config(model=dict(execution="masked", router=tiny.TOKEN_CHOICE))
   mesh = sharding.make_mesh(config.mesh)
   state = step_lib.init_state(config, mesh)
   metrics = evaluate.make(config, mesh, NUM_BYTES_V)(state.params, state.balance, [tiny.batch(config)])
