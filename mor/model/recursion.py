@@ -169,8 +169,6 @@ class _Pass:
     self.config = recursion.config
     self.stack = stack
     self.segment_BT = segment_BT
-    if self.config.cross_documents:
-      self.segment_BT = (segment_BT != 0).astype(segment_BT.dtype)
     self.entry_BTD = entry_BTD
     batch, seq_len = segment_BT.shape
     self.position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))

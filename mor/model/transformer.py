@@ -68,13 +68,10 @@ class Transformer(nn.Module):
     config = self.config
     tokens_BT = jnp.asarray(tokens_BT)
     segment_BT = jnp.ones_like(tokens_BT) if segment_BT is None else jnp.asarray(segment_BT)
-    h_BTD, params, recursion = self._enter(tokens_BT, segment_BT)
-    bias_R = None
-    if config.router.balancing == "loss_free":
-      bias_R = self.variable("balance", "bias_R", jnp.zeros, (config.num_recursions,), jnp.float32).value
+    h_BTD, segment_BT, params, recursion = self._enter(tokens_BT, segment_BT)
     with jax.named_scope("recursion"):
       h_BTD, trace = recursion.run(
-          params, h_BTD, segment_BT, routing=routing, bias_R=bias_R, train_step=train_step, bucket=bucket, key=key)
+          params, h_BTD, segment_BT, routing=routing, bias_R=self._bias(), train_step=train_step, bucket=bucket, key=key)
     h_BTD = self._edge("coda", h_BTD, segment_BT)
     final_norm_D = self.param("final_norm", nn.initializers.ones_init(), (config.d_model,), jnp.float32)
     return Output(layers.rms_norm(h_BTD, final_norm_D, config.norm_eps), trace.keep_RBT, trace.score_RBT, trace.sums)
@@ -83,15 +80,23 @@ class Transformer(nn.Module):
   def depth_sums(self, tokens_BT: types.Tokens, segment_BT: types.Segments, *,
                  train_step: jax.Array | None = None) -> Mapping[str, jax.Array]:
     """Token-choice's statistics alone, known before the recursion runs."""
-    h_BTD, params, recursion = self._enter(tokens_BT, segment_BT)
-    bias_R = None
-    if self.config.router.balancing == "loss_free":
-      bias_R = self.variable("balance", "bias_R", jnp.zeros, (self.config.num_recursions,), jnp.float32).value
-    return recursion.router.enter(params, h_BTD, segment_BT != 0, bias_R=bias_R, train_step=train_step).sums
+    h_BTD, segment_BT, params, recursion = self._enter(tokens_BT, segment_BT)
+    return recursion.router.enter(params, h_BTD, segment_BT != 0, bias_R=self._bias(), train_step=train_step).sums
+
+  def _bias(self) -> jax.Array | None:
+    """Token-choice's loss-free bias."""
+    if self.config.router.balancing != "loss_free":
+      return None
+    return self.variable("balance", "bias_R", jnp.zeros, (self.config.num_recursions,), jnp.float32).value
 
   def _enter(self, tokens_BT, segment_BT):
-    """Embedding and prelude; also declares the recursion's parameters."""
+    """Embedding and prelude, and the segments that attention keeps apart.
+
+    Also declares the recursion's parameters.
+    """
     config = self.config
+    if config.cross_documents:  # all but padding is one
+      segment_BT = (segment_BT != 0).astype(segment_BT.dtype)
     init = nn.initializers.normal(config.init_std)
     embedding_VD = self.param("embedding", init, (config.vocab_size, config.d_model), jnp.float32)
     with jax.named_scope("embed"):
@@ -101,7 +106,7 @@ class Transformer(nn.Module):
     params = {"stack": self._layers("stack", recursion.schedule.num_stack_rows)}
     for name in jax.eval_shape(recursion.router.init, jax.random.key(0)):
       params[name] = self.param(name, lambda key, name=name: recursion.router.init(key)[name])
-    return h_BTD, params, recursion
+    return h_BTD, segment_BT, params, recursion
 
   def _edge(self, group: str, h_BTD, segment_BT):
     """The unshared layers of `group`, over every token."""
@@ -110,8 +115,6 @@ class Transformer(nn.Module):
       return h_BTD
     batch, seq_len = segment_BT.shape
     position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
-    if self.config.cross_documents:
-      segment_BT = (segment_BT != 0).astype(segment_BT.dtype)
     view = kv_base.KVView(
         rotation=layers.rotation(position_BT, self.config.head_dim, self.config.rope_theta),
         mask_BTS=kv_base.visible(position_BT, segment_BT, position_BT, segment_BT))
