@@ -37,6 +37,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]"],
         "cuda12": ["jax[cuda12]"],
         "torch": ["safetensors>=0.5", "torch>=2.4"],
+        "peers": ["gguf>=0.17", "llama-cpp-python>=0.3.36", "torch>=2.4", "transformers>=5.0"],
         "serve": ["aiohttp>=3.10"],
         "test": [
             "beartype>=0.20",
