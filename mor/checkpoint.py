@@ -88,11 +88,12 @@ class Checkpoints:
       raise ValueError(f"train.steps={config.train.steps} but {self.directory} is at step {step}; "
                        f"use at least {step} steps, or another --workdir")
 
-  def restore(self, target: Any) -> Any:
+  def restore(self, target: Any, partial: bool = False) -> Any:
     """The newest state, placed as `target` says.
 
     Args:
       target: a tree of arrays or `jax.ShapeDtypeStruct`s with shardings.
+      partial: True reads the target's arrays and leaves the others.
 
     Raises:
       OSError: the checkpoint is damaged.
@@ -103,9 +104,12 @@ class Checkpoints:
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
       with self._reading():
         stored = handler.metadata(path)
+      if partial:
+        stored = {name: tree for name, tree in stored.items() if name in abstract}
       _check_types(stored, abstract, self._latest())  # orbax would cast without a word
-      with self._reading():
-        plain = handler.restore(path, args=ocp.args.StandardRestore(abstract))
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler, self._reading():
+      plain = handler.restore(path, args=ocp.args.PyTreeRestore(
+          abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial))
     arrays = _by_path(plain)
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in _by_path(target)])
 

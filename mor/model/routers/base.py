@@ -3,7 +3,8 @@
 A router is built once per model from its config, holds no parameters, and has
 
   init(key)                          its parameters ({} if none)
-  enter(params, h, valid, ...)       what is decided once, before step 0
+  enter(params, h, valid, ...)       what is decided once, before step 0; in decoding
+                                     `position_BT` says where the tokens stand
   select(plan, h, alive, step)       training and oracle; may see the future
   decide(plan, h, alive, step)       pointwise and causal
   widths(seq_len, bucket)            static number of tokens each step gathers

@@ -40,6 +40,7 @@ class Plan:
   aux_params: dict
   kept_RB: jax.Array  # tokens each step keeps of each row
   key: jax.Array
+  position_BT: jax.Array | None  # of the tokens, where they are not a row's first ones
 
 
 def top(score_BT: jax.Array, alive_BT: types.Mask, kept_B: jax.Array) -> types.Mask:
@@ -70,11 +71,11 @@ class ExpertChoice:
       params["aux_router"] = scores.init(aux_key, self.config, self.num_steps, 1)
     return {name: tree for name, tree in params.items() if tree}
 
-  def enter(self, params, h_BTD, valid_BT, *, bias_R=None, train_step=None, key=None) -> Plan:
+  def enter(self, params, h_BTD, valid_BT, *, bias_R=None, train_step=None, key=None, position_BT=None) -> Plan:
     """Counts what each step keeps of each row."""
     del h_BTD, bias_R
     return Plan(params.get("router", {}), params.get("aux_router", {}), self.kept(valid_BT, train_step),
-                jax.random.key(0) if key is None else key)
+                jax.random.key(0) if key is None else key, position_BT)
 
   def kept(self, valid_BT: types.Mask, train_step: jax.Array | None) -> jax.Array:
     """Tokens each step keeps of each row: max(1, int(capacity * length)), 0 of an empty row."""
@@ -134,7 +135,7 @@ class ExpertChoice:
   def _score(self, plan, h_BTD, step):
     router = self.config.router
     if router.arch == "random":
-      logit_BT = scores.uniform(jax.random.fold_in(plan.key, step), h_BTD.shape[:2])
+      logit_BT = scores.uniform(jax.random.fold_in(plan.key, step), h_BTD.shape[:2], plan.position_BT)
       return logit_BT, router.alpha * logit_BT
     logit_BT = scores.logits(plan.params, step, h_BTD / router.temperature)[:, :, 0]
     return logit_BT, scores.activate(router, logit_BT)

@@ -18,9 +18,9 @@ class Fixed:
     del key
     return {}
 
-  def enter(self, params, h_BTD, valid_BT, *, bias_R=None, train_step=None, key=None):
+  def enter(self, params, h_BTD, valid_BT, *, bias_R=None, train_step=None, key=None, position_BT=None):
     """Nothing to decide."""
-    del params, h_BTD, valid_BT, bias_R, train_step, key
+    del params, h_BTD, valid_BT, bias_R, train_step, key, position_BT
     return None
 
   def select(self, plan, h_BTD, alive_BT, step):

@@ -40,10 +40,18 @@ def logits(params: dict, index: jax.Array | int, h_BTD: jax.Array) -> jax.Array:
     return jnp.einsum("BTW,WO->BTO", x_BTD, params["out"][index])
 
 
-def uniform(key: jax.Array, shape_BT: tuple[int, int]) -> jax.Array:
-  """Random scores that depend on row and position only, not on the shape."""
-  row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(shape_BT[0]))
-  keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(row_keys, jnp.arange(shape_BT[1]))
+def uniform(key: jax.Array, shape_BT: tuple[int, int], position_BT: jax.Array | None = None) -> jax.Array:
+  """Random scores that depend on row and position only, not on the shape.
+
+  With positions, as in decoding, each row is scored as the first of a batch is.
+  """
+  batch, seq_len = shape_BT
+  if position_BT is None:
+    row_B, position_BT = jnp.arange(batch), jnp.broadcast_to(jnp.arange(seq_len)[None, :], shape_BT)
+  else:
+    row_B = jnp.zeros(batch, jnp.int32)
+  row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
+  keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(row_keys, position_BT)
   return jax.vmap(jax.vmap(jax.random.uniform))(keys)
 
 

@@ -46,13 +46,13 @@ class TokenChoice:
     params = scores.init(key, self.config, 1, self.num_steps)
     return {"router": params} if params else {}
 
-  def enter(self, params, h_BTD, valid_BT, *, bias_R=None, train_step=None, key=None) -> Plan:
+  def enter(self, params, h_BTD, valid_BT, *, bias_R=None, train_step=None, key=None, position_BT=None) -> Plan:
     """Picks every token's depth."""
     router, steps = self.config.router, self.num_steps
     if router.arch == "random":
       key = jax.random.key(0) if key is None else key
       logits_BTR = jnp.stack(
-          [scores.uniform(jax.random.fold_in(key, r), h_BTD.shape[:2]) for r in range(steps)], axis=-1)
+          [scores.uniform(jax.random.fold_in(key, r), h_BTD.shape[:2], position_BT) for r in range(steps)], axis=-1)
       prob_BTR = router.alpha * logits_BTR
     else:
       logits_BTR = scores.logits(params["router"], 0, h_BTD / router.temperature)
