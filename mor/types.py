@@ -7,6 +7,12 @@ Every array of rank >= 1 ends in its shape suffix. The letters:
   N query heads         K key/value heads     G query heads per KV head (N // K)
   H head width          V vocabulary          L layers of the shared stack
   R recursion steps     1 a size-one axis
+
+and in decoding
+
+  B slots of the engine M tokens, or rows of a flat batch
+  P pages of a row      E entries of a page, or stop tokens of a request
+  I, O in and out of a projection
 """
 
 import jax

@@ -1,0 +1,297 @@
+"""The serving engine: continuous depth-wise batching behind submit, stream and abort.
+
+  engine = Engine(model, num_slots=16)
+  for event in engine.stream("Once upon a time", max_tokens=100):
+    print(event.text, end="")
+
+A call of `step` admits requests, prefills a bounded number of prompt tokens,
+dispatches a few ticks (`tick.py`) and reads the results of the dispatch *before*, so
+that the device never waits for the host. The tokens of a request depend on the
+request alone: not on its neighbours, the order of arrival, or a preemption.
+"""
+
+from collections.abc import Iterator, Sequence
+import collections
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor.inference import decoder as decoder_lib
+from mor.inference import meter
+from mor.inference import request as request_lib
+from mor.inference import slots as slots_lib
+from mor.inference import scheduler as scheduler_lib
+from mor.inference import tick
+from mor.inference import weights as weights_lib
+from mor.model.kv import storage as storage_lib
+
+_LEAST_CHUNK = 16  # tokens of the smallest prefill bucket
+_STORAGES = {"paged": storage_lib.Paged, "dense": storage_lib.Dense}
+
+
+@dataclasses.dataclass
+class _Flight:
+  """A dispatch whose results have not been read."""
+
+  out: slots_lib.Out
+  jobs: list[scheduler_lib.Job | None]  # by slot
+
+
+class Engine:
+  """Serves one model; see the module docstring.
+
+  Args:
+    model: `inference.model.Model`: config, variables, tokenizer and context.
+    num_slots: requests that run at once (the batch).
+    batching: "depth": a token that leaves the recursion is followed by the next one
+      at once. "sequence": it waits for the deepest of the batch, the baseline.
+    context: positions of a request at most; None is the model's.
+    page_size: entries in a page of the KV pool.
+    num_pages: pages of the recursion's pool, each for all layers of a step; None
+      lets every slot reach the context at every step.
+    num_edge_pages: the same for the layers outside the recursion.
+    weight_format, kv_format: "float32" (exact) or "bfloat16" (half the bytes).
+    ticks: of one dispatch; None is the smallest multiple of the number of steps
+      from 4 on, so that tokens that never leave early stay in phase.
+    prefill_chunk: prompt tokens prefilled at most between two dispatches.
+    router: in place of the model's own.
+    storage: of keys and values; "dense" is the reference, one page a row.
+  """
+
+  def __init__(self, model: Any, *, num_slots: int = 16, batching: str = "depth", context: int | None = None,
+               page_size: int = 64, num_pages: int | None = None, num_edge_pages: int | None = None,
+               weight_format: str = "float32", kv_format: str = "float32", ticks: int | None = None,
+               prefill_chunk: int = 256, router: Any = None, storage: str = "paged"):
+    context = context or model.context
+    for name, value, choices in (("batching", batching, ("depth", "sequence")), ("storage", storage, _STORAGES),
+                                 ("kv_format", kv_format, storage_lib.FORMATS)):
+      if value not in choices:
+        raise ValueError(f"{name}={value!r}; use one of {', '.join(choices)}")
+    for name, value in (("num_slots", num_slots), ("page_size", page_size), ("prefill_chunk", prefill_chunk),
+                        ("ticks", ticks or 1), ("context", context)):
+      if value < 1:
+        raise ValueError(f"{name}={value}; use a count >= 1")
+    page_size = context if storage == "dense" else page_size
+    kind, config = _STORAGES[storage], model.config
+    self.decoder = decoder_lib.Decoder(
+        config, kind(page_size, config.num_kv_heads, config.head_dim, kv_format), router)
+    if not self.decoder.tables.schedule.cyclic:
+      raise ValueError(f"sharing={config.sharing!r} gives each step its own layers, so tokens at different steps "
+                       "cannot share a batch; use generate(), or train with 'cycle' or 'middle_cycle'")
+    self.model, self.context, self.num_slots = model, context, num_slots
+    self._weights = weights_lib.prepare(config, model.variables, weight_format)
+    self._together = batching == "sequence"
+    steps = self.decoder.num_steps
+    self._ticks = ticks or steps * -(-4 // steps)
+    self._chunk = max(_LEAST_CHUNK, prefill_chunk)
+    pages_per_row = -(-context // page_size)
+    whole = num_slots * pages_per_row
+    pool = scheduler_lib.Pool(
+        page_size, self.decoder.tables.num_rows, num_pages or whole * self.decoder.tables.num_rows,
+        (num_edge_pages or whole) if self.decoder.tables.num_edges else 0)
+    self.scheduler = scheduler_lib.Scheduler(num_slots, pool, self._ticks)
+    self._slots = slots_lib.make(self.decoder, self._weights, num_slots, pool.num_pages, pool.num_edge_pages,
+                                 pages_per_row)
+    self._flights: collections.deque[_Flight] = collections.deque()
+    self._jobs: dict[int, scheduler_lib.Job] = {}
+    self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
+    self._starved = False  # a row waits and no page is free
+    self.meter = meter.Meter(num_slots, pool)
+
+  # What a user calls.
+
+  def submit(self, prompt: str | Sequence[int], **options: Any) -> int:
+    """Queues a prompt; returns the request's number.
+
+    Args:
+      prompt: text, or token ids.
+      **options: of `request.Request` and `sampling.Sampling`: max_tokens,
+        temperature, top_k, top_p, min_p, repetition_penalty, seed, stop_tokens,
+        stop_strings, logprobs.
+
+    Raises:
+      ValueError: this request is wrong; the others go on.
+    """
+    return self.submit_request(self.model.request(prompt, **options))
+
+  def submit_request(self, request: request_lib.Request) -> int:
+    """`submit` of a ready request."""
+    request.check(self.model.config.vocab_size, self.context)
+    follower = request_lib.Follower(request, self.model.tokenizer)
+    job = self.scheduler.submit(request.prompt, request.limit(self.context), follower)
+    self._jobs[job.id] = job
+    self.meter.submitted(job.id)
+    return job.id
+
+  def abort(self, number: int) -> request_lib.Completion:
+    """Ends a request, wherever it is, and forgets it; returns what it has got."""
+    job = self._find(number)
+    if not job.finished:
+      self._end(job)
+      job.payload.end("aborted")
+    return self.take(number)
+
+  def take(self, number: int) -> request_lib.Completion:
+    """A request's completion so far; a finished request is forgotten then."""
+    job = self._find(number)
+    if job.finished:
+      del self._jobs[number]
+    return job.payload.completion
+
+  def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[request_lib.Event]:
+    """Yields a prompt's new tokens as they come; other requests go on meanwhile.
+
+    A stream that is closed or abandoned aborts its request.
+    """
+    number = self.submit(prompt, **options)
+    return self._stream(number)
+
+  def _stream(self, number: int) -> Iterator[request_lib.Event]:
+    waiting = self._jobs[number].payload.events = collections.deque()
+    try:
+      while True:
+        while waiting:
+          event = waiting.popleft()
+          yield event
+          if event.finish:
+            return
+        self.step()
+    finally:
+      if number in self._jobs:
+        self.abort(number)
+
+  def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[request_lib.Completion]:
+    """Continues all prompts, and returns when the last one is done.
+
+    Raises:
+      ValueError: a prompt or an option is wrong; none is run then.
+    """
+    requests = [self.model.request(prompt, **options) for prompt in prompts]
+    for request in requests:
+      request.check(self.model.config.vocab_size, self.context)
+    numbers = [self.submit_request(request) for request in requests]
+    while not all(self._jobs[n].finished for n in numbers):
+      self.step()
+    return [self.take(n) for n in numbers]
+
+  def metrics(self) -> dict[str, float]:
+    """Figures since the engine was made; see `meter.py`."""
+    return self.meter.figures()
+
+  @property
+  def idle(self) -> bool:
+    """Whether no request waits or runs, and all results have been read."""
+    return self.scheduler.idle and not self._flights
+
+  # One turn.
+
+  def step(self) -> list[tuple[int, request_lib.Event]]:
+    """Admits, prefills, dispatches, and reads the dispatch before; returns what is new."""
+    with self.meter.busy():
+      while self.scheduler.admit():
+        pass
+      self._prefill()
+      dispatched = not self._starved and any(job.started for job in self.scheduler.held)
+      if dispatched:
+        self._dispatch()
+      events = []
+      while len(self._flights) > (1 if dispatched else 0):
+        events += self._harvest(self._flights.popleft())
+      if self._starved and not self._flights:
+        self._relieve()
+      return events
+
+  def _prefill(self) -> None:
+    """Prompts into their slots, oldest first, by chunks; all of them where nobody decodes yet."""
+    held = self.scheduler.held
+    budget = self._chunk if any(job.started for job in held) else sum(len(job.tokens) for job in held)
+    for job in held:
+      while not job.started and budget > 0:
+        left = len(job.tokens) - 1 - job.stored
+        if left:
+          size = min(left, self._chunk)
+          self._store(job, size)
+          budget -= size
+        if job.stored == len(job.tokens) - 1:
+          self._start(job)
+
+  def _store(self, job: scheduler_lib.Job, size: int) -> None:
+    width = max(_LEAST_CHUNK, 1 << (size - 1).bit_length())
+    tokens_1T = np.zeros((1, width), np.int32)
+    tokens_1T[0, :size] = job.tokens[job.stored:job.stored + size]
+    self._slots, ok = tick.store(
+        self.decoder, self._weights, self._slots, jnp.int32(job.slot), jnp.asarray(tokens_1T), jnp.int32(job.stored),
+        jnp.int32(size), context=job.stored > 0)
+    job.stored += size
+    self.meter.prefilled(size)
+    self._sufficed.append(ok)
+
+  def _start(self, job: scheduler_lib.Job) -> None:
+    left = job.limit - (len(job.tokens) - len(job.prompt))
+    self._slots = slots_lib.admit(self._slots, slots_lib.admission(
+        job.slot, job.payload.request, job.tokens, left, self.model.config.vocab_size))
+    job.started = True
+
+  def _dispatch(self) -> None:
+    self._slots, out = tick.run(self.decoder, self._weights, self._slots, num_ticks=self._ticks,
+                                vocab_size=self.model.vocab_size, together=self._together)
+    jobs = [job if job and job.started else None for job in self.scheduler.slots]
+    self._flights.append(_Flight(out, jobs))
+
+  def _harvest(self, flight: _Flight) -> list[tuple[int, request_lib.Event]]:
+    out, sufficed = jax.device_get((flight.out, self._sufficed))
+    assert all(sufficed), "a prefill was admitted without room for it"
+    self._sufficed = []
+    num = int(out.num_ticks)
+    self.meter.harvested(out, num)
+    self.scheduler.learn(int(out.free), int(out.edge_free), [job for job in flight.jobs if job], len(self._flights))
+    events = []
+    for k in range(num):
+      for slot, job in enumerate(flight.jobs):
+        if job is None or job.finished or job.slot != slot or out.token_KB[k, slot] < 0:
+          continue
+        events.append((job.id, self._take_token(job, out, k, slot)))
+    self.scheduler.pressed = bool(num) and bool(out.stalled_KB[num - 1].any())
+    none_left = out.free == 0 or (self.decoder.tables.num_edges and out.edge_free == 0)
+    self._starved = self.scheduler.pressed and bool(none_left)
+    return events
+
+  def _take_token(self, job, out, k, slot) -> request_lib.Event:
+    token, finish = int(out.token_KB[k, slot]), request_lib.FINISH[out.finish_KB[k, slot]]
+    event = job.payload.add(token, int(out.depth_KB[k, slot]), float(out.logprob_KB[k, slot]), finish)
+    job.tokens.append(token)
+    self.meter.token(job.id)
+    if event.finish:
+      self._end(job, freed=bool(finish))
+    if job.payload.events is not None:
+      job.payload.events.append(event)
+    return event
+
+  def _relieve(self) -> None:
+    """Preempts the youngest request, so that the others find pages."""
+    job = self.scheduler.youngest()
+    if job:
+      self._free(self.scheduler.preempt(job))
+      self.meter.preempted()
+    self._starved = False
+
+  def _end(self, job: scheduler_lib.Job, freed: bool = False) -> None:
+    """Ends a job; its slot and pages go back unless the device has freed them itself."""
+    slot = self.scheduler.finish(job)
+    if slot is not None and not freed:
+      self._free(slot)
+    self.meter.finished(job.id)
+
+  def _free(self, slot: int) -> None:
+    done_B = np.zeros(self.num_slots, bool)
+    done_B[slot] = True
+    self._slots = slots_lib.release(self.decoder, self._slots, jnp.asarray(done_B))
+
+  def _find(self, number: int) -> scheduler_lib.Job:
+    if number not in self._jobs:
+      raise ValueError(f"no request {number}; it was never submitted, or its completion was taken")
+    return self._jobs[number]

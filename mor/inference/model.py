@@ -1,0 +1,103 @@
+"""A trained model ready to be asked: `mor.load(workdir).generate(["Once upon a time"])`."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import os
+from typing import Any
+
+import jax
+
+from mor import checkpoint
+from mor import config as config_lib
+from mor.data import text
+from mor.inference import decoder as decoder_lib
+from mor.inference import generate as generate_lib
+from mor.inference import request as request_lib
+from mor.inference import weights as weights_lib
+from mor.model import transformer
+from mor.model.kv import storage as storage_lib
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A model and what its tokens mean.
+
+  Attributes:
+    config: of the model.
+    variables: {"params": …} and, where the model has one, {"balance": …}.
+    tokenizer: None where only token ids are used.
+    context: positions at most; the row length it was trained with.
+  """
+
+  config: config_lib.ModelConfig
+  variables: Mapping[str, Any]
+  tokenizer: Any
+  context: int
+
+  @property
+  def vocab_size(self) -> int:
+    """Tokens that may be drawn: the tokenizer's, where there is one."""
+    return self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
+
+  def request(self, prompt: str | Sequence[int], **options: Any) -> request_lib.Request:
+    """A request from a text or from token ids.
+
+    A text opens a document, as in training, and the token that opens the next one
+    ends it.
+
+    Raises:
+      ValueError: an option is unknown or wrong, or the prompt is text and there is
+        no tokenizer.
+    """
+    if isinstance(prompt, str):
+      if self.tokenizer is None:
+        raise ValueError("the prompt is text, but the model has no tokenizer; give token ids")
+      if not prompt:
+        raise ValueError("the prompt is empty; give some text")
+      prompt = [self.tokenizer.eos_id, *(int(t) for t in self.tokenizer.encode(prompt))]
+    if self.tokenizer is not None:
+      options.setdefault("stop_tokens", (self.tokenizer.eos_id,))
+    return request_lib.make(prompt, **options)
+
+  def generate(self, prompts: Sequence[str | Sequence[int]], *, context: int | None = None,
+               weight_format: str = "float32", callback: Callable[[int, request_lib.Event], None] | None = None,
+               **options: Any) -> list[request_lib.Completion]:
+    """Continues prompts in one batch; `Engine` is faster, and takes new ones meanwhile.
+
+    Args:
+      prompts: texts, or lists of token ids.
+      context: positions at most; None is the model's.
+      weight_format: "float32" (exact) or "bfloat16".
+      callback: called with the prompt's number and each `request.Event`.
+      **options: see `Engine.submit`.
+
+    Raises:
+      ValueError: a prompt or an option is wrong; none is run then.
+    """
+    if isinstance(prompts, str):
+      raise ValueError("prompts is one text; give a list of prompts")
+    requests = [self.request(prompt, **options) for prompt in prompts]
+    context = context or self.context
+    storage = storage_lib.Dense(context, self.config.num_kv_heads, self.config.head_dim, "float32")
+    return generate_lib.generate(
+        decoder_lib.Decoder(self.config, storage), weights_lib.prepare(self.config, self.variables, weight_format),
+        requests, context=context, tokenizer=self.tokenizer, vocab_size=self.vocab_size, callback=callback)
+
+
+def load(workdir: str | os.PathLike) -> Model:
+  """The newest checkpoint of a run, its config and its tokenizer.
+
+  Raises:
+    ValueError: the directory holds no checkpoint.
+    OSError: the checkpoint is damaged.
+  """
+  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+    if checkpoints.latest_step() is None:
+      raise ValueError(f"{checkpoints.directory} holds no checkpoint; train first, or give the directory of a run")
+    config = checkpoints.config()
+    abstract = jax.eval_shape(transformer.Transformer(config.model).init, jax.random.key(0),
+                              jax.ShapeDtypeStruct((1, 1), "int32"))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), dict(abstract))
+    variables = checkpoints.restore(target, partial=True)
+  return Model(config.model, variables, text.load_tokenizer(config.data), config.data.seq_len)

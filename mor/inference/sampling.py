@@ -1,0 +1,157 @@
+"""From logits to tokens, each row with its own settings, seed and history.
+
+Order: repetition penalty, temperature, then the three filters on the tempered
+distribution: the `top_k` most likely tokens, the smallest set that holds `top_p`
+of the probability, and tokens with at least `min_p` of the likeliest's. Ties at a
+filter's threshold all stay. The draw inverts the cumulative distribution at one
+uniform number of (seed, index of the token in the request), so a token depends on
+its request alone, not on the batch, the slot or when it is run.
+
+Thresholds are found by bisection over the bits of a float: exact, and without
+sorting the vocabulary. What no row of a batch asks for is not computed.
+
+Source: nucleus sampling, Holtzman et al. 2020; min-p, Nguyen et al. 2024; the
+penalty, Keskar et al. 2019 (CTRL), which divides positive logits of tokens seen in
+prompt or output and multiplies negative ones.
+"""
+
+import dataclasses
+import math
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How one request's tokens are chosen.
+
+  Attributes:
+    temperature: 0 takes the most likely token.
+    top_k: 0 is off.
+    top_p: 1 is off.
+    min_p: 0 is off.
+    repetition_penalty: 1 is off.
+    seed: of the draws.
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  seed: int = 0
+
+  def __post_init__(self):
+    def require(ok, name, remedy):
+      if not ok:
+        raise ValueError(f"{name}={getattr(self, name)!r}; use {remedy}")
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+      value = getattr(self, name)
+      require(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value), name,
+              "a finite number")
+    for name in ("top_k", "seed"):
+      require(isinstance(getattr(self, name), int) and not isinstance(getattr(self, name), bool), name, "an integer")
+    require(self.temperature >= 0, "temperature", "0 for the most likely token, or a positive number")
+    require(self.top_k >= 0, "top_k", "0 for off, or a positive count")
+    require(0 < self.top_p <= 1, "top_p", "a fraction in (0, 1]")
+    require(0 <= self.min_p <= 1, "min_p", "a fraction in [0, 1]")
+    require(self.repetition_penalty > 0, "repetition_penalty", "a positive factor, 1 for off")
+    require(0 <= self.seed < 2**32, "seed", f"0 to {2**32 - 1}")
+
+
+@struct.dataclass
+class Rows:
+  """`Sampling` of B rows, on the device."""
+
+  temperature_B: jax.Array
+  top_k_B: jax.Array
+  top_p_B: jax.Array
+  min_p_B: jax.Array
+  penalty_B: jax.Array
+  seed_B: jax.Array
+
+
+def rows(settings: list[Sampling]) -> Rows:
+  """Stacks settings."""
+  column = lambda name, dtype: jnp.asarray([getattr(s, name) for s in settings], dtype)
+  return Rows(column("temperature", jnp.float32), column("top_k", jnp.int32), column("top_p", jnp.float32),
+              column("min_p", jnp.float32), column("repetition_penalty", jnp.float32), column("seed", jnp.uint32))
+
+
+def sample(logits_MV: jax.Array, rows_M: Rows, seen_MV: jax.Array, index_M: jax.Array,
+           vocab_size: int) -> jax.Array:
+  """Draws the next token of every row.
+
+  Args:
+    logits_MV: of the model, float32.
+    rows_M: settings.
+    seen_MV: True for tokens of the prompt and the output so far.
+    index_M: number of tokens the request has generated.
+    vocab_size: tokens at and beyond it are never drawn; see `mask`.
+  """
+  logits_MV = mask(logits_MV, vocab_size)
+  penalised_MV = jax.lax.cond(
+      jnp.any(rows_M.penalty_B != 1.0), lambda: _penalise(logits_MV, rows_M.penalty_B, seen_MV), lambda: logits_MV)
+  greedy_M = jnp.argmax(penalised_MV, axis=-1).astype(jnp.int32)
+  drawn_M = rows_M.temperature_B > 0
+  return jax.lax.cond(jnp.any(drawn_M), lambda: jnp.where(drawn_M, _draw(penalised_MV, rows_M, index_M), greedy_M),
+                      lambda: greedy_M)
+
+
+def mask(logits_MV: jax.Array, vocab_size: int) -> jax.Array:
+  """Logits of the tokenizer's tokens: a model's vocabulary may be rounded up beyond it."""
+  if vocab_size == logits_MV.shape[1]:
+    return logits_MV
+  return jnp.where(jnp.arange(logits_MV.shape[1])[None, :] < vocab_size, logits_MV, -jnp.inf)
+
+
+def log_probability(logits_MV: jax.Array, token_M: jax.Array, vocab_size: int) -> jax.Array:
+  """Of each row's token, under the model's own distribution."""
+  logits_MV = mask(logits_MV, vocab_size)
+  chosen_M = jnp.take_along_axis(logits_MV, token_M[:, None], axis=1)[:, 0]
+  return chosen_M - jax.nn.logsumexp(logits_MV, axis=-1)
+
+
+def _penalise(logits_MV, penalty_M, seen_MV):
+  factor_M1 = penalty_M[:, None]
+  return jnp.where(seen_MV, jnp.where(logits_MV > 0, logits_MV / factor_M1, logits_MV * factor_M1), logits_MV)
+
+
+def _draw(logits_MV, rows_M, index_M):
+  tempered_MV = logits_MV / jnp.maximum(rows_M.temperature_B, 1e-6)[:, None]
+  weight_MV = jnp.exp(tempered_MV - jnp.max(tempered_MV, axis=-1, keepdims=True))
+  filtered = (rows_M.top_k_B > 0) | (rows_M.top_p_B < 1) | (rows_M.min_p_B > 0)
+  weight_MV = jax.lax.cond(jnp.any(filtered), lambda: _filter(weight_MV, rows_M), lambda: weight_MV)
+  key = lambda seed, index: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), index))
+  uniform_M1 = jax.vmap(key)(rows_M.seed_B, index_M)[:, None]
+  cumulative_MV = jnp.cumsum(weight_MV, axis=-1)
+  reached_MV = (cumulative_MV > uniform_M1 * cumulative_MV[:, -1:]) & (weight_MV > 0)
+  return jnp.argmax(reached_MV, axis=-1).astype(jnp.int32)
+
+
+def _filter(weight_MV, rows_M):
+  """Weights, relative to the likeliest token's, that pass all filters; others are 0."""
+  top_k_M = jnp.where(rows_M.top_k_B > 0, rows_M.top_k_B, weight_MV.shape[1])
+  least_M = _threshold(weight_MV, lambda kept_MV: jnp.sum(kept_MV, axis=-1) >= top_k_M)
+  weight_MV = jnp.where(weight_MV >= least_M[:, None], weight_MV, 0.0)
+  needed_M = rows_M.top_p_B * jnp.sum(weight_MV, axis=-1)
+  least_M = _threshold(weight_MV, lambda kept_MV: jnp.sum(jnp.where(kept_MV, weight_MV, 0.0), axis=-1) >= needed_M)
+  least_M = jnp.where(rows_M.top_p_B < 1, least_M, 0.0)
+  least_M = jnp.maximum(least_M, rows_M.min_p_B)
+  return jnp.where(weight_MV >= least_M[:, None], weight_MV, 0.0)
+
+
+def _threshold(weight_MV, enough):
+  """The greatest t of each row for which the weights >= t are `enough`, 0 where none is.
+
+  Non-negative floats order as their bits do.
+  """
+  def bit(i, low_M):
+    trial_M = low_M | (jnp.int32(1) << (30 - i))
+    t_M = jax.lax.bitcast_convert_type(trial_M, jnp.float32)
+    ok_M = enough(weight_MV >= t_M[:, None])  # False beyond the weights, infinities and NaN included
+    return jnp.where(ok_M, trial_M, low_M)
+  bits_M = jax.lax.fori_loop(0, 31, bit, jnp.zeros(weight_MV.shape[0], jnp.int32))
+  return jax.lax.bitcast_convert_type(bits_M, jnp.float32)

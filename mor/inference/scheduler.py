@@ -1,0 +1,161 @@
+"""Which request gets which slot, and when: plain Python, no arrays.
+
+Requests are served in the order they came. One is admitted when a slot is free and
+the pool has room for its whole prompt beside what the others may take meanwhile.
+When rows find no page, the youngest request is preempted: its pages go back, it
+returns to the head of the queue with what it has generated, and is recomputed
+later. The oldest request always proceeds and every request fits the pool alone, so
+all finish.
+"""
+
+import collections
+import dataclasses
+import itertools
+from typing import Any
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+  """A request on its way.
+
+  Attributes:
+    id: number of the request.
+    prompt: its tokens.
+    limit: new tokens at most.
+    payload: whatever the engine keeps with it.
+    tokens: prompt and output so far.
+    slot: where it runs, None in the queue.
+    stored: tokens of it that have been prefilled.
+    started: whether it is being decoded.
+    finished: whether its last token is known, or it was aborted.
+  """
+
+  id: int
+  prompt: tuple[int, ...]
+  limit: int
+  payload: Any
+  tokens: list[int] = dataclasses.field(default_factory=list)
+  slot: int | None = None
+  stored: int = 0
+  started: bool = False
+  finished: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Sizes of the page pools.
+
+  Attributes:
+    page_size: entries in a page.
+    num_rows: rows of a sequence in the stack's pool.
+    num_pages: pages of the stack's pool.
+    num_edge_pages: pages of the edges' pool, 0 where the model has no edges.
+  """
+
+  page_size: int
+  num_rows: int
+  num_pages: int
+  num_edge_pages: int
+
+  def most(self, num_tokens: int) -> tuple[int, int]:
+    """Pages that a sequence may take: every token at every storing step."""
+    pages = -(-num_tokens // self.page_size)
+    return self.num_rows * pages, pages if self.num_edge_pages else 0
+
+  def growth(self, ticks: int) -> tuple[int, int]:
+    """Pages that a sequence may take in some ticks: at most an entry a tick in each pool."""
+    pages = -(-ticks // self.page_size) + 1
+    return min(ticks, self.num_rows * pages), min(ticks, pages) if self.num_edge_pages else 0
+
+
+class Scheduler:
+  """The queue, the slots and what is known of the pool."""
+
+  def __init__(self, num_slots: int, pool: Pool, ticks: int):
+    self.pool = pool
+    self.ticks = ticks
+    self.queue: collections.deque[Job] = collections.deque()
+    self.slots: list[Job | None] = [None] * num_slots
+    self.free = [pool.num_pages, pool.num_edge_pages]
+    self.pressed = False  # a row waits for a page, so nobody is admitted
+    self._ids = itertools.count()
+    self._order: list[Job] = []  # jobs that hold slots, oldest first
+
+  def submit(self, prompt: tuple[int, ...], limit: int, payload: Any) -> Job:
+    """Queues a request.
+
+    Raises:
+      ValueError: it would not fit the empty pool.
+    """
+    job = Job(next(self._ids), prompt, limit, payload, tokens=list(prompt))
+    needed, has = self.pool.most(len(prompt) + limit - 1), (self.pool.num_pages, self.pool.num_edge_pages)
+    if any(n > h for n, h in zip(needed, has)):
+      raise ValueError(f"the request may need {needed[0]} + {needed[1]} pages of {self.pool.page_size} tokens "
+                       f"({len(prompt)} prompt + {limit} new tokens at {self.pool.num_rows} steps), more than the pool "
+                       f"of {has[0]} + {has[1]}; lower max_tokens, or give the engine more pages")
+    self.queue.append(job)
+    return job
+
+  def admit(self) -> Job | None:
+    """Moves the first request of the queue to a slot, if one is free and the pool has room."""
+    if not self.queue or self.pressed or None not in self.slots:
+      return None
+    needed = self.pool.most(len(self.queue[0].tokens))
+    spare = [len(self._order) * n for n in self.pool.growth(self.ticks)]
+    if self._order and any(n and n + s > f for n, s, f in zip(needed, spare, self.free)):
+      return None
+    job = self.queue.popleft()
+    job.slot, job.stored, job.started = self.slots.index(None), 0, False
+    self.slots[job.slot] = job
+    self._order.append(job)
+    self.free = [f - n for f, n in zip(self.free, needed)]
+    return job
+
+  def youngest(self) -> Job | None:
+    """The request to preempt; None where only one holds pages."""
+    return self._order[-1] if len(self._order) > 1 else None
+
+  def preempt(self, job: Job) -> int:
+    """Sends a request back to the head of the queue; returns the slot it had."""
+    slot = self._vacate(job)
+    self.queue.appendleft(job)
+    return slot
+
+  def finish(self, job: Job) -> int | None:
+    """Ends a request, wherever it is; returns the slot it had."""
+    job.finished = True
+    if job.slot is None:
+      if job in self.queue:
+        self.queue.remove(job)
+      return None
+    return self._vacate(job)
+
+  def learn(self, free: int, edge_free: int, seen: list[Job], newer: int) -> None:
+    """Takes what a dispatch says of the pools.
+
+    Args:
+      free: pages left after it.
+      edge_free: the same of the edges' pool.
+      seen: jobs that were decoded in it; the others' prompts may not be stored yet.
+      newer: dispatches after it, whose results are not known.
+    """
+    unseen = [self.pool.most(len(job.tokens)) for job in self._order if job not in seen]
+    grown = [newer * len(self._order) * n for n in self.pool.growth(self.ticks)]
+    self.free = [f - g - sum(n) for f, g, n in zip(
+        (free, edge_free), grown, list(zip(*unseen)) or [(0,), (0,)])]
+
+  @property
+  def held(self) -> list[Job]:
+    """Requests in slots, oldest first."""
+    return list(self._order)
+
+  @property
+  def idle(self) -> bool:
+    """Nothing to do."""
+    return not self.queue and not self._order
+
+  def _vacate(self, job: Job) -> int:
+    slot, job.slot, job.started, job.stored = job.slot, None, False, 0
+    self.slots[slot] = None
+    self._order.remove(job)
+    return slot

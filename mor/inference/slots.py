@@ -1,0 +1,168 @@
+"""The engine's slots on the device: what a request is between two ticks.
+
+Everything is an array of static shape; admitting and freeing a slot are jitted too.
+"""
+
+import functools
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor.inference import cache as cache_lib
+from mor.inference import decoder as decoder_lib
+from mor.inference import request as request_lib
+from mor.inference import sampling
+from mor.inference import weights as weights_lib
+from mor.model.routers import base as router_base
+
+# Where a slot is: nobody's, token to start, in the recursion, token to finish, done.
+FREE, START, RUN, LEAVE, DONE = range(5)
+
+
+@struct.dataclass
+class Slots:
+  """All slots between ticks; B of them.
+
+  Attributes:
+    cache: keys and values.
+    phase_B: FREE to DONE.
+    token_B, position_B: the token that is read.
+    h_BD, entry_BD: its hidden states, now and at the entrance of the recursion.
+    step_B: the recursion step it runs next.
+    depth_B: steps that processed it.
+    routed: the router's decision for that step.
+    index_B: tokens the request has generated.
+    left_B: tokens it may still generate.
+    rows: sampling settings.
+    seen_BV: tokens of the request so far.
+    stop_BE: tokens that end it, -1 for none.
+    logprob_B: whether it wants log-probabilities.
+  """
+
+  cache: cache_lib.Cache
+  phase_B: jax.Array
+  token_B: jax.Array
+  position_B: jax.Array
+  h_BD: jax.Array
+  entry_BD: jax.Array
+  step_B: jax.Array
+  depth_B: jax.Array
+  routed: router_base.Routing
+  index_B: jax.Array
+  left_B: jax.Array
+  rows: sampling.Rows
+  seen_BV: jax.Array
+  stop_BE: jax.Array
+  logprob_B: jax.Array
+
+
+@struct.dataclass
+class Out:
+  """What K ticks did, per tick and slot; one copy to the host.
+
+  Attributes:
+    token_KB: the new token, -1 where none.
+    depth_KB: steps that processed the token before it.
+    finish_KB: index of `request.FINISH`.
+    logprob_KB: of the new token.
+    ran_KB: whether the slot took part in the stack's pass.
+    stalled_KB: whether it waited for a page.
+    num_ticks: ticks that were run; the rest of the rows mean nothing.
+    free, edge_free: pages left at the end.
+  """
+
+  token_KB: jax.Array
+  depth_KB: jax.Array
+  finish_KB: jax.Array
+  logprob_KB: jax.Array
+  ran_KB: jax.Array
+  stalled_KB: jax.Array
+  num_ticks: jax.Array
+  free: jax.Array
+  edge_free: jax.Array
+
+
+@struct.dataclass
+class Admission:
+  """A request for one slot, its prompt but the last token being stored already."""
+
+  slot: jax.Array
+  token: jax.Array
+  position: jax.Array
+  index: jax.Array
+  left: jax.Array
+  logprob: jax.Array
+  rows_1: sampling.Rows
+  stop_1E: jax.Array
+  seen_S: jax.Array  # tokens of the request, padded with the vocabulary's size
+
+
+def make(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, num_slots: int, num_pages: int,
+         num_edge_pages: int, pages_per_row: int) -> Slots:
+  """Empty slots."""
+  model = decoder.model
+  int_B = jax.ShapeDtypeStruct((num_slots,), jnp.int32)
+  bool_B = jax.ShapeDtypeStruct((num_slots,), jnp.bool_)
+  state_BD = jax.ShapeDtypeStruct((num_slots, model.d_model), jnp.float32)
+  decide = functools.partial(decoder.decide, steps=(0,))
+  routed = jax.eval_shape(decide, weights, state_BD, state_BD, bool_B, int_B, int_B)
+  fields = dict(phase_B=int_B, token_B=int_B, position_B=int_B, h_BD=state_BD, entry_BD=state_BD, step_B=int_B,
+                depth_B=int_B, routed=routed, index_B=int_B, left_B=int_B, logprob_B=bool_B)
+  empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), fields)  # each its own: they are donated
+  return Slots(
+      **empty,
+      cache=decoder.tables.make_cache(num_slots, num_pages, num_edge_pages, pages_per_row),
+      rows=sampling.rows([sampling.Sampling()] * num_slots),
+      seen_BV=jnp.zeros((num_slots, model.vocab_size), bool),
+      stop_BE=jnp.full((num_slots, request_lib.STOP_TOKENS), -1, jnp.int32))
+
+
+def admission(slot: int, request: request_lib.Request, tokens: list[int], left: int, vocab_size: int) -> Admission:
+  """A request as arrays.
+
+  Args:
+    slot: where it goes.
+    request: what was asked.
+    tokens: its prompt and what it has generated before, all but the last one stored.
+    left: tokens that it may still generate.
+    vocab_size: of the model.
+  """
+  penalised = request.sampling.repetition_penalty != 1
+  width = 1 << (len(tokens) - 1).bit_length() if penalised else 1  # few shapes
+  seen_S = np.full(width, vocab_size, np.int32)
+  if penalised:
+    seen_S[:len(tokens)] = tokens
+  stop_1E = np.full((1, request_lib.STOP_TOKENS), -1, np.int32)
+  stop_1E[0, :len(request.stop_tokens)] = request.stop_tokens
+  return Admission(
+      slot=jnp.int32(slot), token=jnp.int32(tokens[-1]), position=jnp.int32(len(tokens) - 1),
+      index=jnp.int32(len(tokens) - len(request.prompt)), left=jnp.int32(left), logprob=jnp.bool_(request.logprobs),
+      rows_1=sampling.rows([request.sampling]), stop_1E=jnp.asarray(stop_1E), seen_S=jnp.asarray(seen_S))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def admit(slots: Slots, admission: Admission) -> Slots:
+  """Gives a slot its request."""
+  b = admission.slot
+  put = lambda old, new: old.at[b].set(new)
+  seen_V = jnp.zeros(slots.seen_BV.shape[1], bool).at[admission.seen_S].set(True, mode="drop")
+  return slots.replace(
+      phase_B=put(slots.phase_B, START), token_B=put(slots.token_B, admission.token),
+      position_B=put(slots.position_B, admission.position), index_B=put(slots.index_B, admission.index),
+      left_B=put(slots.left_B, admission.left), logprob_B=put(slots.logprob_B, admission.logprob),
+      rows=jax.tree.map(lambda old, new: put(old, new[0]), slots.rows, admission.rows_1),
+      stop_BE=put(slots.stop_BE, admission.stop_1E[0]), seen_BV=put(slots.seen_BV, seen_V))
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",), donate_argnums=1)
+def release(decoder: decoder_lib.Decoder, slots: Slots, done_B: jax.Array) -> Slots:
+  """Frees slots and their pages."""
+  return free(decoder, slots, done_B)
+
+
+def free(decoder: decoder_lib.Decoder, slots: Slots, done_B: jax.Array) -> Slots:
+  """`release` inside another program."""
+  cache = decoder.tables.release(slots.cache, done_B)
+  return slots.replace(cache=cache, phase_B=jnp.where(done_B, FREE, slots.phase_B))
