@@ -12,6 +12,7 @@ class Fixed:
   bounded = False
 
   def __init__(self, config: config_lib.ModelConfig):
+    self.config = config
     self.num_steps = config.num_recursions
 
   def init(self, key):

@@ -53,16 +53,22 @@ class TokenChoice:
       key = jax.random.key(0) if key is None else key
       logits_BTR = jnp.stack(
           [scores.uniform(jax.random.fold_in(key, r), h_BTD.shape[:2], position_BT) for r in range(steps)], axis=-1)
-      prob_BTR = router.alpha * logits_BTR
     else:
       logits_BTR = scores.logits(params["router"], 0, h_BTD / router.temperature)
-      prob_BTR = scores.activate(router, logits_BTR)
+    prob_BTR = self._probabilities(logits_BTR)
     biased_BTR = prob_BTR if bias_R is None else prob_BTR + bias_R[None, None, :]
     depth_BT = jnp.argmax(jax.lax.stop_gradient(biased_BTR), axis=-1)
     if router.balance_warmup_steps and train_step is not None:
       depth_BT = jnp.where(train_step < router.balance_warmup_steps, steps - 1, depth_BT)
-    gate_BT = jnp.take_along_axis(prob_BTR, depth_BT[:, :, None], axis=-1)[:, :, 0]
-    return Plan(depth_BT, gate_BT, logits_BTR, self._sums(logits_BTR, prob_BTR, depth_BT, valid_BT))
+    return Plan(depth_BT, _gate(prob_BTR, depth_BT), logits_BTR, self._sums(logits_BTR, prob_BTR, depth_BT, valid_BT))
+
+  def assign(self, plan: Plan, depth_BT: jax.Array) -> Plan:
+    """The plan with depths (0-based) that were chosen elsewhere, and their gates."""
+    return plan.replace(depth_BT=depth_BT, gate_BT=_gate(self._probabilities(plan.logits_BTR), depth_BT))
+
+  def _probabilities(self, logits_BTR):
+    router = self.config.router
+    return router.alpha * logits_BTR if router.arch == "random" else scores.activate(router, logits_BTR)
 
   def _sums(self, logits_BTR, prob_BTR, depth_BT, valid_BT) -> dict:
     chosen_BTR = jax.nn.one_hot(depth_BT, self.num_steps, dtype=jnp.float32) * valid_BT[:, :, None]
@@ -99,3 +105,7 @@ class TokenChoice:
                         entry_BT=last_BT.astype(jnp.float32))
 
   decide = select
+
+
+def _gate(prob_BTR: jax.Array, depth_BT: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(prob_BTR, depth_BT[:, :, None], axis=-1)[:, :, 0]
