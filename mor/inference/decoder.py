@@ -69,7 +69,7 @@ class Decoder:
 
   def embed(self, weights: weights_lib.Weights, token_B: jax.Array) -> jax.Array:
     """Hidden states before the prelude."""
-    return weights.embedding_VD.at[token_B].get(mode="clip").astype(jnp.float32)
+    return storage_lib.decode(weights.lookup_VD.at[token_B].get(mode="clip")).astype(jnp.float32)
 
   def edge(self, group: str, weights: weights_lib.Weights, cache: cache_lib.Cache, h_BD: jax.Array,
            position_B: jax.Array, run_B: jax.Array) -> tuple[cache_lib.Cache, jax.Array]:

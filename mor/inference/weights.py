@@ -37,9 +37,20 @@ class Layer:
 
 @struct.dataclass
 class Weights:
-  """A model ready to decode; `router` holds the routers' own parameters, in float32."""
+  """A model ready to decode.
+
+  Attributes:
+    embedding_VD: the head.
+    lookup_VD: the same numbers for single rows; bfloat16 as its bits in uint16,
+      because XLA:CPU gathers bfloat16 from a table widened to float32.
+    prelude, stack, coda: layers.
+    final_norm_D: before the head.
+    router: the routers' own parameters, float32.
+    bias_R: of loss-free balancing.
+  """
 
   embedding_VD: jax.Array
+  lookup_VD: jax.Array
   prelude: tuple[Layer, ...]
   stack: tuple[Layer, ...]
   coda: tuple[Layer, ...]
@@ -63,8 +74,11 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
     raise ValueError(f"weight_format={weight_format!r}; use one of {', '.join(FORMATS)}")
   params, dtype = variables["params"], jnp.dtype(weight_format)
   balance = variables.get("balance") or {}
+  embedding_VD = jnp.asarray(params["embedding"], dtype)
+  bits = dtype == jnp.bfloat16
   return Weights(
-      embedding_VD=jnp.asarray(params["embedding"], dtype),
+      embedding_VD=embedding_VD,
+      lookup_VD=jax.lax.bitcast_convert_type(embedding_VD, jnp.uint16) if bits else embedding_VD,
       **{group: _layers(model, params.get(group), dtype) for group in ("prelude", "stack", "coda")},
       final_norm_D=jnp.asarray(params["final_norm"], jnp.float32),
       router={name: params[name] for name in ("router", "aux_router") if name in params},

@@ -163,10 +163,11 @@ class Paged:
         seen_ME &= ~jax.lax.dynamic_slice_in_dim(row.hidden_MS, j * self.page_size, self.page_size, 1)
       score_MNE = jnp.where(seen_ME[:, None, :], scores(k) * self.head_dim ** -0.5, _LOW)
       new_MN = jnp.maximum(top_MN, jnp.max(score_MNE, axis=-1))
-      weight_MNE = jnp.exp(score_MNE - new_MN[:, :, None])
+      # Rounded where it is made: XLA:CPU rounds a buffer of its own 50 times slower.
+      weight_MNE = jnp.exp(score_MNE - new_MN[:, :, None]).astype(v.dtype)
       scale_MN = jnp.exp(top_MN - new_MN)
-      return (new_MN, sum_MN * scale_MN + jnp.sum(weight_MNE, axis=-1),
-              out * scale_MN[:, :, None] + values(weight_MNE.astype(v.dtype), v))
+      return (new_MN, sum_MN * scale_MN + jnp.sum(weight_MNE.astype(jnp.float32), axis=-1),
+              out * scale_MN[:, :, None] + values(weight_MNE, v))
 
     carry = (jnp.full((num, num_heads), _LOW, jnp.float32), jnp.zeros((num, num_heads), jnp.float32), split(None))
     for buffer, row in parts:
