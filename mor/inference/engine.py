@@ -66,7 +66,7 @@ class Engine:
                page_size: int = 64, num_pages: int | None = None, num_edge_pages: int | None = None,
                weight_format: str = "float32", kv_format: str = "float32", ticks: int | None = None,
                prefill_chunk: int = 256, router: Any = None, storage: str = "paged"):
-    context = context or model.context
+    context = model.context if context is None else context
     for name, value, choices in (("batching", batching, ("depth", "sequence")), ("storage", storage, _STORAGES),
                                  ("kv_format", kv_format, storage_lib.FORMATS)):
       if value not in choices:
@@ -81,7 +81,7 @@ class Engine:
         config, kind(page_size, config.num_kv_heads, config.head_dim, kv_format), router)
     if not self.decoder.tables.schedule.cyclic:
       raise ValueError(f"sharing={config.sharing!r} gives each step its own layers, so tokens at different steps "
-                       "cannot share a batch; use generate(), or train with 'cycle' or 'middle_cycle'")
+                       "cannot share a batch; use generate() (--batching=none), or train with a cyclic scheme")
     self.model, self.context, self.num_slots = model, context, num_slots
     self._weights = weights_lib.prepare(config, model.variables, weight_format)
     self._together = batching == "sequence"
@@ -94,15 +94,13 @@ class Engine:
         page_size, self.decoder.tables.num_rows, num_pages or whole * self.decoder.tables.num_rows,
         (num_edge_pages or whole) if self.decoder.tables.num_edges else 0)
     self.scheduler = scheduler_lib.Scheduler(num_slots, pool, self._ticks)
-    self._slots = slots_lib.make(self.decoder, self._weights, num_slots, pool.num_pages, pool.num_edge_pages,
-                                 pages_per_row)
+    slots = slots_lib.make(self.decoder, self._weights, num_slots, pool.num_pages, pool.num_edge_pages, pages_per_row)
+    self._slots = jax.device_put(slots, *self._weights.embedding_VD.devices())  # committed, as a dispatch returns it
     self._flights: collections.deque[_Flight] = collections.deque()
     self._jobs: dict[int, scheduler_lib.Job] = {}
     self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
     self._starved = False  # a row waits and no page is free
     self.meter = meter.Meter(num_slots, pool)
-
-  # What a user calls.
 
   def submit(self, prompt: str | Sequence[int], **options: Any) -> int:
     """Queues a prompt; returns the request's number.
@@ -186,8 +184,6 @@ class Engine:
   def idle(self) -> bool:
     """Whether no request waits or runs, and all results have been read."""
     return self.scheduler.idle and not self._flights
-
-  # One turn.
 
   def step(self) -> list[tuple[int, request_lib.Event]]:
     """Admits, prefills, dispatches, and reads the dispatch before; returns what is new."""

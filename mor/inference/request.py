@@ -56,6 +56,8 @@ class Request:
       raise ValueError(f"stop token {wrong[0]!r} is not in the vocabulary; use ids 0 to {vocab_size - 1}")
     if not all(isinstance(s, str) and s for s in self.stop_strings):
       raise ValueError(f"stop_strings={self.stop_strings!r}; use non-empty strings")
+    if not isinstance(self.logprobs, bool):
+      raise ValueError(f"logprobs={self.logprobs!r}; use True or False")
 
   def limit(self, context: int) -> int:
     """New tokens at most: the last one need not be read, so it may lie past the context."""
@@ -161,6 +163,9 @@ def make(prompt: Sequence[int], **fields: Any) -> Request:
   unknown = sorted(set(fields) - known)
   if unknown:
     raise ValueError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+  for name in ("stop_tokens", "stop_strings"):
+    if not isinstance(fields.get(name, ()), (list, tuple)):
+      raise ValueError(f"{name}={fields[name]!r}; use a list")
   sampling = sampling_lib.Sampling(**{k: v for k, v in fields.items() if k in names})
   rest = {k: tuple(v) if k.startswith("stop_") else v for k, v in fields.items() if k not in names}
   return Request(prompt=tuple(int(t) if hasattr(t, "item") else t for t in prompt), sampling=sampling, **rest)

@@ -16,11 +16,13 @@ prompt or output and multiplies negative ones.
 """
 
 import dataclasses
-import math
 
 from flax import struct
 import jax
 import jax.numpy as jnp
+
+
+_LARGEST = 1e30  # finite in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,12 @@ class Sampling:
         raise ValueError(f"{name}={getattr(self, name)!r}; use {remedy}")
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
       value = getattr(self, name)
-      require(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value), name,
+      require(isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST, name,
               "a finite number")
     for name in ("top_k", "seed"):
       require(isinstance(getattr(self, name), int) and not isinstance(getattr(self, name), bool), name, "an integer")
     require(self.temperature >= 0, "temperature", "0 for the most likely token, or a positive number")
-    require(self.top_k >= 0, "top_k", "0 for off, or a positive count")
+    require(0 <= self.top_k < 2**31, "top_k", "0 for off, or a positive count")
     require(0 < self.top_p <= 1, "top_p", "a fraction in (0, 1]")
     require(0 <= self.min_p <= 1, "min_p", "a fraction in [0, 1]")
     require(self.repetition_penalty > 0, "repetition_penalty", "a positive factor, 1 for off")
