@@ -1,17 +1,17 @@
 """The command line.
 
   python -m mor.main --config=configs/quickstart.py --workdir=runs/quickstart
-  python -m mor.main --workdir=runs/quickstart --mode=sample --prompt="My fellow"
+  python -m mor.main --workdir=runs/quickstart --mode=generate --prompt="My fellow"
 
 Modes: `train` starts or resumes the run of a workdir; `eval` prints its held-out
-figures as a JSON object; `sample` continues a prompt; `info` prints the size and
-cost of a config as a JSON object; `study` trains and compares the models that a
-file such as configs/study_cpu.py lists. `eval` and `sample` take the config from
-the workdir where none is given.
+figures as a JSON object; `generate` continues prompts, or those of a file as JSON
+lines; `info` prints the size and cost of a config as a JSON object; `study` trains
+and compares the models that a file such as configs/study_cpu.py lists. `generate`
+takes the config from the workdir, and so does `eval` where none is given.
 
-Exit status: 0 done; 2 something given is wrong, or the disk is full; 1 training
-diverged; 75 (EX_TEMPFAIL) stopped by SIGINT or SIGTERM, and the same command
-goes on. Errors are one line; MOR_TRACEBACK=1 shows where they come from.
+Exit status: 0 done; 2 something given is wrong (one prompt of a file will do), or
+the disk is full; 1 training diverged; 75 (EX_TEMPFAIL) stopped by SIGINT or SIGTERM,
+and the same command goes on. Errors are one line; MOR_TRACEBACK=1 shows where they come from.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,8 +34,9 @@ from mor.analysis import info
 from mor.analysis import study as study_lib
 from mor.analysis import study_plan
 from mor.data import text
+from mor.inference import command
+from mor.inference import model as model_lib
 from mor.train import evaluate
-from mor.train import finish
 from mor.train import loop
 from mor.train import step as step_lib
 
@@ -44,10 +45,28 @@ STOPPED, WRONG, DIVERGED = 75, 2, 1
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py; see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
 _BUDGET = flags.DEFINE_float("budget", None, "info: forward FLOPs to turn into steps, e.g. 16.5e18.")
-_PROMPT = flags.DEFINE_string("prompt", None, "sample: text to continue; default train.sample_prompt.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 64, "sample: new tokens at most.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "sample: 0 takes the most likely token.")
-_SEED = flags.DEFINE_integer("seed", 0, "sample: seed of the draws.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: text to continue; several may be given.")
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "generate: a prompt a line; .jsonl: objects with \"prompt\" and options such as max_tokens.")
+_OPTIONS = {  # of a request; see mor/inference/request.py and sampling.py
+    "max_tokens": flags.DEFINE_integer("max_tokens", 64, "generate: new tokens at most."),
+    "temperature": flags.DEFINE_float("temperature", 0.8, "generate: 0 takes the most likely token."),
+    "top_k": flags.DEFINE_integer("top_k", None, "generate: draw from so many of the likeliest tokens."),
+    "top_p": flags.DEFINE_float("top_p", None, "generate: draw from the likeliest tokens that hold this probability."),
+    "min_p": flags.DEFINE_float("min_p", None, "generate: draw from tokens with this fraction of the likeliest's."),
+    "repetition_penalty": flags.DEFINE_float("repetition_penalty", None, "generate: above 1 repeats less."),
+    "seed": flags.DEFINE_integer("seed", 0, "generate: seed of the draws."),
+    "stop_strings": flags.DEFINE_multi_string("stop", None, "generate: text that ends an answer; several may be given."),
+    "logprobs": flags.DEFINE_bool("logprobs", None, "generate: also each token's log-probability."),
+}
+_HOW = {  # of the engine; see mor/inference/engine.py
+    "batching": flags.DEFINE_enum("batching", "depth", ["depth", "sequence", "none"],
+                                  "generate: the engine's, or none for the plain batch, which takes any model."),
+    "num_slots": flags.DEFINE_integer("num_slots", None, "generate: prompts that run at once; default up to 16."),
+    "context": flags.DEFINE_integer("context", None, "generate: positions at most; default data.seq_len."),
+    "weight_format": flags.DEFINE_string("weight_format", None, "generate: float32 (default) or bfloat16."),
+    "kv_format": flags.DEFINE_string("kv_format", None, "generate: of stored keys, float32 (default) or bfloat16."),
+}
 
 
 def _train() -> int:
@@ -65,11 +84,16 @@ def _eval() -> int:
   return 0
 
 
-def _sample() -> int:
-  config, state, _, _ = _restore("sample")
-  prompt = config.train.sample_prompt if _PROMPT.value is None else _PROMPT.value
-  print(finish.sample(config, {"params": state.params, "balance": state.balance}, text.load_tokenizer(config.data),
-                      prompt, _MAX_TOKENS.value, _TEMPERATURE.value, _SEED.value))
+def _generate() -> int:
+  workdir, path = _workdir("generate"), _PROMPT_FILE.value
+  if bool(_PROMPT.value) == bool(path):
+    raise ValueError("--mode=generate needs either prompts or a file of them; give --prompt=TEXT or --prompt_file=FILE")
+  options, how = ({name: flag.value for name, flag in group.items() if flag.value is not None}
+                  for group in (_OPTIONS, _HOW))
+  model = model_lib.load(workdir)
+  if path:
+    return 0 if command.answer(model, path, options, how) else WRONG
+  command.show(model, _PROMPT.value, options, how)
   return 0
 
 
@@ -89,7 +113,7 @@ def _study() -> int:
 
 
 MODES: dict[str, Callable[[], int]] = {
-    "train": _train, "eval": _eval, "sample": _sample, "info": _info, "study": _study}
+    "train": _train, "eval": _eval, "generate": _generate, "info": _info, "study": _study}
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 
 

@@ -10,6 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
+import mor
 from mor import main
 from mor.train import loop
 from tests import tiny
@@ -49,12 +50,17 @@ def tiny_run(tmp_path_factory):
     (["--config", "configs/nope.py"], "--config=configs/nope.py: no such file"),
     (["--config=configs/paper.py:mor-999m"], "configs/paper.py:mor-999m is not in the family; use"),
     (["--config=README.md"], "the config file fails with SyntaxError"),
-    (["--mode=dance"], "--mode=dance: value should be one of <train|eval|sample|info"),
+    (["--mode=dance"], "--mode=dance: value should be one of <train|eval|generate|info"),
     (["--nope=3"], "Unknown command line flag 'nope'; --help lists all"),
     ([BASE, "train"], "unexpected argument 'train'; every option is --name=value"),
     (["--mode=train"], "--mode=train needs a config; give --config=FILE"),
     ([BASE], "--mode=train needs a directory; give --workdir=DIR"),
     (["--mode=eval"], "--mode=eval needs a directory"),
+    (["--mode=generate", "--prompt=a"], "--mode=generate needs a directory"),
+    (["--mode=generate", "--workdir=."], "give --prompt=TEXT or --prompt_file=FILE"),
+    (["--mode=generate", "--workdir=.", "--prompt=a", "--prompt_file=b"], "give --prompt=TEXT or --prompt_file=FILE"),
+    (["--mode=generate", "--batching=wide"], "--batching=wide: value should be one of <depth|sequence|none>"),
+    (["--mode=generate", "--top_k=many"], "--top_k=many"),
     (["--mode=info", BASE, "--config.model.num_layers=9"], "model.num_layers=9 does not fit middle_cycle"),
     (["--mode=info", BASE, "--config.model.router.capacity=(1.0,0.5)"], "has 2 entries for 3 recursions; give 3"),
     (["--mode=info", BASE, "--budget=-1"], "budget=-1"),
@@ -96,24 +102,16 @@ def test_eval_repeats_the_figures_of_the_end(tiny_run, capsys):
   assert {"bpb_causal", "bpb_oracle", "bpb_gzip", "bpb_xz"} <= set(figures)
 
 
-def test_sample_repeats_for_a_seed_and_colours_on_demand(tiny_run, capsys, monkeypatch):
-  argv = ["--mode=sample", f"--workdir={tiny_run[0]}", "--prompt=Union", "--max_tokens=9", "--temperature=2"]
-  texts = []
-  for seed in (1, 1, 2):
-    assert run(*argv, f"--seed={seed}") == 0
-    texts.append(capsys.readouterr().out)
-  assert texts[0] == texts[1] != texts[2] and texts[0].startswith("Union") and "\x1b" not in texts[0]
-  monkeypatch.setenv("FORCE_COLOR", "1")
-  run(*argv)
-  assert "\x1b[38;5;16;48;5;" in capsys.readouterr().out
-  monkeypatch.setenv("NO_COLOR", "1")
-  run(*argv)
-  assert "\x1b" not in capsys.readouterr().out
+def test_generate_asks_the_newest_checkpoint(tiny_run, capsys):
+  argv = ["--mode=generate", f"--workdir={tiny_run[0]}", "--prompt=Un", "--max_tokens=5", "--temperature=2", "--seed=3"]
+  assert run(*argv) == 0
+  wanted, = mor.load(tiny_run[0]).generate(["Un"], max_tokens=5, temperature=2.0, seed=3)
+  assert capsys.readouterr().out.startswith(f"Un{wanted.text}\n\n")
 
 
-@pytest.mark.parametrize("mode", ["eval", "sample"])
+@pytest.mark.parametrize("mode", ["eval", "generate"])
 def test_a_workdir_without_a_checkpoint_is_named(mode, tmp_path, capsys):
-  assert run(f"--mode={mode}", f"--workdir={tmp_path}") == main.WRONG
+  assert run(f"--mode={mode}", f"--workdir={tmp_path}", "--prompt=a") == main.WRONG
   assert f"error: {tmp_path}/checkpoints holds no checkpoint; train first" in capsys.readouterr().err
 
 

@@ -2,10 +2,19 @@
 
 from collections.abc import Sequence
 import html
+import os
+import sys
 from typing import Any
 
 # From shallow to deep: 256-colour terminal code and the same colour on a page.
 _PALETTE = ((230, "#ffffd7"), (222, "#ffd787"), (215, "#ffaf5f"), (208, "#ff8700"), (202, "#ff5f00"), (160, "#d70000"))
+
+
+def wanted() -> bool:
+  """Colour on terminals and where FORCE_COLOR is set, but never with NO_COLOR."""
+  if os.environ.get("NO_COLOR"):
+    return False
+  return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
 
 def shade(depth: int, num_recursions: int) -> int | None:

@@ -76,8 +76,15 @@ class Model:
     """
     if isinstance(prompts, str):
       raise ValueError("prompts is one text; give a list of prompts")
-    requests = [self.request(prompt, **options) for prompt in prompts]
-    context = context or self.context
+    return self.generate_requests([self.request(prompt, **options) for prompt in prompts], context=context,
+                                  weight_format=weight_format, callback=callback)
+
+  def generate_requests(self, requests: Sequence[request_lib.Request], *, context: int | None = None,
+                        weight_format: str = "float32",
+                        callback: Callable[[int, request_lib.Event], None] | None = None
+                        ) -> list[request_lib.Completion]:
+    """`generate` of ready requests."""
+    context = self.context if context is None else context
     storage = storage_lib.Dense(context, self.config.num_kv_heads, self.config.head_dim, "float32")
     return generate_lib.generate(
         decoder_lib.Decoder(self.config, storage), weights_lib.prepare(self.config, self.variables, weight_format),

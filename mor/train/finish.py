@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import os
-import sys
 from typing import Any
 
 import jax
@@ -78,7 +77,7 @@ def sample(config: config_lib.Config, variables: Mapping[str, Any], tokenizer: A
   ids = sample_lib.generate(config, variables, tokenizer, prompt, max_tokens, temperature, seed)
   depths = traces.depth_of_ids(config.model, variables, ids, config.data.seq_len)
   parts = colour.pieces(tokenizer, ids.tolist())
-  return colour.terminal(parts, depths.tolist(), config.model.num_recursions, wants_colour())
+  return colour.terminal(parts, depths.tolist(), config.model.num_recursions, colour.wanted())
 
 
 def held_out_depths(config: config_lib.Config, variables: Mapping[str, Any],
@@ -89,13 +88,6 @@ def held_out_depths(config: config_lib.Config, variables: Mapping[str, Any],
   depth_1T = traces.depth(config.model, variables, batch["tokens_BT"], batch["segment_BT"])
   parts = colour.pieces(corpus.tokenizer, batch["tokens_BT"][0, :length].tolist())
   return parts, np.asarray(depth_1T)[0, :length].tolist()
-
-
-def wants_colour() -> bool:
-  """Colour on terminals and where FORCE_COLOR is set, but never with NO_COLOR."""
-  if os.environ.get("NO_COLOR"):
-    return False
-  return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
 
 def _last_evaluation(rows: list[dict[str, float]], step: int) -> dict[str, float] | None:
