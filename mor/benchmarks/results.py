@@ -77,6 +77,11 @@ def pin(core: int) -> None:
   os.sched_setaffinity(0, {core})
 
 
+def num_cores() -> int:
+  """Cores this process may use."""
+  return len(_affinity())
+
+
 def run(main: Callable[[list[str]], None]) -> None:
   """Runs a benchmark's `main`; what is wrong with the request is one line and status 2."""
   try:

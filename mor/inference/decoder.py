@@ -51,15 +51,15 @@ class Decoder:
     num_q, num_k = model.num_heads, model.num_kv_heads
     with jax.named_scope("attention"):
       normed_MD = layers.rms_norm(x_1MD, weights.attention_norm_D, model.norm_eps)[0]
-      qkv_1MNH = weights_lib.project(normed_MD, weights.qkv_OD).reshape(1, -1, num_q + 2 * num_k, model.head_dim)
+      qkv_1MNH = weights_lib.project(normed_MD, weights.qkv).reshape(1, -1, num_q + 2 * num_k, model.head_dim)
       qk_MNH = layers.rotate(qkv_1MNH[:, :, :num_q + num_k], rotation)[0]
       out_MNH = attend(qk_MNH[:, :num_q], qk_MNH[:, num_q:], qkv_1MNH[0, :, num_q + num_k:])
       out_MO = out_MNH.reshape(out_MNH.shape[0], -1).astype(jnp.float32)
-      x_1MD = x_1MD + weights_lib.project(out_MO, weights.o_DO)[None]
+      x_1MD = x_1MD + weights_lib.project(out_MO, weights.o)[None]
     with jax.named_scope("ffw"):
       normed_MD = layers.rms_norm(x_1MD, weights.ffw_norm_D, model.norm_eps)[0]
-      gate_MF, up_MF = jnp.split(weights_lib.project(normed_MD, weights.gate_up_OD), 2, axis=-1)
-      return x_1MD + weights_lib.project(jax.nn.silu(gate_MF) * up_MF, weights.down_DF)[None]
+      gate_MF, up_MF = jnp.split(weights_lib.project(normed_MD, weights.gate_up), 2, axis=-1)
+      return x_1MD + weights_lib.project(jax.nn.silu(gate_MF) * up_MF, weights.down)[None]
 
   def rotation(self, position_M: jax.Array) -> Any:
     """Of flat tokens."""
@@ -176,4 +176,4 @@ class Decoder:
     """Logits `[M, V]` after the coda."""
     normed_MD = layers.rms_norm(h_MD[None], weights.final_norm_D, self.model.norm_eps)[0]
     with jax.named_scope("head"):
-      return weights_lib.project(normed_MD, weights.embedding_VD)
+      return weights_lib.project(normed_MD, weights.head)

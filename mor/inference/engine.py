@@ -54,7 +54,8 @@ class Engine:
     num_pages: pages of the recursion's pool, each for all layers of a step; None
       lets every slot reach the context at every step.
     num_edge_pages: the same for the layers outside the recursion.
-    weight_format, kv_format: "float32" (exact) or "bfloat16" (half the bytes).
+    weight_format: "float32" (exact), "bfloat16" or "int8"; see `weights.py`.
+    kv_format: "float32" (exact) or "bfloat16" (half the bytes).
     ticks: of one dispatch; None is the smallest multiple of the number of steps
       from 4 on, so that tokens that never leave early stay in phase.
     prefill_chunk: prompt tokens prefilled at most between two dispatches.
@@ -83,7 +84,7 @@ class Engine:
       raise ValueError(f"sharing={config.sharing!r} gives each step its own layers, so tokens at different steps "
                        "cannot share a batch; use generate() (--batching=none), or train with a cyclic scheme")
     self.model, self.context, self.num_slots = model, context, num_slots
-    self._weights = weights_lib.prepare(config, model.variables, weight_format)
+    self.weights = weights_lib.prepare(config, model.variables, weight_format)
     self._together = batching == "sequence"
     steps = self.decoder.num_steps
     self._ticks = ticks or steps * -(-4 // steps)
@@ -94,8 +95,8 @@ class Engine:
         page_size, self.decoder.tables.num_rows, num_pages or whole * self.decoder.tables.num_rows,
         (num_edge_pages or whole) if self.decoder.tables.num_edges else 0)
     self.scheduler = scheduler_lib.Scheduler(num_slots, pool, self._ticks)
-    slots = slots_lib.make(self.decoder, self._weights, num_slots, pool.num_pages, pool.num_edge_pages, pages_per_row)
-    self._slots = jax.device_put(slots, *self._weights.embedding_VD.devices())  # committed, as a dispatch returns it
+    slots = slots_lib.make(self.decoder, self.weights, num_slots, pool.num_pages, pool.num_edge_pages, pages_per_row)
+    self.slots = jax.device_put(slots, *self.weights.lookup_VD.devices())  # committed, as a dispatch returns it
     self._flights: collections.deque[_Flight] = collections.deque()
     self._jobs: dict[int, scheduler_lib.Job] = {}
     self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
@@ -180,6 +181,10 @@ class Engine:
     """Figures since the engine was made; see `meter.py`."""
     return self.meter.figures()
 
+  def wait(self) -> None:
+    """Blocks until the device has done what was dispatched."""
+    jax.block_until_ready(self.slots.phase_B)
+
   @property
   def idle(self) -> bool:
     """Whether no request waits or runs, and all results have been read."""
@@ -219,8 +224,8 @@ class Engine:
     width = max(_LEAST_CHUNK, 1 << (size - 1).bit_length())
     tokens_1T = np.zeros((1, width), np.int32)
     tokens_1T[0, :size] = job.tokens[job.stored:job.stored + size]
-    self._slots, ok = tick.store(
-        self.decoder, self._weights, self._slots, jnp.int32(job.slot), jnp.asarray(tokens_1T), jnp.int32(job.stored),
+    self.slots, ok = tick.store(
+        self.decoder, self.weights, self.slots, jnp.int32(job.slot), jnp.asarray(tokens_1T), jnp.int32(job.stored),
         jnp.int32(size), context=job.stored > 0)
     job.stored += size
     self.meter.prefilled(size)
@@ -228,12 +233,12 @@ class Engine:
 
   def _start(self, job: scheduler_lib.Job) -> None:
     left = job.limit - (len(job.tokens) - len(job.prompt))
-    self._slots = slots_lib.admit(self._slots, slots_lib.admission(
+    self.slots = slots_lib.admit(self.slots, slots_lib.admission(
         job.slot, job.payload.request, job.tokens, left, self.model.config.vocab_size))
     job.started = True
 
   def _dispatch(self) -> None:
-    self._slots, out = tick.run(self.decoder, self._weights, self._slots, num_ticks=self._ticks,
+    self.slots, out = tick.run(self.decoder, self.weights, self.slots, num_ticks=self._ticks,
                                 vocab_size=self.model.vocab_size, together=self._together)
     jobs = [job if job and job.started else None for job in self.scheduler.slots]
     self._flights.append(_Flight(out, jobs))
@@ -285,7 +290,7 @@ class Engine:
   def _free(self, slot: int) -> None:
     done_B = np.zeros(self.num_slots, bool)
     done_B[slot] = True
-    self._slots = slots_lib.release(self.decoder, self._slots, jnp.asarray(done_B))
+    self.slots = slots_lib.release(self.decoder, self.slots, jnp.asarray(done_B))
 
   def _find(self, number: int) -> scheduler_lib.Job:
     if number not in self._jobs:

@@ -67,7 +67,7 @@ class Model:
     Args:
       prompts: texts, or lists of token ids.
       context: positions at most; None is the model's.
-      weight_format: "float32" (exact) or "bfloat16".
+      weight_format: "float32" (exact), "bfloat16" or "int8"; see `weights.py`.
       callback: called with the prompt's number and each `request.Event`.
       **options: see `Engine.submit`.
 

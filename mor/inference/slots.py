@@ -3,6 +3,7 @@
 Everything is an array of static shape; admitting and freeing a slot are jitted too.
 """
 
+import dataclasses
 import functools
 
 from flax import struct
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor import types
 from mor.inference import cache as cache_lib
 from mor.inference import decoder as decoder_lib
 from mor.inference import request as request_lib
@@ -73,15 +75,15 @@ class Out:
     free, edge_free: pages left at the end.
   """
 
-  token_KB: jax.Array
-  depth_KB: jax.Array
-  finish_KB: jax.Array
-  logprob_KB: jax.Array
-  ran_KB: jax.Array
-  stalled_KB: jax.Array
-  num_ticks: jax.Array
-  free: jax.Array
-  edge_free: jax.Array
+  token_KB: types.Array
+  depth_KB: types.Array
+  finish_KB: types.Array
+  logprob_KB: types.Array
+  ran_KB: types.Array
+  stalled_KB: types.Array
+  num_ticks: types.Array
+  free: types.Array
+  edge_free: types.Array
 
 
 @struct.dataclass
@@ -103,16 +105,16 @@ def make(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, num_slots: 
          num_edge_pages: int, pages_per_row: int) -> Slots:
   """Empty slots."""
   model = decoder.model
-  int_B = jax.ShapeDtypeStruct((num_slots,), jnp.int32)
-  bool_B = jax.ShapeDtypeStruct((num_slots,), jnp.bool_)
-  state_BD = jax.ShapeDtypeStruct((num_slots, model.d_model), jnp.float32)
-  decide = functools.partial(decoder.decide, steps=(0,))
-  routed = jax.eval_shape(decide, weights, state_BD, state_BD, bool_B, int_B, int_B)
-  fields = dict(phase_B=int_B, token_B=int_B, position_B=int_B, h_BD=state_BD, entry_BD=state_BD, step_B=int_B,
-                depth_B=int_B, routed=routed, index_B=int_B, left_B=int_B, logprob_B=bool_B)
-  empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), fields)  # each its own: they are donated
+  def empty():
+    int_B, bool_B = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
+    state_BD = jnp.zeros((num_slots, model.d_model), jnp.float32)
+    routed = decoder.decide(weights, state_BD, state_BD, bool_B, int_B, int_B, (0,))
+    return dict(phase_B=int_B, token_B=int_B, position_B=int_B, h_BD=state_BD, entry_BD=state_BD, step_B=int_B,
+                depth_B=int_B, routed=jax.tree.map(jnp.zeros_like, routed), index_B=int_B, left_B=int_B,
+                logprob_B=bool_B)
+
   return Slots(
-      **empty,
+      **jax.jit(empty)(),  # jitted, so that each is a buffer of its own: they are donated
       cache=decoder.tables.make_cache(num_slots, num_pages, num_edge_pages, pages_per_row),
       rows=sampling.rows([sampling.Sampling()] * num_slots),
       seen_BV=jnp.zeros((num_slots, model.vocab_size), bool),
@@ -166,3 +168,12 @@ def free(decoder: decoder_lib.Decoder, slots: Slots, done_B: jax.Array) -> Slots
   """`release` inside another program."""
   cache = decoder.tables.release(slots.cache, done_B)
   return slots.replace(cache=cache, phase_B=jnp.where(done_B, FREE, slots.phase_B))
+
+
+def first(slots: Slots, num: int) -> Slots:
+  """The first `num` slots alone, over the same buffers."""
+  whole = {"cache", "edge", "stack", "free", "edge_free"}
+  def cut(node):
+    names = [field.name for field in dataclasses.fields(node) if field.name not in whole]
+    return node.replace(**{name: jax.tree.map(lambda a: a[:num], getattr(node, name)) for name in names})
+  return cut(slots).replace(cache=cut(slots.cache))

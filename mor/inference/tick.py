@@ -97,7 +97,7 @@ def _pass(decoder, weights, slots):
 def _finish(decoder, weights, slots, leave_B, vocab_size):
   """Coda, head and sampling of the slots that leave."""
   cache, h_BD = decoder.edge("coda", weights, slots.cache, slots.h_BD, slots.position_B, leave_B)
-  token_B, logprob_B = _next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size)
+  token_B, logprob_B = next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size)
   stop_B = jnp.any(token_B[:, None] == slots.stop_BE, axis=1)
   finish_B = jnp.where(leave_B, jnp.where(stop_B, 1, jnp.where(slots.left_B == 1, 2, 0)), 0)
   one_B = leave_B.astype(jnp.int32)
@@ -110,7 +110,7 @@ def _finish(decoder, weights, slots, leave_B, vocab_size):
   ), (token_B, finish_B, logprob_B)
 
 
-def _next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size):
+def next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size):
   """Tokens and log-probabilities of the leavers, by a head as wide as they need."""
   num_slots = leave_B.shape[0]
   widths = sorted({0, *(-(-num_slots * quarter // 4) for quarter in (1, 2, 3, 4))})

@@ -9,6 +9,9 @@ Formats:
   float32    exact
   bfloat16   matrices in bfloat16, products summed in float32, hidden states
              float32: halves the bytes a token reads
+  int8       matrices in int8 with a scale for each output, inputs of a product
+             rounded to int8 with a scale for each token, sums exact: a quarter.
+             The embedding of a token stays bfloat16, routers and norms float32.
 """
 
 from collections.abc import Mapping
@@ -20,19 +23,28 @@ import jax.numpy as jnp
 
 from mor import config as config_lib
 
-FORMATS = ("float32", "bfloat16")
+FORMATS = ("float32", "bfloat16", "int8")
+_LEAST_ROWS = {"bfloat16": 4, "int8": 16}  # XLA:CPU multiplies fewer rows more slowly (5x for one)
+
+
+@struct.dataclass
+class Matrix:
+  """A projection `[out, in]`; `scale_O` belongs to int8 and is None elsewhere."""
+
+  w_OI: jax.Array
+  scale_O: jax.Array | None
 
 
 @struct.dataclass
 class Layer:
-  """One decoder layer; O is the output of a projection."""
+  """One decoder layer."""
 
   attention_norm_D: jax.Array
-  qkv_OD: jax.Array
-  o_DO: jax.Array
+  qkv: Matrix
+  o: Matrix
   ffw_norm_D: jax.Array
-  gate_up_OD: jax.Array
-  down_DF: jax.Array
+  gate_up: Matrix
+  down: Matrix
 
 
 @struct.dataclass
@@ -40,8 +52,8 @@ class Weights:
   """A model ready to decode.
 
   Attributes:
-    embedding_VD: the head.
-    lookup_VD: the same numbers for single rows; bfloat16 as its bits in uint16,
+    head: the embedding as a projection.
+    lookup_VD: the embedding for single rows; bfloat16 as its bits in uint16,
       because XLA:CPU gathers bfloat16 from a table widened to float32.
     prelude, stack, coda: layers.
     final_norm_D: before the head.
@@ -49,7 +61,7 @@ class Weights:
     bias_R: of loss-free balancing.
   """
 
-  embedding_VD: jax.Array
+  head: Matrix
   lookup_VD: jax.Array
   prelude: tuple[Layer, ...]
   stack: tuple[Layer, ...]
@@ -72,44 +84,58 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
   """
   if weight_format not in FORMATS:
     raise ValueError(f"weight_format={weight_format!r}; use one of {', '.join(FORMATS)}")
-  params, dtype = variables["params"], jnp.dtype(weight_format)
-  balance = variables.get("balance") or {}
-  embedding_VD = jnp.asarray(params["embedding"], dtype)
-  bits = dtype == jnp.bfloat16
+  params, balance = variables["params"], variables.get("balance") or {}
+  embedding_VD = jnp.asarray(params["embedding"], jnp.float32)
+  lookup_VD = embedding_VD
+  if weight_format != "float32":
+    lookup_VD = jax.lax.bitcast_convert_type(embedding_VD.astype(jnp.bfloat16), jnp.uint16)
   return Weights(
-      embedding_VD=embedding_VD,
-      lookup_VD=jax.lax.bitcast_convert_type(embedding_VD, jnp.uint16) if bits else embedding_VD,
-      **{group: _layers(model, params.get(group), dtype) for group in ("prelude", "stack", "coda")},
+      head=_matrix(embedding_VD, weight_format),
+      lookup_VD=lookup_VD,
+      **{group: _layers(model, params.get(group), weight_format) for group in ("prelude", "stack", "coda")},
       final_norm_D=jnp.asarray(params["final_norm"], jnp.float32),
       router={name: params[name] for name in ("router", "aux_router") if name in params},
       bias_R=balance.get("bias_R") if model.router.balancing == "loss_free" else None)
 
 
-def project(x_MI: jax.Array, w_OI: jax.Array) -> jax.Array:
-  """x w^T in float32; x is rounded to the weights' format.
-
-  One bfloat16 row takes a slow path of XLA:CPU (5x), so it goes as two.
-  """
-  x_MI = x_MI.astype(w_OI.dtype)
-  num = x_MI.shape[0]
-  if num == 1 and w_OI.dtype == jnp.bfloat16:
-    x_MI = jnp.concatenate([x_MI, jnp.zeros_like(x_MI)])
+def project(x_MI: jax.Array, matrix: Matrix) -> jax.Array:
+  """x w^T in float32; x is rounded to the matrix' format."""
+  num, dtype = x_MI.shape[0], matrix.w_OI.dtype
+  x_MI = jnp.pad(x_MI, ((0, max(0, _LEAST_ROWS.get(dtype.name, 1) - num)), (0, 0)))
   contract = (((1,), (1,)), ((), ()))
-  return jax.lax.dot_general(x_MI, w_OI, contract, preferred_element_type=jnp.float32)[:num]
+  if matrix.scale_O is None:
+    return jax.lax.dot_general(x_MI.astype(dtype), matrix.w_OI, contract, preferred_element_type=jnp.float32)[:num]
+  x_MI, scale_M1 = _round(x_MI)
+  y_MO = jax.lax.dot_general(x_MI, matrix.w_OI, contract, preferred_element_type=jnp.int32)[:num]
+  return y_MO.astype(jnp.float32) * scale_M1[:num] * matrix.scale_O[None, :]
 
 
-def _layers(model: config_lib.ModelConfig, group: Mapping[str, Any] | None, dtype: jnp.dtype) -> tuple[Layer, ...]:
+def _round(x_MI: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Rows in int8, and the scale of each."""
+  scale_M1 = jnp.maximum(jnp.max(jnp.abs(x_MI), axis=1, keepdims=True), 1e-30) / 127.0
+  return jnp.round(x_MI / scale_M1).astype(jnp.int8), scale_M1
+
+
+def _matrix(w_OI: jax.Array, weight_format: str) -> Matrix:
+  if weight_format == "int8":
+    w_OI, scale_O1 = _round(w_OI)
+    return Matrix(w_OI, scale_O1[:, 0])
+  return Matrix(w_OI.astype(weight_format), None)
+
+
+def _layers(model: config_lib.ModelConfig, group: Mapping[str, Any] | None, weight_format: str) -> tuple[Layer, ...]:
   if group is None:
     return ()
   attention, ffw = group["attention"], group["ffw"]
   width = model.num_heads * model.head_dim
-  flat = lambda w_DNH: jnp.reshape(w_DNH, (model.d_model, -1)).T  # noqa: E731  [D, N, H] -> [N * H, D]
+  matrix = lambda w_OI: _matrix(jnp.asarray(w_OI, jnp.float32), weight_format)
+  flat = lambda w_DNH: jnp.reshape(w_DNH, (model.d_model, -1)).T
   return tuple(
       Layer(
           attention_norm_D=jnp.asarray(group["attention_norm"][i], jnp.float32),
-          qkv_OD=jnp.concatenate([flat(attention[name][i]) for name in "qkv"]).astype(dtype),
-          o_DO=jnp.reshape(attention["o"][i], (width, model.d_model)).T.astype(dtype),
+          qkv=matrix(jnp.concatenate([flat(attention[name][i]) for name in "qkv"])),
+          o=matrix(jnp.reshape(attention["o"][i], (width, model.d_model)).T),
           ffw_norm_D=jnp.asarray(group["ffw_norm"][i], jnp.float32),
-          gate_up_OD=jnp.concatenate([ffw["gate"][i].T, ffw["up"][i].T]).astype(dtype),
-          down_DF=jnp.asarray(ffw["down"][i].T, dtype))
+          gate_up=matrix(jnp.concatenate([ffw["gate"][i].T, ffw["up"][i].T])),
+          down=matrix(ffw["down"][i].T))
       for i in range(group["attention_norm"].shape[0]))

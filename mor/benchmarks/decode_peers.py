@@ -1,0 +1,74 @@
+"""Our engine beside other programs: the same vanilla weights, the same requests.
+
+A batch of requests of one prompt token and a fixed number of new tokens, all slots
+in use from the first to the last: the best case of a static batch. The time is that
+of the whole batch, prompt, sampling (greedy) and host included.
+"""
+
+from collections.abc import Callable
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+from mor.benchmarks import decode_parts
+from mor.benchmarks import peers
+from mor.benchmarks import results
+
+
+def measure(args, num_slots: int, models: dict[str, Any], make_runner: Callable) -> dict[str, Any]:
+  """Tokens per second of every program, in turn."""
+  ours = ["vanilla", *(f"{kind}-r{r}" for kind in ("never", "balanced") for r in args.recursions)]
+  programs = {name: _engine(make_runner(name, args, num_slots, models), num_slots, args.peer_tokens) for name in ours}
+  names = list(peers.PEERS) if args.peers == "all" else args.peers.split(",")
+  with tempfile.TemporaryDirectory() as directory:
+    vanilla = models["vanilla"]
+    for name in names:
+      peer = peers.make(name, vanilla.config, vanilla.variables["params"], results.num_cores(), pathlib.Path(directory))
+      programs[name] = _peer(peer, num_slots, args.peer_tokens, vanilla.config.vocab_size)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    for turn in range(args.rounds + 1):
+      for name, program in programs.items():
+        wall, cpu = time.perf_counter(), time.process_time()
+        program()
+        if turn:
+          seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+      rates = ", ".join(f"{name} {num_slots * args.peer_tokens / s[-1][0]:.0f}" for name, s in seconds.items() if s)
+      print(f"batch {num_slots}, round {turn} of {args.rounds}: {rates}", file=sys.stderr, flush=True)
+  which = 0 if args.pin is not None else 1
+  rate = {name: [num_slots * args.peer_tokens / s[which] for s in values] for name, values in seconds.items()}
+  best = max(names, key=lambda name: statistics.median(rate[name]))
+  return {"batch": num_slots, "best_peer": best, "tokens_per_second": {name: _spread(v) for name, v in rate.items()},
+          "ratio_to_best_peer": {name: _spread([a / b for a, b in zip(rate[name], rate[best])]) for name in ours}}
+
+
+def _spread(values):
+  return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def _prompts(num_slots, vocab_size):
+  return [[int(t)] for t in np.random.default_rng(0).integers(0, vocab_size, num_slots)]
+
+
+def _engine(runner, num_slots, num_tokens):
+  prompts = _prompts(num_slots, runner.engine.model.vocab_size)
+
+  def run():
+    numbers = [runner.engine.submit_request(decode_parts.request(prompt, num_tokens)) for prompt in prompts]
+    while not runner.engine.idle:
+      runner.engine.step()
+    tokens = [len(runner.engine.take(number).tokens) for number in numbers]
+    assert tokens == [num_tokens] * num_slots
+  return run
+
+
+def _peer(peer, num_slots, num_tokens, vocab_size):
+  prompts = _prompts(num_slots, vocab_size)
+
+  def run():
+    assert peer.generate(prompts, num_tokens).shape == (num_slots, num_tokens)
+  return run
