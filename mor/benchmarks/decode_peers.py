@@ -2,9 +2,11 @@
 
 A batch of requests of one prompt token and a fixed number of new tokens, all slots
 in use from the first to the last: the best case of a static batch. The time is that
-of the whole batch, prompt, sampling (greedy) and host included.
+of the whole batch, prompt, sampling (greedy) and host included. Ours run in
+bfloat16, which the peers' best formats are, and in int8, which is less exact.
 """
 
+import argparse
 from collections.abc import Callable
 import pathlib
 import statistics
@@ -19,11 +21,15 @@ from mor.benchmarks import decode_parts
 from mor.benchmarks import peers
 from mor.benchmarks import results
 
+FORMATS = ("bfloat16", "int8")  # of our weights
+
 
 def measure(args, num_slots: int, models: dict[str, Any], make_runner: Callable) -> dict[str, Any]:
   """Tokens per second of every program, in turn."""
-  ours = ["vanilla", *(f"{kind}-r{r}" for kind in ("never", "balanced") for r in args.recursions)]
-  programs = {name: _engine(make_runner(name, args, num_slots, models), num_slots, args.peer_tokens) for name in ours}
+  ours = [(name, form) for form in FORMATS for name in ("vanilla", *(f"balanced-r{r}" for r in args.recursions))]
+  programs = {f"{name} {form}": _engine(make_runner(name, argparse.Namespace(**{**vars(args), "format": form}), num_slots,
+                                                    models), num_slots, args.peer_tokens) for name, form in ours}
+  ours = list(programs)
   names = list(peers.PEERS) if args.peers == "all" else args.peers.split(",")
   with tempfile.TemporaryDirectory() as directory:
     vanilla = models["vanilla"]
