@@ -27,8 +27,10 @@ FORMATS = ("bfloat16", "int8")  # of our weights
 def measure(args, num_slots: int, models: dict[str, Any], make_runner: Callable) -> dict[str, Any]:
   """Tokens per second of every program, in turn."""
   ours = [(name, form) for form in FORMATS for name in ("vanilla", *(f"balanced-r{r}" for r in args.recursions))]
-  programs = {f"{name} {form}": _engine(make_runner(name, argparse.Namespace(**{**vars(args), "format": form}), num_slots,
-                                                    models), num_slots, args.peer_tokens) for name, form in ours}
+  programs = {}
+  for name, form in ours:
+    options = argparse.Namespace(**{**vars(args), "format": form})
+    programs[f"{name} {form}"] = _engine(make_runner(name, options, num_slots, models), num_slots, args.peer_tokens)
   ours = list(programs)
   names = list(peers.PEERS) if args.peers == "all" else args.peers.split(",")
   with tempfile.TemporaryDirectory() as directory:
