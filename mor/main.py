@@ -64,7 +64,7 @@ _HOW = {  # of the engine; see mor/inference/engine.py
                                   "generate: the engine's, or none for the plain batch, which takes any model."),
     "num_slots": flags.DEFINE_integer("num_slots", None, "generate: prompts that run at once; default up to 16."),
     "context": flags.DEFINE_integer("context", None, "generate: positions at most; default data.seq_len."),
-    "weight_format": flags.DEFINE_string("weight_format", None, "generate: float32 (default) or bfloat16."),
+    "weight_format": flags.DEFINE_string("weight_format", None, "generate: float32 (default), bfloat16 or int8."),
     "kv_format": flags.DEFINE_string("kv_format", None, "generate: of stored keys, float32 (default) or bfloat16."),
 }
 

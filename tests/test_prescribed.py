@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mor.inference import decoder as decoder_lib
+from mor.inference import engine as engine_lib
+from mor.inference import generate as generate_lib
+from mor.inference import model as model_lib
 from mor.inference import prescribed
+from mor.inference import weights as weights_lib
+from mor.model.kv import storage as storage_lib
 from mor.model.routers import table
 from tests import tiny
 from tests import weights as test_weights
@@ -113,3 +119,19 @@ def test_equal_by_value():
 def test_what_is_no_distribution_is_refused(probabilities, said):
   with pytest.raises(ValueError, match=said):
     make(tiny.config().model, probabilities)
+
+
+def test_engine_equals_generate_at_prescribed_depths():
+  config = tiny.config().model
+  model = model_lib.Model(config, {"params": jax.tree.map(jnp.asarray, test_weights.draw(config))}, None, 24)
+  rng = np.random.default_rng(2)
+  requests = [model.request(rng.integers(0, 61, 1 + i % 5).tolist(), max_tokens=9, temperature=1.5) for i in range(7)]
+  decoder = decoder_lib.Decoder(config, storage_lib.Dense(24, 2, 6, "float32"), make(config, EVEN))
+  weights = weights_lib.prepare(config, model.variables, "float32")
+  wanted = generate_lib.generate(decoder, weights, requests, context=24)
+  engine = engine_lib.Engine(model, num_slots=3, page_size=8, router=make(config, EVEN))
+  numbers = [engine.submit_request(request) for request in requests]
+  while not engine.idle:
+    engine.step()
+  assert [engine.take(n) for n in numbers] == wanted
+  assert {d for c in wanted for d in c.depths} == {1, 2, 3}
