@@ -94,7 +94,7 @@ class Engine:
     pool = scheduler_lib.Pool(
         page_size, self.decoder.tables.num_rows, num_pages or whole * self.decoder.tables.num_rows,
         (num_edge_pages or whole) if self.decoder.tables.num_edges else 0)
-    self.scheduler = scheduler_lib.Scheduler(num_slots, pool, self._ticks)
+    self.scheduler = scheduler_lib.Scheduler(num_slots, pool, self._ticks, self._chunk)
     slots = slots_lib.make(self.decoder, self.weights, num_slots, pool.num_pages, pool.num_edge_pages, pages_per_row)
     self.slots = jax.device_put(slots, *self.weights.lookup_VD.devices())  # committed, as a dispatch returns it
     self._flights: collections.deque[_Flight] = collections.deque()

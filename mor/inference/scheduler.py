@@ -1,7 +1,8 @@
 """Which request gets which slot, and when: plain Python, no arrays.
 
 Requests are served in the order they came. One is admitted when a slot is free and
-the pool has room for its whole prompt beside what the others may take meanwhile.
+the pool has room for its whole prompt beside what the others may take until the last
+chunk of it is stored.
 When rows find no page, the youngest request is preempted: its pages go back, it
 returns to the head of the queue with what it has generated, and is recomputed
 later. The oldest request always proceeds and every request fits the pool alone, so
@@ -71,13 +72,14 @@ class Pool:
 class Scheduler:
   """The queue, the slots and what is known of the pool."""
 
-  def __init__(self, num_slots: int, pool: Pool, ticks: int):
+  def __init__(self, num_slots: int, pool: Pool, ticks: int, chunk: int):
     self.pool = pool
-    self.ticks = ticks
+    self.ticks = ticks  # of a dispatch
+    self.chunk = chunk  # prompt tokens prefilled between two dispatches, while there are any
     self.queue: collections.deque[Job] = collections.deque()
     self.slots: list[Job | None] = [None] * num_slots
     self.free = [pool.num_pages, pool.num_edge_pages]
-    self.pressed = False  # a row waits for a page, so nobody is admitted
+    self.pressed = False  # a row waits for a page, so nobody is admitted beside it
     self._ids = itertools.count()
     self._order: list[Job] = []  # jobs that hold slots, oldest first
 
@@ -98,12 +100,9 @@ class Scheduler:
 
   def admit(self) -> Job | None:
     """Moves the first request of the queue to a slot, if one is free and the pool has room."""
-    if not self.queue or self.pressed or None not in self.slots:
+    if not self.queue or None not in self.slots or (self._order and not self._has_room(self.queue[0])):
       return None
     needed = self.pool.most(len(self.queue[0].tokens))
-    spare = [len(self._order) * n for n in self.pool.growth(self.ticks)]
-    if self._order and any(n and n + s > f for n, s, f in zip(needed, spare, self.free)):
-      return None
     job = self.queue.popleft()
     job.slot, job.stored, job.started = self.slots.index(None), 0, False
     self.slots[job.slot] = job
@@ -153,6 +152,15 @@ class Scheduler:
   def idle(self) -> bool:
     """Nothing to do."""
     return not self.queue and not self._order
+
+  def _has_room(self, job: Job) -> bool:
+    """Whether the pool holds a prompt beside what the rows before it take until it is stored."""
+    if self.pressed:
+      return False
+    unstored = len(job.tokens) + sum(len(other.tokens) - other.stored for other in self._order if not other.started)
+    dispatches = -(-unstored // self.chunk)
+    spare = [len(self._order) * n for n in self.pool.growth(dispatches * self.ticks)]
+    return all(not n or n + s <= f for n, s, f in zip(self.pool.most(len(job.tokens)), spare, self.free))
 
   def _vacate(self, job: Job) -> int:
     slot, job.slot, job.started, job.stored = job.slot, None, False, 0
