@@ -51,6 +51,33 @@ def test_bad_marks_are_named(directory, text, message):
     tables.rewrite(text, directory)
 
 
+def _spread(median):
+  return dict(min=median - 1, median=median, max=median + 1)
+
+
+def test_engines_show_their_gain_and_its_ceiling(tmp_path):
+  row = lambda name, rate: dict(variant=name, tokens_per_second=_spread(rate),
+                                metrics=dict(mean_depth=2.0, slot_utilisation=0.98765))
+  gain = dict(routed="balanced-r3", gain=_spread(1.2), ceiling=1.25, gain_per_ceiling=0.96)
+  record = RECORD | dict(
+      benchmark="decode_throughput", sizes=dict(shape="135m", mix="plain", rounds=5),
+      batches=[dict(batch=16, variants=[row("never-r3", 300), row("balanced-r3", 360)], gains=[gain])])
+  (tmp_path / "decode.json").write_text(json.dumps(record))
+  lines = tables.table("decode", tmp_path).splitlines()
+  assert lines[2:4] == ["| 16 | never-r3 | 300 (299–301) | 2.00 | 0.988 |  |",
+                        "| 16 | balanced-r3 | 360 (359–361) | 2.00 | 0.988 | 1.200, 1.250, 0.960 |"]
+  assert "135m shape, plain requests, random weights; medians of 5 rounds in turn" in lines[5]
+
+
+def test_peers_show_their_ratio_to_the_best(tmp_path):
+  rates = {"vanilla bfloat16": _spread(330), "hf-bfloat16": _spread(300), "llamacpp-bfloat16": _spread(200)}
+  record = RECORD | dict(benchmark="decode_throughput", sizes=dict(shape="135m", mix="plain", rounds=5),
+                         peers=[dict(batch=16, best_peer="hf-bfloat16", tokens_per_second=rates)])
+  (tmp_path / "peers.json").write_text(json.dumps(record))
+  lines = tables.table("peers", tmp_path).splitlines()
+  assert lines[2] == "| 16 | vanilla bfloat16 | 330 (329–331) | 1.10 |"
+
+
 def test_the_readme_shows_the_committed_results():
   readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
   assert tables.rewrite(readme, results.DIRECTORY) == readme, "run python -m mor.benchmarks.tables"

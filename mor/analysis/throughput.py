@@ -151,6 +151,7 @@ _GEMMA_MS = 0.616
 # Full depth of two loops is 1.16 times as fast as Gemma, by Table K.1.
 _LOOP_MS = _GEMMA_MS / 1.16 / 2
 _SLOTS = 43  # of recursive Gemma; the rates do not depend on it
+K2_REQUESTS = 100 * _SLOTS  # a queue long enough for a tail of about 1 %
 _DATASETS = ("SlimPajama", "RedPajama", "PG19")
 _VANILLA, _SEQUENCE = 1080, 1528  # mean tokens a second of Gemma, static and continuous
 
@@ -190,8 +191,8 @@ def table_k2() -> list[Row]:
 
 
 def _play(exits: list[float], policy: str, token_ms: float) -> float:
-  """A queue of 100 requests a slot, long enough for a tail of about 1 %."""
-  lengths = np.maximum(1, np.random.default_rng(0).normal(20, 5, 100 * _SLOTS)).astype(int)
+  """A queue of K2_REQUESTS."""
+  lengths = np.maximum(1, np.random.default_rng(0).normal(20, 5, K2_REQUESTS)).astype(int)
   return simulate(draw(lengths.tolist(), exits, seed=1), _SLOTS, policy, constant(token_ms * _SLOTS))
 
 

@@ -45,14 +45,45 @@ def quickstart(record: dict) -> list[list[str]]:
   return [["held-out text", "bits per byte"], *rows]
 
 
+def decode_throughput(record: dict) -> list[list[str]]:
+  """Header and rows: engines or peers by batch, and the gain of depth beside its ceiling."""
+  number = lambda spread: f"{spread['median']:.0f} ({spread['min']:.0f}–{spread['max']:.0f})"
+  if "peers" in record:
+    rows = [[str(batch["batch"]), name, number(rate), f"{rate['median'] / best['median']:.2f}"]
+            for batch in record["peers"] for best in [batch["tokens_per_second"][batch["best_peer"]]]
+            for name, rate in batch["tokens_per_second"].items()]
+    return [["batch", "program", "tokens/s (min–max)", "to the best peer"], *rows]
+  rows = []
+  for batch in record["batches"]:
+    gains = {gain["routed"]: gain for gain in batch["gains"]}
+    for row in batch["variants"]:
+      gain, metrics = gains.get(row["variant"]), row["metrics"]
+      rows.append([
+          str(batch["batch"]), row["variant"], number(row["tokens_per_second"]), f"{metrics['mean_depth']:.2f}",
+          f"{metrics['slot_utilisation']:.3f}",
+          f"{gain['gain']['median']:.3f}, {gain['ceiling']:.3f}, {gain['gain_per_ceiling']:.3f}" if gain else ""])
+  return [["batch", "engine", "tokens/s (min–max)", "mean depth", "slot utilisation", "gain, ceiling, ratio"], *rows]
+
+
+def throughput_k2(record: dict) -> list[list[str]]:
+  """Header and rows: the simulator beside the paper."""
+  rows = [[row["name"], f"{row['published']:g}", f"{row['simulated']:.4g}", f"{100 * row['error']:+.2f} %", row["given"]]
+          for row in record["rows"]]
+  return [["figure", "published", "simulated", "error", "given"], *rows]
+
+
 FORMS: dict[str, Callable[[dict], list[list[str]]]] = {
-    "quickstart": quickstart, "train_throughput": train_throughput}
+    "quickstart": quickstart, "train_throughput": train_throughput, "decode_throughput": decode_throughput,
+    "throughput_k2": throughput_k2}
 NOTES = {
     "quickstart": "{summary[params]:,.0f} parameters, {sizes[steps]} steps of {sizes[batch]} x {sizes[seq_len]} tokens "
                   "({summary[train_tokens]:,.0f} in all), mean depth {mean_depth:.2f} of {sizes[num_recursions]}.",
     "train_throughput": "*without the embedding. Whole steps of {sizes[batch]} x {sizes[seq_len]} tokens, "
                         "{sizes[num_layers]} unrolled layers, D={sizes[d_model]}, V={sizes[vocab_size]}; medians of "
                         "{rounds} rounds in turn, {clock} time, load average {load_average:.1f}.",
+    "decode_throughput": "{sizes[shape]} shape, {sizes[mix]} requests, random weights; medians of {sizes[rounds]} rounds "
+                         "in turn, {clock} time, load average {load_average:.1f}.",
+    "throughput_k2": "Relaxed Recursive Transformers, Table K.2; {sizes[requests]} requests.",
 }
 
 
