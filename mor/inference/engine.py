@@ -147,10 +147,10 @@ class Engine:
     A stream that is closed or abandoned aborts its request.
     """
     number = self.submit(prompt, **options)
-    return self._stream(number)
-
-  def _stream(self, number: int) -> Iterator[request_lib.Event]:
     waiting = self._jobs[number].payload.events = collections.deque()
+    return self._stream(number, waiting)
+
+  def _stream(self, number: int, waiting: collections.deque) -> Iterator[request_lib.Event]:
     try:
       while True:
         while waiting:
@@ -170,9 +170,14 @@ class Engine:
       ValueError: a prompt or an option is wrong; none is run then.
     """
     requests = [self.model.request(prompt, **options) for prompt in prompts]
-    for request in requests:
-      request.check(self.model.config.vocab_size, self.context)
-    numbers = [self.submit_request(request) for request in requests]
+    numbers = []
+    try:
+      for request in requests:
+        numbers.append(self.submit_request(request))
+    except ValueError:
+      for number in numbers:
+        self.abort(number)
+      raise
     while not all(self._jobs[n].finished for n in numbers):
       self.step()
     return [self.take(n) for n in numbers]
@@ -268,8 +273,6 @@ class Engine:
     self.meter.token(job.id)
     if event.finish:
       self._end(job, freed=bool(finish))
-    if job.payload.events is not None:
-      job.payload.events.append(event)
     return event
 
   def _relieve(self) -> None:

@@ -3,6 +3,7 @@
 A request is checked when it arrives, and a wrong one is refused alone.
 """
 
+import collections
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
@@ -111,7 +112,7 @@ class Follower:
       raise ValueError("stop_strings need a tokenizer; give one, or use stop_tokens")
     self.request = request
     self.completion = Completion()
-    self.events = None  # where a stream wants them
+    self.events: collections.deque[Event] | None = None  # where a stream wants them
     self._tokenizer = tokenizer
     self._decoded = ""
     self._sent = 0
@@ -131,13 +132,18 @@ class Follower:
     hit = self._first_stop()
     if hit is not None:
       self._decoded, done.finish = self._decoded[:hit], "stop"
-    return Event(None if stopped else token, self._release(), depth, logprob if self.request.logprobs else None,
-                 done.finish)
+    return self._tell(Event(None if stopped else token, self._release(), depth,
+                            logprob if self.request.logprobs else None, done.finish))
 
   def end(self, finish: str) -> Event:
     """Ends the request from outside."""
     self.completion.finish = finish
-    return Event(None, self._release(), 0, None, finish)
+    return self._tell(Event(None, self._release(), 0, None, finish))
+
+  def _tell(self, event: Event) -> Event:
+    if self.events is not None:
+      self.events.append(event)
+    return event
 
   def _first_stop(self) -> int | None:
     found = [i for i in (self._decoded.find(s) for s in self.request.stop_strings) if i >= 0]
