@@ -56,7 +56,7 @@ _OPTIONS = {  # of a request; see mor/inference/request.py and sampling.py
     "min_p": flags.DEFINE_float("min_p", None, "generate: draw from tokens with this fraction of the likeliest's."),
     "repetition_penalty": flags.DEFINE_float("repetition_penalty", None, "generate: above 1 repeats less."),
     "seed": flags.DEFINE_integer("seed", 0, "generate: seed of the draws."),
-    "stop_strings": flags.DEFINE_multi_string("stop", None, "generate: text that ends an answer; several may be given."),
+    "stop_strings": flags.DEFINE_multi_string("stop", None, "generate: text that ends an answer; give several."),
     "logprobs": flags.DEFINE_bool("logprobs", None, "generate: also each token's log-probability."),
 }
 _HOW = {  # of the engine; see mor/inference/engine.py

@@ -76,3 +76,8 @@ def test_tokens_wrap_whole_and_stop_at_the_last_line():
   assert runs[:2] == [(0, 0, "a" * 100, 1), (1, 0, "b" * 30, 2)]
   assert [len(text) for _, _, text, depth in runs if depth == 3] == [118, 118, 64]
   assert max(line for line, _, _, _ in runs) == 11
+
+
+def test_bars_have_a_panel_for_each_title():
+  one, two = plots.bars({"speed": {"a": 3.0}}), plots.bars({"speed": {"a": 3.0}, "depth": {"a": 1.5, "b": 2.0}})
+  assert one.startswith(b"\x89PNG") and two.startswith(b"\x89PNG") and one != two

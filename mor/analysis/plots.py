@@ -1,7 +1,8 @@
 """Figures of a run; with `study_plot.py` the only file that imports matplotlib.
 
-Every function takes the rows of metrics.jsonl (see `mor/train/metrics.py`) and
-returns an image as bytes or text; nothing is shown and no global state is used.
+Functions that draw a training run take the rows of metrics.jsonl (see
+`mor/train/metrics.py`). All return an image as bytes or text; nothing is shown and
+no global state is used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,19 @@ def text_by_depth(parts: Sequence[str], depths: Sequence[int], num_recursions: i
   return out.getvalue()
 
 
+def bars(panels: Mapping[str, Mapping[str, float]]) -> bytes:
+  """Named values as bars, a panel for each title, as PNG."""
+  fig = figure.Figure(figsize=(11, 3), layout="constrained")
+  for axes, (title, values) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    drawn = axes.bar(list(values), list(values.values()), color=_BLUE, width=0.7)
+    axes.bar_label(drawn, fmt="{:.4g}", fontsize=8, padding=2)
+    _style(axes, title, "")
+    axes.margins(y=0.12)
+  out = io.BytesIO()
+  fig.savefig(out, format="png", dpi=150)
+  return out.getvalue()
+
+
 def _series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
   """Steps and values of a metric."""
   found = [(row["step"], row[name]) for row in rows if name in row]
@@ -87,9 +101,9 @@ def _load(axes, rows: Sequence[Row], num_recursions: int) -> None:
   _style(axes, "load (fraction of tokens at each recursion step)")
 
 
-def _style(axes, title: str) -> None:
+def _style(axes, title: str, x_label: str = "step") -> None:
   axes.set_title(title, loc="left", fontsize=10)
-  axes.set_xlabel("step", fontsize=9)
+  axes.set_xlabel(x_label, fontsize=9)
   axes.tick_params(labelsize=8)
   axes.grid(color="#e2e8f0", linewidth=0.8)
   axes.set_axisbelow(True)
