@@ -142,10 +142,7 @@ class Engine:
     return job.payload.completion
 
   def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[request_lib.Event]:
-    """Yields a prompt's new tokens as they come; other requests go on meanwhile.
-
-    A stream that is closed or abandoned aborts its request.
-    """
+    """Yields a prompt's new tokens; other requests go on meanwhile. A closed stream aborts its request."""
     number = self.submit(prompt, **options)
     waiting = self._jobs[number].payload.events = collections.deque()
     return self._stream(number, waiting)
