@@ -107,8 +107,8 @@ def test_a_file_answers_in_order_and_a_bad_line_fails_alone(run, model, tmp_path
   assert run(f"--prompt_file={path}", "--num_slots=2") == 2
   out, err = capsys.readouterr()
   answers = [json.loads(line) for line in out.splitlines()]
-  errors = {1: "the prompt is empty", 4: "temperature=-1", 5: "stop_strings='x'; use a list", 6: "unknown option 'dance'",
-            7: 'no object with a "prompt"', 8: "token 263", 10: "no JSON"}
+  errors = {1: "the prompt is empty", 4: "temperature=-1", 5: "stop_strings='x'; use a list",
+            6: "unknown option 'dance'", 7: 'no object with a "prompt"', 8: "token 263", 10: "no JSON"}
   assert len(answers) == 11 and FIGURES.match(err) and err.count("\n") == 1
   for i, answer in enumerate(answers):
     if i in errors:

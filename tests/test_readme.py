@@ -1,24 +1,69 @@
-"""The README's router works as printed, and what it names exists."""
+"""The README's examples work as printed, and what it names exists."""
 
 import dataclasses
 import pathlib
 import re
 
+from absl import flags
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+import mor
+from mor import main
+from mor.data import tokenizer as tokenizer_lib
+from mor.inference import decoder as decoder_lib
+from mor.inference import generate as generate_lib
+from mor.inference import model as model_lib
+from mor.inference import request as request_lib
+from mor.inference import weights as weights_lib
+from mor.model.kv import storage as storage_lib
 from mor.model import transformer
 from mor.model.routers import table
 from tests import tiny
+from tests import weights as test_weights
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def block(text):
+  """The one Python example with that text."""
+  found, = [source for source in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if text in source]
+  return found
+
+
+def test_generation_of_the_readme(monkeypatch, capsys):
+  config = tiny.config(tiny.BYTES).model
+  params = jax.tree.map(jnp.asarray, test_weights.draw(config))
+  model = model_lib.Model(config, {"params": params}, tokenizer_lib.ByteTokenizer(), 24)
+  monkeypatch.setattr(mor, "load", lambda workdir: model, raising=False)
+  namespace = {}
+  exec(block("mor.load"), namespace)
+  first, second = namespace["answers"]
+  wanted, = model.generate(["My fellow citizens"], temperature=0.8, top_p=0.95, seed=1)
+  assert capsys.readouterr().out == f"{first.text} {first.depths} length\n{wanted.text}"
+  assert len(first.tokens) == 6 and len(second.tokens) == 11  # up to the context
+
+
+def test_options_of_a_request_are_in_the_readme():
+  with pytest.raises(ValueError, match="the options are (.*)") as error:
+    request_lib.make([1], dance=1)
+  listed = README.partition("**Options** of a request:")[2].partition(". ")[0]
+  assert sorted(re.findall(r"`(\w+)`", listed)) == str(error.value).partition("are ")[2].split(", ")
+
+
+def test_flags_of_the_readme_exist():
+  assert main.MODES
+  section = README.partition("## Generate and serve")[2].partition("\n## ")[0]
+  names = set(re.findall(r"(?<![\w-])--(\w+)=", section))
+  assert len(names) >= 5 and not {name for name in names if name not in flags.FLAGS}
+
+
 def test_router_of_the_readme(monkeypatch):
-  source, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+  source = block("class ")
   namespace = {}
   exec(source, namespace)
   monkeypatch.setitem(table.ROUTERS, "fixed", namespace["Alternate"])
@@ -37,6 +82,12 @@ def test_router_of_the_readme(monkeypatch):
       wanted_BT[:, np.arange(config.data.seq_len) % 2**r != 0] = False
       np.testing.assert_array_equal(keep_BT, wanted_BT)
   chex.assert_trees_all_close(hidden["gathered"], hidden["masked"], atol=1e-5)
+
+  decoder = decoder_lib.Decoder(
+      config.model, storage_lib.Dense(24, 2, 6, "float32"), router=namespace["Alternate"](config.model))
+  done, = generate_lib.generate(decoder, weights_lib.prepare(config.model, variables, "float32"),
+                                [request_lib.make([5, 6, 7, 8], max_tokens=6)], context=24)
+  assert done.depths == [1, 3, 1, 2, 1, 3]  # of positions 3 to 8
 
 
 def test_names_of_the_readme_exist():
