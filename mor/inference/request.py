@@ -153,9 +153,8 @@ class Follower:
     """The text that no later token can change."""
     end = len(self._decoded)
     if not self.completion.finish:
-      if self._decoded.endswith("\N{REPLACEMENT CHARACTER}"):
-        end = len(self._decoded.rstrip("\N{REPLACEMENT CHARACTER}"))
-      end = min([end, *(_overlap(self._decoded, s) for s in self.request.stop_strings)])
+      whole = self._decoded.rstrip("\N{REPLACEMENT CHARACTER}")  # perhaps the beginning of a character
+      end = min([len(whole), *(_overlap(whole, s) for s in self.request.stop_strings)])
     end = max(end, self._sent)
     new, self._sent = self._decoded[self._sent:end], end
     self.completion.text += new
