@@ -58,14 +58,14 @@ def _spread(median):
 def test_engines_show_their_gain_and_its_ceiling(tmp_path):
   row = lambda name, rate: dict(variant=name, tokens_per_second=_spread(rate),
                                 metrics=dict(mean_depth=2.0, slot_utilisation=0.98765))
-  gain = dict(routed="balanced-r3", gain=_spread(1.2), ceiling=1.25, gain_per_ceiling=0.96)
+  gain = dict(routed="balanced-r3", gain=_spread(1.2), ceiling=1.25, ceiling_one_pass=1.2)
   record = RECORD | dict(
       benchmark="decode_throughput", sizes=dict(shape="135m", mix="plain", rounds=5),
       batches=[dict(batch=16, variants=[row("never-r3", 300), row("balanced-r3", 360)], gains=[gain])])
   (tmp_path / "decode.json").write_text(json.dumps(record))
   lines = tables.table("decode", tmp_path).splitlines()
-  assert lines[2:4] == ["| 16 | never-r3 | 300 (299–301) | 2.00 | 0.988 |  |",
-                        "| 16 | balanced-r3 | 360 (359–361) | 2.00 | 0.988 | 1.200, 1.250, 0.960 |"]
+  assert lines[2:4] == ["| 16 | never-r3 | 300 (299–301) | 2.00 | 0.988 |  |  |",
+                        "| 16 | balanced-r3 | 360 (359–361) | 2.00 | 0.988 | 1.200 | 1.200 (1.000) / 1.250 (0.960) |"]
   assert "135m shape, plain requests, random weights; medians of 5 rounds in turn" in lines[5]
 
 
