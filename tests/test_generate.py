@@ -91,7 +91,7 @@ def test_stop_string_ends_the_text(model):
   assert len(done[2].tokens) < NEW
 
 
-def test_seeds_belong_to_rows(model, greedy):
+def test_seeds_belong_to_rows(model):
   options = dict(temperature=2.0, max_tokens=NEW, stop_tokens=())
   rows = lambda order: run(model, [model.request(PROMPTS[2], seed=seed, **options) for seed in order[:3]] +
                            [model.request(PROMPTS[0], seed=order[3], **options)])[0]
@@ -100,9 +100,12 @@ def test_seeds_belong_to_rows(model, greedy):
   assert first[2].tokens == second[1].tokens
   assert len({tuple(c.tokens) for c in (*first[1:3], second[0])}) == 3
   assert first[3].tokens != second[3].tokens
-  penalised = run(model, repetition_penalty=5.0)[0]
-  repeats = lambda done: sum(len(c.tokens) - len(set(c.tokens)) for c in done)
-  assert repeats(penalised) < repeats(greedy[0])
+
+
+def test_a_great_penalty_repeats_no_token_of_prompt_or_text(model, greedy):
+  news = lambda done: [len({*prompt, *c.tokens}) - len({*prompt}) for prompt, c in zip(PROMPTS, done)]
+  assert max(news(greedy[0])) < NEW
+  assert news(run(model, repetition_penalty=1e6)[0]) == [NEW] * len(PROMPTS)
 
 
 @pytest.mark.parametrize("prompt, options, message", [
