@@ -72,9 +72,9 @@ class Engine:
                                  ("kv_format", kv_format, storage_lib.FORMATS)):
       if value not in choices:
         raise ValueError(f"{name}={value!r}; use one of {', '.join(choices)}")
-    for name, value in (("num_slots", num_slots), ("page_size", page_size), ("prefill_chunk", prefill_chunk),
-                        ("ticks", ticks or 1), ("context", context)):
-      if value < 1:
+    for name, value in dict(num_slots=num_slots, page_size=page_size, prefill_chunk=prefill_chunk, ticks=ticks,
+                            context=context, num_pages=num_pages, num_edge_pages=num_edge_pages).items():
+      if value is not None and value < 1:
         raise ValueError(f"{name}={value}; use a count >= 1")
     page_size = context if storage == "dense" else page_size
     kind, config = _STORAGES[storage], model.config
@@ -145,14 +145,16 @@ class Engine:
     """Yields a prompt's new tokens; other requests go on meanwhile. A closed stream aborts its request."""
     number = self.submit(prompt, **options)
     waiting = self._jobs[number].payload.events = collections.deque()
-    return self._stream(number, waiting)
+    events = self._stream(number, waiting)
+    next(events)
+    return events
 
-  def _stream(self, number: int, waiting: collections.deque) -> Iterator[request_lib.Event]:
+  def _stream(self, number: int, waiting: collections.deque) -> Iterator[request_lib.Event | None]:
     try:
+      yield  # entered, so that a close finds its way to the end
       while True:
         while waiting:
-          event = waiting.popleft()
-          yield event
+          yield (event := waiting.popleft())
           if event.finish:
             return
         self.step()
