@@ -69,6 +69,13 @@ def decode_throughput(record: dict) -> list[list[str]]:
            "ceiling (gain / ceiling): one b, two"], *rows]
 
 
+def formats(record: dict) -> list[list[str]]:
+  """Header and rows: quality of the number formats."""
+  rows = [[row["weights"], row["keys"], f"{row['nll']:.4f}", f"{row['same_token']:.4f}", f"{row['same_depth']:.4f}"]
+          for row in record["formats"]]
+  return [["weights", "keys", "nats per token", "same token", "same depth"], *rows]
+
+
 def throughput_k2(record: dict) -> list[list[str]]:
   """Header and rows: the simulator beside the paper."""
   rows = [[row["name"], f"{row['published']:g}", f"{row['simulated']:.4g}", f"{100 * row['error']:+.2f} %", row["given"]]
@@ -78,7 +85,7 @@ def throughput_k2(record: dict) -> list[list[str]]:
 
 FORMS: dict[str, Callable[[dict], list[list[str]]]] = {
     "quickstart": quickstart, "train_throughput": train_throughput, "decode_throughput": decode_throughput,
-    "throughput_k2": throughput_k2}
+    "throughput_k2": throughput_k2, "formats": formats}
 NOTES = {
     "quickstart": "{summary[params]:,.0f} parameters, {sizes[steps]} steps of {sizes[batch]} x {sizes[seq_len]} tokens "
                   "({summary[train_tokens]:,.0f} in all), mean depth {mean_depth:.2f} of {sizes[num_recursions]}.",
@@ -87,6 +94,7 @@ NOTES = {
                         "{rounds} rounds in turn, {clock} time, load average {load_average:.1f}.",
     "decode_throughput": "{sizes[shape]} shape, {sizes[mix]} requests, random weights; medians of {sizes[rounds]} rounds "
                          "in turn, {clock} time, load average {load_average:.1f}.",
+    "formats": "{sizes[tokens]:,} held-out tokens of the quickstart's model.",
     "throughput_k2": "Relaxed Recursive Transformers, Table K.2; {sizes[requests]} requests.",
 }
 
