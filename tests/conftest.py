@@ -19,6 +19,9 @@ for _flag in _FLAGS:
   if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "mor" / "jax"))
+if "PYTEST_XDIST_WORKER" in os.environ:
+  # A directory for each: jax writes an entry in place, and one that is read half written crashes the reader.
+  os.environ["JAX_COMPILATION_CACHE_DIR"] += f"-{os.environ['PYTEST_XDIST_WORKER']}"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
