@@ -43,3 +43,10 @@ def seeded():
   """Starts each test from the same state of the global generators."""
   random.seed(0)
   np.random.seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgetful():
+  """Drops a file's compiled programs: each holds memory maps, of which a process may have 65,530."""
+  yield
+  jax.clear_caches()
