@@ -26,11 +26,14 @@ def get_config() -> ml_collections.ConfigDict:
       rope_theta=10000.0,
       norm_eps=1e-5,
       init_std=0.02,
+      tie_embeddings=True,  # the output head is the embedding
       cross_documents=False,  # True: packed documents attend to each other
       compute_dtype="float32",  # or bfloat16; parameters stay float32
       remat="none",  # none, dots, full
       scan_layers=True,
   ))
+  config.model.lora = ml_collections.ConfigDict(dict(  # rank of each step's delta; 0 is off
+      q=0, k=0, v=0, o=0, gate=0, up=0, down=0))
   config.model.router = ml_collections.ConfigDict(dict(
       name="expert_choice",  # fixed, expert_choice, token_choice
       arch="linear",  # linear, mlp, wide_mlp, random
@@ -84,6 +87,15 @@ def get_config() -> ml_collections.ConfigDict:
       keep_checkpoints=2,
       sample_prompt="The state of the Union is",
       sample_tokens=64,
+  ))
+  config.init = ml_collections.ConfigDict(dict(  # of a pretrained model, by --mode=convert
+      method="stepwise",  # stepwise, average, lower, upper, random
+      lora="svd",  # svd, zero
+  ))
+  config.distill = ml_collections.ConfigDict(dict(
+      teacher="",  # workdir of the run that teaches; "" is off
+      weight=0.5,
+      temperature=1.0,
   ))
   config.mesh = ml_collections.ConfigDict(dict(data=-1, model=1))
   config.lock()

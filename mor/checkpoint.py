@@ -143,7 +143,8 @@ class Checkpoints:
 
   def _meta(self) -> dict[str, Any]:
     with self._reading():
-      return json.loads((self._latest() / "meta" / "metadata").read_text(encoding="utf-8"))
+      meta = json.loads((self._latest() / "meta" / "metadata").read_text(encoding="utf-8"))
+      return {**meta, "config": config_lib.upgrade(meta["config"])}
 
   def _reading(self):
     return _one_line(f"cannot read the checkpoint {self._latest()}",

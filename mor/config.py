@@ -6,141 +6,28 @@ dataclasses. Below this file nothing has a default and nothing is looked up by
 string.
 """
 
+import copy
 import dataclasses
-import typing
 from typing import Any, Literal
 
 import ml_collections
 
-Sharing = Literal["vanilla", "cycle", "sequence", "middle_cycle", "middle_sequence"]
+from mor import fields
+from mor import model_config
 
+ModelConfig = model_config.ModelConfig
+RouterConfig = model_config.RouterConfig
+LoraConfig = model_config.LoraConfig
 
-def _require(ok: bool, what: str, remedy: str) -> None:
-  if not ok:
-    raise ValueError(f"{what}; {remedy}")
+_require = fields.require
 
-
-@dataclasses.dataclass(frozen=True)
-class RouterConfig:
-  """How a token's recursion depth is chosen (MoR paper §2.2)."""
-
-  name: Literal["fixed", "expert_choice", "token_choice"]
-  # Score network: linear D->1 (or R), mlp D->2D->1, wide_mlp D->4D->1, or
-  # random scores (no parameters; the paper's ablation baseline).
-  arch: Literal["linear", "mlp", "wide_mlp", "random"]
-  activation: Literal["sigmoid", "tanh", "none", "softmax"]
-  alpha: float  # factor on the activated score
-  temperature: float  # the router reads h / temperature
-  # Fraction of the sequence processed by each step; () means (R-r)/R. With
-  # token-choice it is the gather buffer, not a limit: overflow runs masked.
-  capacity: tuple[float, ...]
-  capacity_warmup_steps: int  # cosine from 1 to `capacity`; 0 is off
-  # expert-choice: x + g*y ("weighted") or x + y ("additive").
-  # token-choice: only the exit is gated ("weighted", official code), every
-  # step is gated ("every_step", paper eq. 2.2), or no gate ("additive").
-  gating: Literal["weighted", "additive", "every_step"]
-  # What makes expert-choice causal at inference: a BCE on the router's own
-  # logits, a second router on detached states, or nothing.
-  sampling: Literal["aux_loss", "aux_router", "none"]
-  sampling_coef: float
-  aux_router_lr_multiplier: float
-  z_loss_coef: float
-  balancing: Literal["none", "loss", "loss_free"]  # token-choice
-  balance_coef: float
-  bias_update_rate: float  # u of loss-free balancing, per optimizer step
-  balance_warmup_steps: int  # every token goes to depth R until then
-
-  def __post_init__(self):
-    expert = self.name == "expert_choice"
-    token = self.name == "token_choice"
-    if expert:
-      _require(self.activation != "softmax", f"router.activation={self.activation!r} with expert_choice",
-               "use 'sigmoid', 'tanh' or 'none'")
-      _require(self.gating != "every_step", f"router.gating={self.gating!r} with expert_choice",
-               "use 'weighted' or 'additive'")
-      _require(self.balancing == "none", f"router.balancing={self.balancing!r} with expert_choice",
-               "its load is fixed by capacity; use 'none'")
-    if token:
-      _require(self.activation in ("softmax", "sigmoid"), f"router.activation={self.activation!r} with token_choice",
-               "use 'softmax' or 'sigmoid'")
-      _require(self.sampling == "none", f"router.sampling={self.sampling!r} with token_choice",
-               "it is causal already; use 'none'")
-      _require(self.capacity_warmup_steps == 0,
-               f"router.capacity_warmup_steps={self.capacity_warmup_steps} with token_choice",
-               "its capacity is only a buffer; use 0")
-    if self.arch == "random":
-      _require(self.sampling == "none", f"router.sampling={self.sampling!r} with arch 'random'",
-               "random scores cannot be predicted; use 'none'")
-      _require(self.balancing == "none", f"router.balancing={self.balancing!r} with arch 'random'", "use 'none'")
-    _require(self.temperature > 0, f"router.temperature={self.temperature}", "use a value > 0")
-    _require(all(0 < c <= 1 for c in self.capacity), f"router.capacity={self.capacity}", "use fractions in (0, 1]")
-    _require(all(a >= b for a, b in zip(self.capacity, self.capacity[1:])), f"router.capacity={self.capacity}",
-             "a step can only keep tokens of the step before: use a non-increasing list")
-    for field in ("sampling_coef", "z_loss_coef", "balance_coef", "bias_update_rate", "aux_router_lr_multiplier",
-                  "capacity_warmup_steps", "balance_warmup_steps"):
-      _require(getattr(self, field) >= 0, f"router.{field}={getattr(self, field)}", "use a value >= 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """A Llama-style decoder whose middle is a shared stack run R times."""
-
-  vocab_size: int
-  d_model: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  d_ff: int
-  num_layers: int  # unrolled layers, prelude and coda included
-  sharing: Sharing
-  num_recursions: int  # R
-  kv_plan: Literal["recursion_wise", "shared", "hybrid"]
-  execution: Literal["gathered", "masked"]
-  rope_theta: float
-  norm_eps: float
-  init_std: float
-  cross_documents: bool  # True: packed documents attend to each other (paper)
-  compute_dtype: Literal["float32", "bfloat16"]  # parameters stay float32
-  remat: Literal["none", "dots", "full"]  # what the backward pass recomputes
-  scan_layers: bool  # False unrolls the stack: slower compile, same numbers
-  router: RouterConfig
-
-  def __post_init__(self):
-    for field in ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "num_layers",
-                  "num_recursions"):
-      _require(getattr(self, field) >= 1, f"model.{field}={getattr(self, field)}", "use a value >= 1")
-    _require(self.num_heads % self.num_kv_heads == 0,
-             f"model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
-             f"use num_kv_heads in {[k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]}")
-    _require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} is odd", "rotary embedding needs an even width")
-    edge = 2 if self.sharing.startswith("middle") else 0
-    inner, r = self.num_layers - edge, self.num_recursions
-    if self.sharing == "vanilla":
-      _require(r == 1, f"model.num_recursions={r} with sharing 'vanilla'", "use 1, or a sharing scheme")
-    else:
-      low = max(1, inner // r) * r + edge
-      _require(inner >= r and inner % r == 0,
-               f"model.num_layers={self.num_layers} does not fit {self.sharing} with {r} recursions",
-               f"use {low} or {low + r} layers ({edge} unshared + a multiple of {r})")
-    if self.router.capacity:
-      _require(len(self.router.capacity) == r,
-               f"router.capacity={self.router.capacity} has {len(self.router.capacity)} entries for "
-               f"{r} recursions", f"give {r} fractions, or () for (R-r)/R")
-    for field in ("rope_theta", "norm_eps", "init_std"):
-      _require(getattr(self, field) > 0, f"model.{field}={getattr(self, field)}", "use a value > 0")
-    routed = self.router.name != "fixed"
-    if routed and self.kv_plan != "recursion_wise":
-      _require(self.sharing in ("vanilla", "cycle", "middle_cycle"),
-               f"model.kv_plan={self.kv_plan!r} with sharing={self.sharing!r} and a router",
-               "later steps must find every layer's keys in step 0; use 'cycle' or 'middle_cycle'")
-
-  @property
-  def capacity(self) -> tuple[float, ...]:
-    """Fraction of the sequence each step may process (§2.2.1: (R-r)/R)."""
-    r = self.num_recursions
-    if self.router.name == "fixed":
-      return (1.0,) * r
-    return self.router.capacity or tuple((r - i) / r for i in range(r))
+# Fields that runs were made without, and what those runs did.
+_ADDED = {
+    "init": dict(method="stepwise", lora="svd"),
+    "distill": dict(teacher="", weight=0.5, temperature=1.0),
+    "model.tie_embeddings": True,
+    "model.lora": dict(q=0, k=0, v=0, o=0, gate=0, up=0, down=0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +106,28 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+  """How `--mode=convert` makes this model of a pretrained one (RRT §3.1)."""
+
+  # Which source layers a shared layer is made of; see conversion/recursive_init.py.
+  method: Literal["stepwise", "average", "lower", "upper", "random"]
+  lora: Literal["svd", "zero"]  # truncated SVD of what sharing lost, or none of it
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+  """Loss (1 - weight) * NLL + weight * temperature^2 * KL(teacher || student)."""
+
+  teacher: str  # workdir of a run whose newest checkpoint teaches; "" is off
+  weight: float
+  temperature: float  # divides both models' logits
+
+  def __post_init__(self):
+    _require(0 < self.weight <= 1, f"distill.weight={self.weight}", "use a weight in (0, 1], or distill.teacher=''")
+    _require(self.temperature > 0, f"distill.temperature={self.temperature}", "use a value > 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices along each mesh axis; -1 takes what is left (one axis only)."""
 
@@ -239,6 +148,8 @@ class Config:
   data: DataConfig
   optim: OptimConfig
   train: TrainConfig
+  init: InitConfig
+  distill: DistillConfig
   mesh: MeshConfig
 
   def __post_init__(self):
@@ -256,7 +167,7 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
   Raises:
     ValueError: a field is unknown, missing, of another type or out of range.
   """
-  return _build(Config, config.to_dict(), "config")
+  return fields.build(Config, config.to_dict(), "config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -264,32 +175,20 @@ def to_dict(config: Any) -> dict[str, Any]:
   return dataclasses.asdict(config)
 
 
-def from_dict(fields: dict[str, Any]) -> Config:
+def from_dict(values: dict[str, Any]) -> Config:
   """Inverse of `to_dict`, also after a round trip through JSON."""
-  return _build(Config, fields, "config")
+  return fields.build(Config, values, "config")
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
-  _require(isinstance(values, dict), f"{path}={values!r} is not a group of fields", f"see {cls.__name__}")
-  hints = typing.get_type_hints(cls)
-  unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
-  _require(not unknown, f"unknown field(s) {', '.join(f'{path}.{u}' for u in unknown)}",
-           f"the fields are {', '.join(hints)}")
-  _require(not missing, f"missing field(s) {', '.join(f'{path}.{m}' for m in missing)}", "start from configs/base.py")
-  return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
+def upgrade(values: dict[str, Any]) -> dict[str, Any]:
+  """What `to_dict` gave when there were fewer fields, as it would be today."""
+  values = copy.deepcopy(values)
+  for path, default in _ADDED.items():
+    *groups, name = path.split(".")
+    group = values
+    for part in groups:
+      group = group[part]
+    group.setdefault(name, copy.deepcopy(default))
+  return values
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-  if dataclasses.is_dataclass(hint):
-    return _build(hint, value, path)
-  if typing.get_origin(hint) is Literal:
-    _require(value in typing.get_args(hint), f"{path}={value!r}", f"use one of {', '.join(typing.get_args(hint))}")
-    return value
-  if typing.get_origin(hint) is tuple:
-    _require(isinstance(value, (tuple, list)), f"{path}={value!r} is not a list", "use e.g. (1.0, 0.5)")
-    inner = typing.get_args(hint)[0]
-    return tuple(_convert(inner, v, f"{path}[{i}]") for i, v in enumerate(value))
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
-  _require(type(value) is hint, f"{path}={value!r} is of type {type(value).__name__}", f"use a {hint.__name__}")
-  return value

@@ -15,7 +15,8 @@ import numpy as np
 from mor import config as config_lib
 
 RULES = (  # path pattern -> spec of the trailing axes; a stacked layer axis is not split
-    (r"(^|/)embedding$", ("model", None)),
+    (r"(^|/)(embedding|head)$", ("model", None)),
+    (r"(^|/)lora/.*/[ab]$", ()),
     (r"/attention/[qkv]$", (None, "model", None)),
     (r"/attention/o$", ("model", None, None)),
     (r"/ffw/(gate|up)$", (None, "model")),

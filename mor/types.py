@@ -6,7 +6,7 @@ Every array of rank >= 1 ends in its shape suffix. The letters:
   C kept tokens         D model width         F feed-forward width
   N query heads         K key/value heads     G query heads per KV head (N // K)
   H head width          V vocabulary          L layers of the shared stack
-  R recursion steps     1 a size-one axis
+  R recursion steps     1 a size-one axis     A rank of a low-rank delta
 
 and in decoding
 

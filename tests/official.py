@@ -137,7 +137,8 @@ def _model(meta, weights, aux):
       norm_eps=float(meta["rms_norm_eps"]), init_std=0.02, cross_documents=False,
       compute_dtype="float32", remat="none", scan_layers=True,
       router=_router(meta, weights, aux))
-  return config_lib.from_dict({**base.get_config().to_dict(), "model": fields}).model
+  defaults = base.get_config().to_dict()
+  return config_lib.from_dict({**defaults, "model": {**defaults["model"], **fields}}).model
 
 
 def _kv_plan(meta):

@@ -48,6 +48,16 @@ def test_first_step_that_drops_tokens(plan):
   check(build(plan, router=NARROW), "paged")
 
 
+@pytest.mark.parametrize("model", [
+    pytest.param(dict(router=dict(gating="residual", alpha=1.5), tie_embeddings=False), id="expert"),
+    pytest.param(dict(router=tiny.TOKEN_CHOICE | dict(gating="residual"), plan="hybrid"), id="token"),
+    pytest.param(dict(router=tiny.FIXED, sharing="sequence", num_layers=6), id="sequence"),
+])
+def test_relaxed_models(model):
+  """Each step has deltas of its own, of different ranks, and some projections have none."""
+  check(build(**model, lora=dict(q=2, v=1, o=3, up=5, down=4)), "paged")
+
+
 @pytest.mark.parametrize("router", [
     pytest.param(dict(arch="random", sampling="none"), id="random"),
     pytest.param(dict(arch="mlp", sampling="aux_router"), id="auxiliary"),

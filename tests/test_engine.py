@@ -55,6 +55,8 @@ def test_every_router_and_plan(router, plan):
     pytest.param(dict(sharing="cycle", num_layers=6), {}, id="no_edges"),
     pytest.param({}, dict(batching="sequence"), id="sequence"),
     pytest.param(dict(kv_plan="hybrid"), dict(storage="dense"), id="dense"),
+    pytest.param(dict(lora=dict(q=2, k=1, o=3, gate=4, down=2), router=dict(gating="residual", alpha=1.5),
+                      tie_embeddings=False), {}, id="relaxed"),
     pytest.param({}, dict(num_slots=1, ticks=1), id="one_slot_one_tick"),
 ])
 def test_other_engines(fields, options):

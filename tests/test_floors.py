@@ -18,7 +18,8 @@ HOMES = {
     "matplotlib": ("mor.analysis.plots", "mor.analysis.study_plot"),  # figures of a run; of many runs
     "ml_collections": ("mor.config", "mor.data.", "mor.main"),
     "tensorflow_datasets": "mor.data.",
-    "torch": ("mor.conversion.torch_mor", "mor.benchmarks.peers"),  # weights; another engine to race against
+    # The exported model; pickled weights; another engine to race against.
+    "torch": ("mor.conversion.modeling_mor", "mor.conversion.tensors", "mor.benchmarks.peers"),
 }
 
 

@@ -33,7 +33,7 @@ def test_expert_choice_by_hand(kv_plan, projections, attention):
   model = tiny.config(model=dict(kv_plan=kv_plan)).model
   parts = flops.breakdown(model, SEQ_LEN)
   assert parts == pytest.approx(dict(
-      attention_projections=projections, attention=attention, ffw=FFW, router=ROUTERS, head=HEAD))
+      attention_projections=projections, attention=attention, ffw=FFW, lora=0.0, router=ROUTERS, head=HEAD))
   total = projections + attention + FFW + ROUTERS
   assert flops.forward_flops_per_token(model, SEQ_LEN, head=False) == pytest.approx(total)
   assert flops.forward_flops_per_token(model, SEQ_LEN) == pytest.approx(total + HEAD)
@@ -45,6 +45,13 @@ def test_a_step_whose_keys_are_read_later_runs_all_tokens(kv_plan):
   make = lambda first: flops.breakdown(tiny.config(
       model=dict(kv_plan=kv_plan, router=dict(capacity=(first, 0.5, 0.25)))).model, SEQ_LEN)
   assert (make(0.5) == make(1.0)) == (kv_plan != "recursion_wise")
+
+
+def test_deltas_cost_their_entries_where_their_projection_runs():
+  make = lambda **ranks: flops.breakdown(tiny.config(model=dict(kv_plan="shared", lora=ranks)).model, SEQ_LEN)["lora"]
+  later = (8 + 4) / 12  # of SEQ_LEN tokens, the fraction that steps 1 and 2 process
+  assert make(down=3) == pytest.approx(2 * 2 * 3 * (28 + 20) * (1 + later))
+  assert make(k=3) == pytest.approx(2 * 2 * 3 * (20 + 12))  # only the first step has keys
 
 
 def test_vanilla_is_kaplans_formula():

@@ -7,6 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(p for p in (ROOT / "mor").rglob("*.py") if p.name != "__init__.py")
+LONG = {"mor/conversion/modeling_mor.py": 450}  # an exported model is one file
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -14,7 +15,8 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 def test_style(path):
   text = path.read_text(encoding="utf-8")
   tree = ast.parse(text)
-  assert len(text.splitlines()) <= 300, "over 300 lines: split the idea"
+  most = LONG.get(str(path.relative_to(ROOT)), 300)
+  assert len(text.splitlines()) <= most, f"over {most} lines: split the idea"
   assert ast.get_docstring(tree), "the module has no docstring"
   for node in ast.walk(tree):
     if isinstance(node, FUNCTIONS):

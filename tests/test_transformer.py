@@ -53,7 +53,7 @@ def test_gathered_equals_masked(router, plan):
     def total(params):
       out = model.apply({"params": params}, batch["tokens_BT"], batch["segment_BT"])
       terms = loss.auxiliary(config, out.sums, loss.normalizers(out.sums))
-      nll_BT = loss.token_nll(params, out.hidden_BTD, batch["target_BT"], 16)
+      nll_BT = loss.token_nll(transformer.head(params), out.hidden_BTD, batch["target_BT"], 16)
       return jnp.sum(nll_BT * batch["loss_mask_BT"]) / batch["loss_mask_BT"].sum() + sum(terms.values()), out.keep_RBT
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))(params)

@@ -39,4 +39,13 @@ def draw(config: config_lib.ModelConfig, seed: int = 1) -> dict:
     params[name] = dict(out=normal(width, num, width, outs))
     if width > d:
       params[name]["hidden"] = normal(d, num, d, width)
+  if not config.tie_embeddings:
+    params["head"] = normal(1, config.vocab_size, d)
+  wide = dict(q=(d, heads * h), k=(d, kv_heads * h), v=(d, kv_heads * h), o=(heads * h, d), gate=(d, f), up=(d, f),
+              down=(f, d))
+  for name, rank in config.lora.ranks.items():
+    ins, outs = wide[name]
+    part = params.setdefault("lora", {}).setdefault("attention" if name in "qkvo" else "ffw", {})
+    part[name] = dict(a=normal(ins, steps, schedule.depth, ins, rank),
+                      b=normal(rank, steps, schedule.depth, rank, outs))
   return params

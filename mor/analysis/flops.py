@@ -30,7 +30,7 @@ def breakdown(
     model: config_lib.ModelConfig, seq_len: int, executed: bool = False
 ) -> dict[str, float]:
   """Forward FLOPs per token by part; they add up to the whole."""
-  matrices = memory.layer_parameters(model)
+  matrices, deltas = memory.layer_parameters(model), memory.lora_ranked(model)
   schedule = schedule_lib.make(model)
   plan = table.PLANS[model.kv_plan](schedule)
   fractions = _fractions(model, seq_len, plan.shares, executed)
@@ -40,11 +40,14 @@ def breakdown(
     layers.append((q, q if own >= 0 else 0.0, q if base < 0 else 1.0))
   square = (4 if executed else 2) * seq_len * model.num_heads * model.head_dim
   queries, keys = sum(q for q, _, _ in layers), sum(k for _, k, _ in layers)
+  inner = layers[schedule.prelude + schedule.coda:]
+  lora = sum(entries * sum(k if name in "kv" else q for q, k, _ in inner) for name, entries in deltas.items())
   return {
       "attention_projections": 2 * (
           queries * matrices["query_output"] + keys * matrices["key_value"]),
       "attention": square * sum(q * s for q, _, s in layers),
       "ffw": 2 * queries * matrices["ffw"],
+      "lora": 2 * lora,
       "router": 2.0 * memory.router_parameters(model),
       "head": 2.0 * model.vocab_size * model.d_model,
   }

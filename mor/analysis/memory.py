@@ -13,6 +13,7 @@ Source: MoR paper Table 2.
 """
 
 from mor import config as config_lib
+from mor.model import lora
 from mor.model import schedule as schedule_lib
 from mor.model.kv import table as kv_table
 from mor.model.routers import scores
@@ -47,13 +48,25 @@ def router_parameters(model: config_lib.ModelConfig) -> int:
 def parameter_count(model: config_lib.ModelConfig) -> tuple[int, int]:
   """(embedding, everything else), each stored parameter once.
 
-  The embedding is also the output head. The rest includes norms and routers,
+  A head of its own counts with the embedding. The rest includes norms and routers,
   which are under 0.1 % of the paper's models with linear routers.
   """
   schedule = schedule_lib.make(model)
   layer = sum(layer_parameters(model).values()) + 2 * model.d_model
-  rest = schedule.num_unique * layer + model.d_model + router_parameters(model)
-  return model.vocab_size * model.d_model, rest
+  rest = schedule.num_unique * layer + model.d_model + router_parameters(model) + lora_parameters(model)
+  return model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2), rest
+
+
+def lora_parameters(model: config_lib.ModelConfig) -> int:
+  """Entries of all steps' low-rank deltas."""
+  schedule = schedule_lib.make(model)
+  return schedule.num_steps * schedule.depth * sum(lora_ranked(model).values())
+
+
+def lora_ranked(model: config_lib.ModelConfig) -> dict[str, int]:
+  """Entries of the delta of each projection of a layer, by projection."""
+  widths = lora.widths(model)
+  return {name: rank * sum(widths[name]) for name, rank in model.lora.ranks.items()}
 
 
 def step_fractions(model: config_lib.ModelConfig, seq_len: int) -> tuple[float, ...]:

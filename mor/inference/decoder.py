@@ -8,7 +8,7 @@
 never meet: each reads and writes its own pages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,21 +45,36 @@ class Decoder:
   def __hash__(self) -> int:
     return hash(self._key)
 
-  def layer(self, weights: weights_lib.Layer, x_1MD: jax.Array, rotation: Any, attend: Callable) -> jax.Array:
-    """One decoder layer over M tokens; `attend(q_MNH, k_MKH, v_MKH)` does the rest."""
+  def layer(self, weights: weights_lib.Layer, x_1MD: jax.Array, rotation: Any, attend: Callable,
+            deltas: Mapping[str, weights_lib.Delta] | None = None, step: jax.Array | int = 0) -> jax.Array:
+    """One decoder layer over M tokens; `attend(q_MNH, k_MKH, v_MKH)` does the rest.
+
+    Args:
+      weights: of the layer.
+      x_1MD: hidden states.
+      rotation: of the tokens.
+      attend: attention, and what it stores.
+      deltas: of the layer in every step.
+      step: whose deltas: one static step, or each token's `[M]`.
+    """
     model = self.model
+
+    def project(x_MI, name):
+      y_MO = weights_lib.project(x_MI, getattr(weights, name))
+      return y_MO + weights_lib.project_delta(x_MI, deltas[name], step) if deltas and name in deltas else y_MO
+
     num_q, num_k = model.num_heads, model.num_kv_heads
     with jax.named_scope("attention"):
       normed_MD = layers.rms_norm(x_1MD, weights.attention_norm_D, model.norm_eps)[0]
-      qkv_1MNH = weights_lib.project(normed_MD, weights.qkv).reshape(1, -1, num_q + 2 * num_k, model.head_dim)
+      qkv_1MNH = project(normed_MD, "qkv").reshape(1, -1, num_q + 2 * num_k, model.head_dim)
       qk_MNH = layers.rotate(qkv_1MNH[:, :, :num_q + num_k], rotation)[0]
       out_MNH = attend(qk_MNH[:, :num_q], qk_MNH[:, num_q:], qkv_1MNH[0, :, num_q + num_k:])
       out_MO = out_MNH.reshape(out_MNH.shape[0], -1).astype(jnp.float32)
-      x_1MD = x_1MD + weights_lib.project(out_MO, weights.o)[None]
+      x_1MD = x_1MD + project(out_MO, "o")[None]
     with jax.named_scope("ffw"):
       normed_MD = layers.rms_norm(x_1MD, weights.ffw_norm_D, model.norm_eps)[0]
-      gate_MF, up_MF = jnp.split(weights_lib.project(normed_MD, weights.gate_up), 2, axis=-1)
-      return x_1MD + weights_lib.project(jax.nn.silu(gate_MF) * up_MF, weights.down)[None]
+      gate_MF, up_MF = jnp.split(project(normed_MD, "gate_up"), 2, axis=-1)
+      return x_1MD + project(jax.nn.silu(gate_MF) * up_MF, "down")[None]
 
   def rotation(self, position_M: jax.Array) -> Any:
     """Of flat tokens."""
@@ -109,7 +124,7 @@ class Decoder:
     return router_base.Routing(
         keep_BT=pick(*(r.keep_BT for r in routed)), score_BT=pick(*(r.score_BT for r in routed)),
         gate_BT=pick(*(r.gate_BT for r in routed)), entry_BT=pick(*(r.entry_BT for r in routed)),
-        carry=routed[0].carry)
+        carry=routed[0].carry, change=routed[0].change)
 
   def runs(self, keep_B: jax.Array, alive_B: jax.Array, step_B: jax.Array) -> jax.Array:
     """Rows that the stack processes: the kept ones, and where keys are shared every token in step 0."""
@@ -145,8 +160,8 @@ class Decoder:
     tables = sorted({(rule.own_R, rule.base_R) for rule in self.tables.rules})  # one, where the scheme is cyclic
     rows = [self.tables.rows(*table, cache, step_B, run_B) for table in tables]
     order_B = jnp.argsort(-sum(row.length_M for row in rows[0]))  # alike together; see `Paged`
-    (h_1BD, position_B, page_B, offset_B, rows) = jax.tree.map(
-        lambda a: a[order_B], (h_BD, position_B, page_B, offset_B, rows))
+    (h_1BD, position_B, page_B, offset_B, step_B, rows) = jax.tree.map(
+        lambda a: a[order_B], (h_BD, position_B, page_B, offset_B, step_B, rows))
     h_1BD, buffers, rotation = h_1BD[None], list(cache.stack), self.rotation(position_B)
     static = static_step or 0
     for i, parameters in enumerate(self.tables.schedule.rows[static]):
@@ -159,13 +174,16 @@ class Decoder:
           buffers[i] = self.tables.storage.write(buffers[i], page_B, offset_B, k_BKH, v_BKH)
         return self.tables.storage.attend(q_BNH, list(zip((buffers[source], buffers[i]), rule_rows)))
 
-      h_1BD = self.layer(weights.stack[parameters], h_1BD, rotation, attend)
+      h_1BD = self.layer(weights.stack[parameters], h_1BD, rotation, attend, weights.deltas[i] if weights.deltas else None,
+                         step_B if static_step is None else static_step)
     return cache.replace(stack=tuple(buffers)), jnp.zeros_like(h_BD).at[order_B].set(h_1BD[0], unique_indices=True)
 
   def merge(self, h_BD: jax.Array, y_BD: jax.Array, entry_BD: jax.Array,
             routed: router_base.Routing) -> jax.Array:
     """The state after a pass, where the router kept the token; see `routers/base.py`."""
-    new_BD = y_BD if routed.gate_BT is None else y_BD * routed.gate_BT
+    new_BD = y_BD - h_BD if routed.change else y_BD
+    if routed.gate_BT is not None:
+      new_BD = new_BD * routed.gate_BT
     if routed.entry_BT is not None:
       new_BD = new_BD + routed.entry_BT * entry_BD
     if routed.carry:

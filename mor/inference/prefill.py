@@ -130,7 +130,7 @@ class _Chunk:
           shared.setdefault((own, i), fresh)
         return out
 
-      h_BTD = self._layer(weights.stack[parameters], h_BTD, attend)
+      h_BTD = self._layer(weights.stack[parameters], h_BTD, attend, weights.deltas[i] if weights.deltas else None, r)
     return cache.replace(stack=tuple(buffers)), h_BTD
 
   def _store(self, cache, row: int, run_BT):
@@ -157,14 +157,15 @@ class _Chunk:
     keep_BT11 = run_BT[:, :, None, None]
     return kv_base.KV(jnp.where(keep_BT11, fresh.k_BSKH, base.k_BSKH), jnp.where(keep_BT11, fresh.v_BSKH, base.v_BSKH))
 
-  def _layer(self, weights, h_BTD, attend):
+  def _layer(self, weights, h_BTD, attend, deltas=None, step=0):
     batch, seq_len = self.shape
 
     def flat_attend(q_MNH, k_MKH, v_MKH):
       split = lambda x: x.reshape(batch, seq_len, *x.shape[1:])
       return attend(split(q_MNH), kv_base.KV(split(k_MKH), split(v_MKH))).reshape(q_MNH.shape)
 
-    h_1MD = self.decoder.layer(weights, h_BTD.reshape(1, batch * seq_len, -1), self.rotation, flat_attend)
+    h_1MD = self.decoder.layer(weights, h_BTD.reshape(1, batch * seq_len, -1), self.rotation, flat_attend, deltas,
+                                step)
     return h_1MD.reshape(h_BTD.shape)
 
   def _attend(self, q_BTNH, fresh, seen_BT, context: list[tuple[Any, Any]]):

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from mor import config as config_lib
+from mor.model import lora as lora_lib
+from mor.model import transformer
 
 FORMATS = ("float32", "bfloat16", "int8")
 _LEAST_ROWS = {"bfloat16": 4, "int8": 16}  # XLA:CPU multiplies fewer rows more slowly (5x for one)
@@ -48,14 +50,35 @@ class Layer:
 
 
 @struct.dataclass
+class Delta:
+  """All steps' low-rank deltas of one merged projection; see `model/lora.py`.
+
+  Tokens at different steps share one product with `a`, of which each keeps its own
+  step's part: every delta is read once, however many tokens are at a step.
+
+  Attributes:
+    a: `[R * A, in]`, A the ranks of all parts: step by step, within it part by part.
+    b: `[out, R * A_part]` of each part; None for a part without a delta.
+    outs: width of each part.
+    num_steps: R.
+  """
+
+  a: Matrix
+  b: tuple[Matrix | None, ...]
+  outs: tuple[int, ...] = struct.field(pytree_node=False)
+  num_steps: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Weights:
   """A model ready to decode.
 
   Attributes:
-    head: the embedding as a projection.
+    head: the output matrix.
     lookup_VD: the embedding for single rows; bfloat16 as its bits in uint16,
       because XLA:CPU gathers bfloat16 from a table widened to float32.
     prelude, stack, coda: layers.
+    deltas: of each layer of a step, by the name of the projection in `Layer`.
     final_norm_D: before the head.
     router: the routers' own parameters, float32.
     bias_R: of loss-free balancing.
@@ -66,6 +89,7 @@ class Weights:
   prelude: tuple[Layer, ...]
   stack: tuple[Layer, ...]
   coda: tuple[Layer, ...]
+  deltas: tuple[Mapping[str, Delta], ...]
   final_norm_D: jax.Array
   router: Mapping[str, Any]
   bias_R: jax.Array | None
@@ -86,13 +110,15 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
     raise ValueError(f"weight_format={weight_format!r}; use one of {', '.join(FORMATS)}")
   params, balance = variables["params"], variables.get("balance") or {}
   embedding_VD = jnp.asarray(params["embedding"], jnp.float32)
+  head_VD = jnp.asarray(transformer.head(params), jnp.float32)
   lookup_VD = embedding_VD
   if weight_format != "float32":
     lookup_VD = jax.lax.bitcast_convert_type(embedding_VD.astype(jnp.bfloat16), jnp.uint16)
   return Weights(
-      head=_matrix(embedding_VD, weight_format),
+      head=_matrix(head_VD, weight_format),
       lookup_VD=lookup_VD,
       **{group: _layers(model, params.get(group), weight_format) for group in ("prelude", "stack", "coda")},
+      deltas=_deltas(model, params.get("lora"), weight_format),
       final_norm_D=jnp.asarray(params["final_norm"], jnp.float32),
       router={name: params[name] for name in ("router", "aux_router") if name in params},
       bias_R=balance.get("bias_R") if model.router.balancing == "loss_free" else None)
@@ -110,6 +136,29 @@ def project(x_MI: jax.Array, matrix: Matrix) -> jax.Array:
   return y_MO.astype(jnp.float32) * scale_M1[:num] * matrix.scale_O[None, :]
 
 
+def project_delta(x_MI: jax.Array, delta: Delta, step: jax.Array | int) -> jax.Array:
+  """x a^T b^T, with the deltas of `step`: one for all tokens, static, or one of each."""
+  rank = delta.a.w_OI.shape[0] // delta.num_steps
+  if isinstance(step, int):
+    a = jax.tree.map(lambda w: w[step * rank:(step + 1) * rank], delta.a)
+    low_MRA = project(x_MI, a)[:, None]
+  else:
+    mine_MR1 = (step[:, None] == jnp.arange(delta.num_steps)[None, :])[:, :, None]
+    low_MRA = jnp.where(mine_MR1, project(x_MI, delta.a).reshape(-1, delta.num_steps, rank), 0.0)
+  parts, start = [], 0
+  for b, width in zip(delta.b, delta.outs):
+    if b is None:
+      parts.append(jnp.zeros((x_MI.shape[0], width)))
+      continue
+    size = b.w_OI.shape[1] // delta.num_steps
+    low_MA = low_MRA[:, :, start:start + size].reshape(x_MI.shape[0], -1)
+    if isinstance(step, int):
+      b = b.replace(w_OI=b.w_OI[:, step * size:(step + 1) * size])
+    parts.append(project(low_MA, b))
+    start += size
+  return jnp.concatenate(parts, axis=1)
+
+
 def _round(x_MI: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Rows in int8, and the scale of each."""
   scale_M1 = jnp.maximum(jnp.max(jnp.abs(x_MI), axis=1, keepdims=True), 1e-30) / 127.0
@@ -121,6 +170,34 @@ def _matrix(w_OI: jax.Array, weight_format: str) -> Matrix:
     w_OI, scale_O1 = _round(w_OI)
     return Matrix(w_OI, scale_O1[:, 0])
   return Matrix(w_OI.astype(weight_format), None)
+
+
+_MERGED = {"qkv": ("attention", "qkv"), "o": ("attention", "o"), "gate_up": ("ffw", ("gate", "up")),
+           "down": ("ffw", ("down",))}
+
+
+def _deltas(model: config_lib.ModelConfig, lora: Mapping[str, Any] | None,
+            weight_format: str) -> tuple[Mapping[str, Delta], ...]:
+  """Of each layer of a step; int8 weights have bfloat16 deltas."""
+  if lora is None:
+    return ()
+  outs, steps = {name: wide[1] for name, wide in lora_lib.widths(model).items()}, model.num_recursions
+  low_format = "bfloat16" if weight_format == "int8" else weight_format
+  matrix = lambda w_OI: _matrix(jnp.asarray(w_OI, jnp.float32), low_format)
+
+  def one(group: Mapping[str, Any], names: tuple[str, ...], i: int) -> Delta:
+    a_RIA = [jnp.asarray(group[name]["a"])[:, i] for name in names if name in group]
+    a_RAI = jnp.concatenate(a_RIA, axis=2).transpose(0, 2, 1)
+    flat = lambda b_RAO: jnp.reshape(b_RAO, (-1, b_RAO.shape[2])).T
+    return Delta(
+        a=matrix(a_RAI.reshape(-1, a_RAI.shape[2])),
+        b=tuple(matrix(flat(jnp.asarray(group[name]["b"])[:, i])) if name in group else None for name in names),
+        outs=tuple(outs[name] for name in names), num_steps=steps)
+
+  depth = jax.tree.leaves(lora)[0].shape[1]
+  return tuple(
+      {merged: one(lora[part], tuple(names), i) for merged, (part, names) in _MERGED.items()
+       if any(name in lora.get(part, {}) for name in names)} for i in range(depth))
 
 
 def _layers(model: config_lib.ModelConfig, group: Mapping[str, Any] | None, weight_format: str) -> tuple[Layer, ...]:

@@ -1,11 +1,15 @@
 """Grouped-query attention over a `KVView`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mor import types
 from mor.model import layers
+from mor.model import lora as lora_lib
 from mor.model.kv import base as kv_base
 
 
@@ -31,7 +35,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: types.Activations, view: kv_base.KVView, base: kv_base.KV | None,
-               own: bool) -> tuple[types.Activations, kv_base.KV | None]:
+               own: bool, lora: Mapping[str, Any]) -> tuple[types.Activations, kv_base.KV | None]:
     """Attends from x to its own keys, to the base's, or to both.
 
     Args:
@@ -39,6 +43,7 @@ class Attention(nn.Module):
       view: what they see.
       base: keys written by an earlier step, if this layer reads any.
       own: whether the layer computes keys for its queries, static.
+      lora: the step's deltas of this layer's projections, see `lora.py`.
 
     Returns:
       The output and the fresh keys (None unless `own`).
@@ -50,16 +55,20 @@ class Attention(nn.Module):
     v_DKH = self.param("v", init, (d_model, self.num_kv_heads, self.head_dim), jnp.float32)
     o_NHD = self.param("o", init, (self.num_heads, self.head_dim, d_model), jnp.float32)
 
-    q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, q_DNH.astype(self.dtype))
+    def project(name, w_DNH):
+      y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH.astype(self.dtype))
+      return y_BTNH + lora_lib.delta(x_BTD, lora, name).reshape(y_BTNH.shape) if name in lora else y_BTNH
+
+    q_BTNH = project("q", q_DNH)
     q_BTNH = layers.rotate(q_BTNH, view.rotation)
     fresh = None
     if own:
-      k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, k_DKH.astype(self.dtype))
-      v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH.astype(self.dtype))
+      k_BTKH, v_BTKH = project("k", k_DKH), project("v", v_DKH)
       fresh = kv_base.KV(layers.rotate(k_BTKH, view.rotation), v_BTKH)
     if base is None:
       kv = fresh
     else:
       kv = view.overlay(base, fresh) if own else base
     out_BTNH = attend(q_BTNH, kv, view.mask_BTS)
-    return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD.astype(self.dtype)), fresh
+    out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD.astype(self.dtype))
+    return out_BTD + lora_lib.delta(out_BTNH.reshape(*out_BTNH.shape[:2], -1), lora, "o"), fresh

@@ -1,5 +1,8 @@
 """One pre-norm decoder layer: x + attention(norm(x)), then x + swiglu(norm(x))."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,9 +21,9 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: types.Activations, view: kv_base.KVView, base: kv_base.KV | None = None,
-               own: bool = True) -> tuple[types.Activations, kv_base.KV | None]:
+               own: bool = True, lora: Mapping[str, Any] | None = None) -> tuple[types.Activations, kv_base.KV | None]:
     """See `attention.Attention`; returns the new hidden states and the fresh keys."""
-    c = self.config
+    c, lora = self.config, lora or {}
     dtype = jnp.dtype(c.compute_dtype)
     ones = nn.initializers.ones_init()
     attention_norm_D = self.param("attention_norm", ones, (c.d_model,), jnp.float32)
@@ -28,9 +31,9 @@ class Block(nn.Module):
     with jax.named_scope("attention"):
       out_BTD, fresh = attention.Attention(
           c.num_heads, c.num_kv_heads, c.head_dim, c.init_std, dtype, name="attention")(
-              layers.rms_norm(x_BTD, attention_norm_D, c.norm_eps), view, base, own)
+              layers.rms_norm(x_BTD, attention_norm_D, c.norm_eps), view, base, own, lora.get("attention", {}))
       x_BTD = x_BTD + out_BTD
     with jax.named_scope("ffw"):
       ffw = layers.SwiGLU(c.d_ff, c.init_std, dtype, name="ffw")
-      x_BTD = x_BTD + ffw(layers.rms_norm(x_BTD, ffw_norm_D, c.norm_eps))
+      x_BTD = x_BTD + ffw(layers.rms_norm(x_BTD, ffw_norm_D, c.norm_eps), lora.get("ffw", {}))
     return x_BTD, fresh

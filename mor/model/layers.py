@@ -4,11 +4,15 @@ Parameters are float32; each layer computes in `dtype`. Variances and rotations
 are float32 always.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mor import types
+from mor.model import lora as lora_lib
 
 
 def rms_norm(x_BTD: types.Activations, scale_D: jax.Array, eps: float) -> types.Activations:
@@ -36,19 +40,20 @@ def rotate(x_BTNH: types.Queries, rotation_BT1H: tuple[jax.Array, jax.Array]) ->
 
 
 class SwiGLU(nn.Module):
-  """down(silu(gate(x)) * up(x))."""
+  """down(silu(gate(x)) * up(x)), each with its step's delta."""
 
   d_ff: int
   std: float
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x_BTD: types.Activations) -> types.Activations:
+  def __call__(self, x_BTD: types.Activations, lora: Mapping[str, Any]) -> types.Activations:
     d_model = x_BTD.shape[-1]
     init = nn.initializers.normal(self.std)
     gate_DF = self.param("gate", init, (d_model, self.d_ff), jnp.float32).astype(self.dtype)
     up_DF = self.param("up", init, (d_model, self.d_ff), jnp.float32).astype(self.dtype)
     down_FD = self.param("down", init, (self.d_ff, d_model), jnp.float32).astype(self.dtype)
-    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF)
-    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF)
-    return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, down_FD)
+    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF) + lora_lib.delta(x_BTD, lora, "gate")
+    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF) + lora_lib.delta(x_BTD, lora, "up")
+    act_BTF = jax.nn.silu(gate_BTF) * up_BTF
+    return jnp.einsum("BTF,FD->BTD", act_BTF, down_FD) + lora_lib.delta(act_BTF, lora, "down")

@@ -16,6 +16,7 @@ different widths are unrolled over R.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from flax import struct
 import jax
@@ -25,6 +26,7 @@ from mor import config as config_lib
 from mor import types
 from mor.model import block as block_lib
 from mor.model import layers
+from mor.model import lora as lora_lib
 from mor.model import schedule as schedule_lib
 from mor.model.kv import base as kv_base
 from mor.model.kv import table as kv_table
@@ -61,9 +63,9 @@ def compact(keep_BT: types.Mask, width: int) -> jax.Array:
 
 
 def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activations, view: kv_base.KVView,
-               base: kv_base.KV | None = None, own: bool = True,
-               keep: bool = False) -> tuple[types.Activations, kv_base.KV | None]:
-  """A scan over layers stacked on the leading axis of `params` (and of `base`).
+               base: kv_base.KV | None = None, own: bool = True, keep: bool = False,
+               lora: Mapping[str, Any] | None = None) -> tuple[types.Activations, kv_base.KV | None]:
+  """A scan over layers stacked on the leading axis of `params` (of `base`, of `lora`).
 
   Returns:
     Hidden states, and with `keep` the layers' fresh keys, stacked.
@@ -71,14 +73,15 @@ def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activa
   apply = layer_fn(config, own)
 
   def body(x_BTD, layer):
-    x_BTD, fresh = apply(layer[0], x_BTD, view, layer[1])
+    params, base, lora = layer
+    x_BTD, fresh = apply(params, x_BTD, view, base, lora)
     return x_BTD, fresh if keep else None
 
   if config.scan_layers:
-    return jax.lax.scan(body, x_BTD, (params, base))
+    return jax.lax.scan(body, x_BTD, (params, base, lora))
   kept = []
   for i in range(jax.tree.leaves(params)[0].shape[0]):
-    x_BTD, fresh = body(x_BTD, jax.tree.map(lambda a: a[i], (params, base)))
+    x_BTD, fresh = body(x_BTD, jax.tree.map(lambda a: a[i], (params, base, lora)))
     kept.append(fresh)
   return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *kept) if keep else None
 
@@ -86,7 +89,7 @@ def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activa
 def layer_fn(config: config_lib.ModelConfig, own: bool):
   """One layer as a function of its parameters, rematerialised as configured."""
   block = block_lib.Block(config)
-  apply = lambda params, x_BTD, view, base: block.apply({"params": params}, x_BTD, view, base, own)
+  apply = lambda params, x_BTD, view, base, lora: block.apply({"params": params}, x_BTD, view, base, own, lora)
   if config.remat == "none":
     return apply
   return jax.checkpoint(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan_layers)
@@ -107,7 +110,7 @@ class Recursion:
     """Runs all steps.
 
     Args:
-      params: `stack` and, if the router has any, `router` and `aux_router`.
+      params: `stack` and, where the model has them, `router`, `aux_router`, `lora`.
       h_BTD: hidden states after the prelude.
       segment_BT: document of each position, 0 on padding.
       routing: "select" or "decide", static.
@@ -122,13 +125,13 @@ class Recursion:
     seq_len = h_BTD.shape[1]
     gathered = self.config.execution == "gathered" and (routing == "select" or self.router.decide == self.router.select)
     widths = self.router.widths(seq_len, bucket) if gathered else (seq_len,) * self.schedule.num_steps
-    advance = _Pass(self, params["stack"], segment_BT, entry_BTD=h_BTD)
+    advance = _Pass(self, params["stack"], params.get("lora", {}), segment_BT, entry_BTD=h_BTD)
 
     state, alive_BT, store, traces = h_BTD, valid_BT, {}, []
     first_scanned = self._first_scanned(widths, seq_len)
     for r in range(first_scanned):
       routed = route(plan, state, alive_BT, r)
-      state = advance(r, state, routed, store, widths[r])
+      state = advance(r, r, state, routed, store, widths[r])
       alive_BT = routed.keep_BT
       traces.append((routed.keep_BT, routed.score_BT, routed.sums))
     traces = [jax.tree.map(lambda *a: jnp.stack(a), *traces)] if traces else []
@@ -137,7 +140,7 @@ class Recursion:
       def body(carry, r):
         state, alive_BT = carry
         routed = route(plan, state, alive_BT, r)
-        state = advance(1 if store else 0, state, routed, store, seq_len)
+        state = advance(1 if store else 0, r, state, routed, store, seq_len)
         return (state, routed.keep_BT), (routed.keep_BT, routed.score_BT, routed.sums)
 
       steps_R = jnp.arange(first_scanned, self.schedule.num_steps)
@@ -164,36 +167,41 @@ class Recursion:
 class _Pass:
   """One pass of the stack over the kept tokens of one step, merged into the state."""
 
-  def __init__(self, recursion: Recursion, stack: dict, segment_BT: types.Segments, entry_BTD: types.Activations):
+  def __init__(self, recursion: Recursion, stack: dict, lora: dict, segment_BT: types.Segments,
+               entry_BTD: types.Activations):
     self.recursion = recursion
     self.config = recursion.config
     self.stack = stack
+    self.lora = lora
     self.segment_BT = segment_BT
     self.entry_BTD = entry_BTD
     batch, seq_len = segment_BT.shape
     self.position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
 
-  def __call__(self, step: int, state_BTD, routed: router_base.Routing, store: dict, width: int):
+  def __call__(self, step: int, lora_step: jax.Array | int, state_BTD, routed: router_base.Routing, store: dict,
+               width: int):
     """Returns the new state; a first step whose keys are shared fills `store`.
 
     Args:
       step: static step whose row of the plan to use.
+      lora_step: the step itself, which may be traced.
       state_BTD: hidden states.
       routed: this step's routing.
       store: keys by slot, written by the first step of a sharing plan.
       width: static gather width; the full width does not gather.
     """
     seq_len = state_BTD.shape[1]
+    lora = lora_lib.at_step(self.lora, lora_step)
     shared_first = step == 0 and self.recursion.plan.shares
     if width == seq_len or shared_first:
-      return self._full(step, state_BTD, routed, store)
-    gathered = lambda: self._gathered(step, state_BTD, routed, store, width)
+      return self._full(step, lora, state_BTD, routed, store)
+    gathered = lambda: self._gathered(step, lora, state_BTD, routed, store, width)
     if self.recursion.router.bounded:
       return gathered()
     fullest = jnp.max(jnp.sum(routed.keep_BT, axis=1))
-    return jax.lax.cond(fullest > width, lambda: self._full(step, state_BTD, routed, store), gathered)
+    return jax.lax.cond(fullest > width, lambda: self._full(step, lora, state_BTD, routed, store), gathered)
 
-  def _full(self, step, state_BTD, routed, store):
+  def _full(self, step, lora, state_BTD, routed, store):
     seen_BT = self.segment_BT
     if not self.recursion.plan.shares:
       seen_BT = jnp.where(routed.keep_BT, self.segment_BT, 0)
@@ -201,13 +209,13 @@ class _Pass:
         rotation=self._rotation(self.position_BT),
         mask_BTS=kv_base.visible(self.position_BT, self.segment_BT, self.position_BT, seen_BT),
         index_BT=jnp.where(routed.keep_BT, self.position_BT, state_BTD.shape[1]))
-    y_BTD = self._stack(step, state_BTD, view, store)
-    new_BTD = self._enter(y_BTD, routed, None)
+    y_BTD = self._stack(step, lora, state_BTD, view, store)
+    new_BTD = self._enter(state_BTD, y_BTD, routed, None)
     if routed.carry:
       new_BTD = state_BTD + new_BTD
     return jnp.where(routed.keep_BT[:, :, None], new_BTD, state_BTD)
 
-  def _gathered(self, step, state_BTD, routed, store, width):
+  def _gathered(self, step, lora, state_BTD, routed, store, width):
     with jax.named_scope("gather"):
       index_BC = compact(routed.keep_BT, width)
       x_BCD = take(state_BTD, index_BC)
@@ -218,8 +226,8 @@ class _Pass:
         rotation=self._rotation(index_BC),
         mask_BTS=kv_base.visible(index_BC, segment_BC, k_position, k_segment),
         index_BT=index_BC)
-    y_BCD = self._stack(step, x_BCD, view, store)
-    new_BCD = self._enter(y_BCD, routed, index_BC)
+    y_BCD = self._stack(step, lora, x_BCD, view, store)
+    new_BCD = self._enter(x_BCD, y_BCD, routed, index_BC)
     with jax.named_scope("scatter"):
       if routed.carry:
         write = lambda row, index, new: row.at[index].add(new, mode="drop", unique_indices=True)
@@ -227,9 +235,11 @@ class _Pass:
         write = lambda row, index, new: row.at[index].set(new, mode="drop", unique_indices=True)
       return jax.vmap(write)(state_BTD, index_BC, new_BCD)
 
-  def _enter(self, y, routed: router_base.Routing, index_BC):
-    """gate * y + entry * h_0, on the full width or at `index_BC`."""
+  def _enter(self, x, y, routed: router_base.Routing, index_BC):
+    """gate * y (or y - x) + entry * h_0, on the full width or at `index_BC`."""
     pick = (lambda a: a) if index_BC is None else (lambda a: take(a, index_BC))
+    if routed.change:
+      y = y - x
     if routed.gate_BT is not None:
       y = y * pick(routed.gate_BT)[:, :, None].astype(y.dtype)
     if routed.entry_BT is not None:
@@ -239,7 +249,7 @@ class _Pass:
   def _rotation(self, position):
     return layers.rotation(position, self.config.head_dim, self.config.rope_theta)
 
-  def _stack(self, step, x, view, store: dict):
+  def _stack(self, step, lora, x, view, store: dict):
     """The stack's layers of `step`, by the plan's slots."""
     schedule, plan = self.recursion.schedule, self.recursion.plan
     start = step * schedule.depth
@@ -248,13 +258,14 @@ class _Pass:
     if schedule.cyclic:  # the whole stack in order, one rule for all its layers
       keep = plan.shares and step == 0
       x, fresh = run_layers(self.config, self.stack, x, view, store.get("step_0") if base[0] >= 0 else None,
-                            own=own[0] >= 0, keep=keep)
+                            own=own[0] >= 0, keep=keep, lora=lora)
       if keep:
         store["step_0"] = fresh
       return x
     for i, row in enumerate(schedule.rows[step]):
       apply = layer_fn(self.config, own[i] >= 0)
-      x, fresh = apply(jax.tree.map(lambda a: a[row], self.stack), x, view, store.get(base[i]))
+      x, fresh = apply(jax.tree.map(lambda a: a[row], self.stack), x, view, store.get(base[i]),
+                       jax.tree.map(lambda a, i=i: a[i], lora))
       if own[i] >= 0:
         store[own[i]] = fresh
     return x

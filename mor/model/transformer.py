@@ -1,15 +1,18 @@
-"""The model: embed, prelude, recursion, coda, norm; the head is the embedding.
+"""The model: embed, prelude, recursion, coda, norm, head.
 
 Parameters (float32; n layers stacked on the leading axis, V vocabulary, …):
 
   embedding [V, D]                final_norm [D]
   prelude | stack | coda          `block.Block`'s, each [n, …]
   router, aux_router              `routers/scores.py`, stacked over steps
+  lora                            `lora.py`, stacked over steps and their layers
+  head [V, D]                     absent where the head is the embedding
 
 Source: Llama block; MoR paper §2 and Table 5.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 from flax import struct
@@ -20,6 +23,7 @@ from mor import config as config_lib
 from mor import types
 from mor.model import block as block_lib
 from mor.model import layers
+from mor.model import lora as lora_lib
 from mor.model import recursion as recursion_lib
 from mor.model import schedule as schedule_lib
 from mor.model.kv import base as kv_base
@@ -74,6 +78,8 @@ class Transformer(nn.Module):
           params, h_BTD, segment_BT, routing=routing, bias_R=self._bias(), train_step=train_step, bucket=bucket, key=key)
     h_BTD = self._edge("coda", h_BTD, segment_BT)
     final_norm_D = self.param("final_norm", nn.initializers.ones_init(), (config.d_model,), jnp.float32)
+    if not config.tie_embeddings:
+      self.param("head", nn.initializers.normal(config.init_std), (config.vocab_size, config.d_model), jnp.float32)
     return Output(layers.rms_norm(h_BTD, final_norm_D, config.norm_eps), trace.keep_RBT, trace.score_RBT, trace.sums)
 
   @nn.compact
@@ -106,6 +112,8 @@ class Transformer(nn.Module):
     params = {"stack": self._layers("stack", recursion.schedule.num_stack_rows)}
     for name in jax.eval_shape(recursion.router.init, jax.random.key(0)):
       params[name] = self.param(name, lambda key, name=name: recursion.router.init(key)[name])
+    if config.lora.ranks:
+      params["lora"] = self.param("lora", lambda key: lora_lib.init(key, config))
     return h_BTD, segment_BT, params, recursion
 
   def _edge(self, group: str, h_BTD, segment_BT):
@@ -133,7 +141,12 @@ class Transformer(nn.Module):
     return self.param(group, init)
 
 
+def head(params: Mapping[str, Any]) -> types.Embedding:
+  """The output matrix `[V, D]`: its own, or the embedding."""
+  return params["head"] if "head" in params else params["embedding"]
+
+
 def unembed(params: dict, hidden_BTD: types.Activations) -> jax.Array:
   """Logits `[B, T, V]` in float32. At scale use `train/loss.py`, which blocks them."""
-  embedding_VD = params["embedding"].astype(hidden_BTD.dtype)
-  return jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD, preferred_element_type=jnp.float32)
+  head_VD = head(params).astype(hidden_BTD.dtype)
+  return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)

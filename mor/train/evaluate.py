@@ -81,7 +81,7 @@ def _sums(model: config_lib.ModelConfig, loss_block: int, params: dict, balance:
     out = transformer.Transformer(model).apply(
         {"params": params, "balance": balance}, batch["tokens_BT"], batch["segment_BT"], routing=routing,
         key=key)
-    nll_BT = loss_lib.token_nll(params, out.hidden_BTD, batch["target_BT"], loss_block)
+    nll_BT = loss_lib.token_nll(transformer.head(params), out.hidden_BTD, batch["target_BT"], loss_block)
     keep[name] = out.keep_RBT & valid_BT[None]
     sums[f"nll_{name}"] = jnp.sum(jnp.where(mask_BT, nll_BT, 0.0))
     sums[f"kept_{name}"] = jnp.sum(keep[name], axis=(1, 2))

@@ -38,8 +38,8 @@ def _unblock(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _logits(hidden_BTD, embedding_VD):
-  return jnp.einsum("BTD,VD->BTV", hidden_BTD, embedding_VD.astype(hidden_BTD.dtype),
+def _logits(hidden_BTD, head_VD):
+  return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD.astype(hidden_BTD.dtype),
                     preferred_element_type=jnp.float32)
 
 
@@ -48,15 +48,16 @@ def _nll(logits_BTV, target_BT):
   return lse_BT - jnp.take_along_axis(logits_BTV, target_BT[:, :, None], axis=-1)[:, :, 0], lse_BT
 
 
-def token_nll(params: dict, hidden_BTD: types.Activations, target_BT: types.Tokens, block: int) -> jax.Array:
+def token_nll(head_VD: types.Embedding, hidden_BTD: types.Activations, target_BT: types.Tokens,
+              block: int) -> jax.Array:
   """Negative log-likelihood of each target, float32; logits exist `block` tokens at a time."""
   length = block_len(*target_BT.shape, block)
-  one = lambda xs: _nll(_logits(xs[0], params["embedding"]), xs[1])[0]
+  one = lambda xs: _nll(_logits(xs[0], head_VD), xs[1])[0]
   return _unblock(jax.lax.map(one, (_blocks(hidden_BTD, length), _blocks(target_BT, length))))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(hidden_BTD: types.Activations, embedding_VD: types.Embedding, target_BT: types.Tokens,
+def cross_entropy(hidden_BTD: types.Activations, head_VD: types.Embedding, target_BT: types.Tokens,
                   weight_BT: jax.Array, block: int) -> jax.Array:
   """Weighted sum of `token_nll`, whose gradient is computed in the same pass.
 
@@ -64,35 +65,35 @@ def cross_entropy(hidden_BTD: types.Activations, embedding_VD: types.Embedding, 
   gradients themselves as residuals: three products with the head, not four, and
   no `[B, T, V]` array.
   """
-  return jnp.sum(token_nll({"embedding": embedding_VD}, hidden_BTD, target_BT, block) * weight_BT)
+  return jnp.sum(token_nll(head_VD, hidden_BTD, target_BT, block) * weight_BT)
 
 
-def _cross_entropy_forward(hidden_BTD, embedding_VD, target_BT, weight_BT, block):
+def _cross_entropy_forward(hidden_BTD, head_VD, target_BT, weight_BT, block):
   length = block_len(*target_BT.shape, block)
   dtype = hidden_BTD.dtype
 
   def body(carry, xs):
-    loss, d_embedding_VD = carry
+    loss, d_head_VD = carry
     hidden, target, weight = xs
-    logits_BTV = _logits(hidden, embedding_VD)
+    logits_BTV = _logits(hidden, head_VD)
     nll_BT, lse_BT = _nll(logits_BTV, target)
     hit_BTV = jax.lax.broadcasted_iota(target.dtype, logits_BTV.shape, 2) == target[:, :, None]
     d_logits_BTV = (jnp.exp(logits_BTV - lse_BT[:, :, None]) - hit_BTV) * weight[:, :, None]
     d_logits_BTV = d_logits_BTV.astype(dtype)
-    d_hidden = jnp.einsum("BTV,VD->BTD", d_logits_BTV, embedding_VD.astype(dtype))
-    d_embedding_VD += jnp.einsum("BTV,BTD->VD", d_logits_BTV, hidden, preferred_element_type=jnp.float32)
-    return (loss + jnp.sum(nll_BT * weight), d_embedding_VD), (d_hidden, nll_BT)
+    d_hidden = jnp.einsum("BTV,VD->BTD", d_logits_BTV, head_VD.astype(dtype))
+    d_head_VD += jnp.einsum("BTV,BTD->VD", d_logits_BTV, hidden, preferred_element_type=jnp.float32)
+    return (loss + jnp.sum(nll_BT * weight), d_head_VD), (d_hidden, nll_BT)
 
-  start = (jnp.zeros((), jnp.float32), jnp.zeros(embedding_VD.shape, jnp.float32))
+  start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
   xs = tuple(_blocks(x, length) for x in (hidden_BTD, target_BT, weight_BT))
-  (loss, d_embedding_VD), (d_hidden, nll) = jax.lax.scan(body, start, xs)
-  return loss, (_unblock(d_hidden), d_embedding_VD.astype(embedding_VD.dtype), _unblock(nll))
+  (loss, d_head_VD), (d_hidden, nll) = jax.lax.scan(body, start, xs)
+  return loss, (_unblock(d_hidden), d_head_VD.astype(head_VD.dtype), _unblock(nll))
 
 
 def _cross_entropy_backward(block, residuals, d_loss):
   del block
-  d_hidden_BTD, d_embedding_VD, nll_BT = residuals
-  return (d_hidden_BTD * d_loss.astype(d_hidden_BTD.dtype), d_embedding_VD * d_loss, None, nll_BT * d_loss)
+  d_hidden_BTD, d_head_VD, nll_BT = residuals
+  return (d_hidden_BTD * d_loss.astype(d_hidden_BTD.dtype), d_head_VD * d_loss, None, nll_BT * d_loss)
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

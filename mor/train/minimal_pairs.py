@@ -45,7 +45,7 @@ def make(config: config_lib.Config, mesh: Mesh, eos_id: int) -> Callable[[dict, 
     out = transformer.Transformer(model).apply(
         {"params": params, "balance": balance}, batch["tokens_BT"], batch["segment_BT"], routing="decide",
         key=jax.random.key(config.seed))
-    return loss_lib.token_nll(params, out.hidden_BTD, batch["target_BT"], config.train.loss_block)
+    return loss_lib.token_nll(transformer.head(params), out.hidden_BTD, batch["target_BT"], config.train.loss_block)
 
   def log_prob(params: dict, balance: dict, sentences: Sequence[np.ndarray]) -> np.ndarray:
     batch, places = pack(sentences, eos_id, config.data.seq_len, config.data.batch_size)

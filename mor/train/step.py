@@ -144,7 +144,7 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
       {"params": params, "balance": state.balance}, batch["tokens_BT"], batch["segment_BT"], routing="select",
       train_step=state.step, bucket=bucket, key=key)
   weight_BT = batch["loss_mask_BT"] / jnp.maximum(targets, 1.0)
-  nll = loss_lib.cross_entropy(out.hidden_BTD, params["embedding"], batch["target_BT"], weight_BT,
+  nll = loss_lib.cross_entropy(out.hidden_BTD, transformer.head(params), batch["target_BT"], weight_BT,
                                config.train.loss_block)
   norms = loss_lib.normalizers(out.sums) if norms is None else norms
   aux = loss_lib.auxiliary(config.model, out.sums, norms)

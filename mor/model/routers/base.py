@@ -14,7 +14,7 @@ A router is built once per model from its config, holds no parameters, and has
 `select` and `decide` return a `Routing`, which says how the stack's output y
 enters the state of the tokens it keeps:
 
-  state' = [carry] * state + entry * state_at_entry + gate * y
+  state' = [carry] * state + entry * state_at_entry + gate * (y [- state, of a change])
 """
 
 from collections.abc import Mapping
@@ -36,6 +36,7 @@ class Routing:
     gate_BT: factor on the stack's output, float32; None is 1.
     entry_BT: factor on the state at the entrance; None is 0.
     carry: whether the state itself is kept (a residual around the step).
+    change: whether the gate is on the stack's change of the state, not its output.
     sums: statistics and auxiliary losses of this step, summed over tokens; the
       recursion itself counts `tokens`, `candidates` and `kept`.
   """
@@ -45,6 +46,7 @@ class Routing:
   gate_BT: jax.Array | None = None
   entry_BT: jax.Array | None = None
   carry: bool = struct.field(pytree_node=False, default=False)
+  change: bool = struct.field(pytree_node=False, default=False)
   sums: Mapping[str, jax.Array] = struct.field(default_factory=dict)
 
 

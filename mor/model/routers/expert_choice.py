@@ -4,7 +4,7 @@ With candidates A the tokens kept by the step before (hierarchical filtering):
 
   g = alpha * act(router_r(h / temperature))        h: un-normalised residual
   A' = the max(1, int(capacity_r * length)) best of A by g
-  h[A'] += g[A'] * stack(h[A'])                     or += stack(h[A'])
+  h[A'] += g[A'] * stack(h[A'])      or += stack(h[A']), or += g[A'] * (stack(h[A']) - h[A'])
 
 Top-k sees the whole sequence, future included. To route causally at inference,
 a binary cross-entropy teaches the router (or a second router on detached
@@ -147,5 +147,7 @@ class ExpertChoice:
     return logit_BT
 
   def _routing(self, keep_BT, logit_BT, score_BT, sums) -> base.Routing:
-    gate_BT = score_BT if self.config.router.gating == "weighted" else None
-    return base.Routing(keep_BT=keep_BT, score_BT=logit_BT, gate_BT=gate_BT, carry=True, sums=sums)
+    gating = self.config.router.gating
+    gate_BT = None if gating == "additive" else score_BT
+    return base.Routing(keep_BT=keep_BT, score_BT=logit_BT, gate_BT=gate_BT, carry=True, change=gating == "residual",
+                        sums=sums)

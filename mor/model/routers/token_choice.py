@@ -3,7 +3,7 @@
   p = alpha * softmax(router(h))  (or alpha * sigmoid)      h: entrance state x
   depth = argmax(p + bias),  w = p[depth]
   while r < depth:  state = y       ("every_step", paper eq. 2.2: state = w * y)
-  at r = depth:     state = x + w * y       ("additive": x + y)
+  at r = depth:     state = x + w * y       ("additive": x + y; "residual": x + w * (y - x))
 
 It is causal as it stands: `decide` is `select`. Balance comes from a loss on
 fraction * probability, or without a loss from a bias that a training step
@@ -97,12 +97,15 @@ class TokenChoice:
     last_BT = plan.depth_BT == step
     if gating == "every_step":
       gate_BT = plan.gate_BT
-    elif gating == "weighted":
+    elif gating in ("weighted", "residual"):
       gate_BT = jnp.where(last_BT, plan.gate_BT, 1.0)
     else:
       gate_BT = None
+    entry_BT = last_BT.astype(jnp.float32)
+    if gating == "residual":
+      entry_BT = entry_BT * (1.0 - plan.gate_BT)
     return base.Routing(keep_BT=keep_BT, score_BT=jnp.take(plan.logits_BTR, step, axis=-1), gate_BT=gate_BT,
-                        entry_BT=last_BT.astype(jnp.float32))
+                        entry_BT=entry_BT)
 
   decide = select
 
