@@ -6,13 +6,10 @@ prompts of equal length: one prefill, then one token of every row a step; the en
 of the text does not stop it. Nothing around the steps (tokenizer, `generate`'s
 checks, sampler) is in the way.
 
-Weights are `[out, in]` on both sides. Hugging Face rotates the two halves of a
-head as we do; llama.cpp rotates neighbours, so rows of q and k are interleaved.
-
-Source: transformers models/llama; llama.cpp convert_hf_to_gguf.py, `permute`.
+Source: transformers models/llama; llama.cpp include/llama.h.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import importlib.util
 import logging
 import pathlib
@@ -22,21 +19,9 @@ import weakref
 import numpy as np
 
 from mor import config as config_lib
+from mor.conversion import names
 
 _CONTEXT = 1 << 20  # positions: no limit of ours
-
-# (ours, Hugging Face's, llama.cpp's) names of a layer's weights.
-_LAYER = (
-    ("attention_norm", "input_layernorm", "attn_norm"),
-    ("attention/q", "self_attn.q_proj", "attn_q"),
-    ("attention/k", "self_attn.k_proj", "attn_k"),
-    ("attention/v", "self_attn.v_proj", "attn_v"),
-    ("attention/o", "self_attn.o_proj", "attn_output"),
-    ("ffw_norm", "post_attention_layernorm", "ffn_norm"),
-    ("ffw/gate", "mlp.gate_proj", "ffn_gate"),
-    ("ffw/up", "mlp.up_proj", "ffn_up"),
-    ("ffw/down", "mlp.down_proj", "ffn_down"),
-)
 
 
 @runtime_checkable
@@ -91,14 +76,13 @@ class _HuggingFace:
         vocab_size=model.vocab_size, hidden_size=model.d_model, intermediate_size=model.d_ff,
         num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_kv_heads, head_dim=model.head_dim, rms_norm_eps=model.norm_eps,
-        rope_parameters=dict(rope_type="default", rope_theta=model.rope_theta), tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=model.rope_theta),
+        tie_word_embeddings=model.tie_embeddings,
         bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="sdpa")
     self._model = transformers.LlamaForCausalLM(config).eval().to(getattr(torch, dtype))
-    state = {"model.embed_tokens.weight": params["embedding"], "model.norm.weight": params["final_norm"]}
-    for layer, _, theirs, _, weight in _layers(model, params):
-      state[f"model.layers.{layer}.{theirs}.weight"] = weight
-    state = {key: torch.from_numpy(np.array(weight, np.float32)) for key, weight in state.items()}
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    state = {key: torch.from_numpy(np.array(weight, np.float32))
+             for key, weight in names.write({"params": params}, model, "hf")}
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     self._model.load_state_dict(state)
 
   def generate(self, prompts: list[list[int]], num_tokens: int) -> np.ndarray:
@@ -207,37 +191,14 @@ def _write_gguf(path: pathlib.Path, model: config_lib.ModelConfig, params: dict,
   writer.add_rope_dimension_count(model.head_dim)
   writer.add_rope_freq_base(model.rope_theta)
   writer.add_layer_norm_rms_eps(model.norm_eps)
-  tensors = {"token_embd": params["embedding"], "output_norm": params["final_norm"]}
-  heads = {"attention/q": model.num_heads, "attention/k": model.num_kv_heads}
-  for layer, ours, _, theirs, weight in _layers(model, params):
-    tensors[f"blk.{layer}.{theirs}"] = _interleaved(weight, heads[ours]) if ours in heads else weight
-  for key, weight in tensors.items():
-    weight = np.ascontiguousarray(weight, np.float32)
+  for key, weight in names.write({"params": params}, model, "gguf"):
+    weight = np.asarray(weight, np.float32)
     kind = matrix if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
-    writer.add_tensor(f"{key}.weight", gguf.quants.quantize(weight, kind), raw_dtype=kind)
+    writer.add_tensor(key, gguf.quants.quantize(weight, kind), raw_dtype=kind)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
-
-
-def _layers(model: config_lib.ModelConfig, params: dict) -> Iterator[tuple[int, str, str, str, np.ndarray]]:
-  """(layer, our name, Hugging Face's, llama.cpp's, weight `[out, in]` or `[D]`) of every weight in a layer."""
-  for ours, hugging_face, llama_cpp in _LAYER:
-    stacked = params["stack"]
-    for key in ours.split("/"):
-      stacked = stacked[key]
-    for layer in range(model.num_layers):
-      weight = np.asarray(stacked[layer])
-      if weight.ndim > 1:  # o is [N, H, D], the others [D, …]
-        weight = weight.reshape(-1, model.d_model).T if ours == "attention/o" else weight.reshape(len(weight), -1).T
-      yield layer, ours, hugging_face, llama_cpp, weight
-
-
-def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of q or k so that the two halves of a head alternate."""
-  rows, columns = weight.shape
-  return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def _check(prompts: list[list[int]], num_tokens: int) -> None:

@@ -1,0 +1,137 @@
+"""Reads a Hugging Face folder of the Llama family: config.json, safetensors, tokenizer.
+
+Source: transformers models/llama/configuration_llama.py for names and defaults,
+models/mistral for Mistral, which without a sliding window computes the same.
+"""
+
+from collections.abc import Mapping
+import pathlib
+from typing import Any
+
+from mor.conversion import pretrained
+from mor.conversion import tensors as tensors_lib
+
+_LLAMA = dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, tie_word_embeddings=False,
+              initializer_range=0.02)
+DEFAULTS = {  # model_type -> what a config.json need not say
+    "llama": _LLAMA,
+    "mistral": _LLAMA | dict(max_position_embeddings=131072, sliding_window=4096),
+}
+_PLAIN = {  # field -> values that leave a plain Llama; anything else computes something else
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1.0),
+}
+_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+_SPECIAL = ("bos", "eos", "pad", "unk")
+
+
+def read(path: pathlib.Path) -> pretrained.Source:
+  """Reads the folder.
+
+  Raises:
+    ValueError: the model is of a kind that is unsupported, or a file lies.
+    OSError: a file cannot be read.
+  """
+  if not path.is_dir():
+    raise ValueError(f"hf:{path} is no folder; name the one that holds config.json")
+  config_path = path / "config.json"
+  config = tensors_lib.read_json(config_path)
+  architectures = config.get("architectures") or [_ARCHITECTURES[0]]
+  if not set(architectures) & set(_ARCHITECTURES):
+    raise ValueError(f"{config_path}: architecture {', '.join(map(str, architectures))} is unsupported; "
+                     f"use {' or '.join(_ARCHITECTURES)}")
+  model = pretrained.build(config_path, **fields(config, config_path))
+  variables = pretrained.assemble(tensors_lib.open_path(path), model, "hf")
+  return pretrained.Source(model=model, variables=variables, context=context(config, config_path),
+                           **companions(path, config))
+
+
+def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
+  """Fields of `ModelConfig` that a Llama's config.json tells.
+
+  Raises:
+    ValueError: one is missing, of another type, or unsupported.
+  """
+  kind = config.get("model_type")
+  if kind not in DEFAULTS:
+    raise ValueError(f"{where}: model_type {kind!r} is unsupported; use one of {', '.join(DEFAULTS)}")
+  config = DEFAULTS[kind] | config
+  for name, plain in _PLAIN.items():
+    if config.get(name, plain[0]) not in plain:
+      raise ValueError(f"{where}: {name}={config[name]!r} is unsupported; only {name}={plain[0]!r} is a plain Llama")
+  take = lambda name, *default: _number(config, name, int, where, *default)
+  heads, d_model = take("num_attention_heads"), take("hidden_size")
+  return dict(
+      vocab_size=take("vocab_size"), d_model=d_model, num_heads=heads,
+      num_kv_heads=take("num_key_value_heads", heads), head_dim=take("head_dim", d_model // max(heads, 1)),
+      d_ff=take("intermediate_size"), num_layers=take("num_hidden_layers"), rope_theta=_rope_theta(config, where),
+      norm_eps=_number(config, "rms_norm_eps", float, where),
+      init_std=_number(config, "initializer_range", float, where) or _LLAMA["initializer_range"],
+      tie_embeddings=_flag(config, "tie_word_embeddings", where))
+
+
+def context(config: Mapping[str, Any], where: pathlib.Path) -> int:
+  """Positions the model was trained for."""
+  return _number(DEFAULTS[config["model_type"]] | config, "max_position_embeddings", int, where)
+
+
+def companions(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a `Source` that lie beside the weights: tokenizer, template, special tokens."""
+  tokenizer = _text(folder / "tokenizer.json")
+  if tokenizer is not None:
+    try:
+      pretrained.parse_tokenizer(tokenizer)
+    except ValueError as error:
+      raise ValueError(f"{folder / 'tokenizer.json'} is {error}") from error
+  path = folder / "tokenizer_config.json"
+  said = tensors_lib.read_json(path) if path.exists() else {}
+  template = _text(folder / "chat_template.jinja")
+  if template is None:
+    template = said.get("chat_template")
+  if isinstance(template, list):  # several by name
+    template = next((one["template"] for one in template if one.get("name") == "default"), None)
+  tokens = {name: said.get(f"{name}_token") for name in _SPECIAL}
+  tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
+  ids = {name: config.get(f"{name}_token_id") for name in _SPECIAL}
+  return dict(tokenizer=tokenizer, chat_template=template, special_ids=pretrained.special(ids), special_tokens=tokens,
+              add_bos=bool(said.get("add_bos_token", False)))
+
+
+def _text(path: pathlib.Path) -> str | None:
+  try:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not UTF-8; fetch it again") from error
+
+
+def _rope_theta(config: Mapping[str, Any], where: pathlib.Path) -> float:
+  """The base, from `rope_theta` or the newer `rope_parameters`; no scaling."""
+  for group in ("rope_scaling", "rope_parameters"):
+    said = config.get(group) or {}
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind != "default":
+      raise ValueError(f"{where}: {group} of type {kind!r} is unsupported; only models without rope scaling are")
+    if said.get("partial_rotary_factor", 1.0) != 1.0:
+      raise ValueError(f"{where}: partial_rotary_factor={said['partial_rotary_factor']} is unsupported; "
+                       "only whole heads rotate")
+  said = config.get("rope_parameters") or {}
+  return _number(said if said.get("rope_theta") else config, "rope_theta", float, where)
+
+
+def _number(config: Mapping[str, Any], name: str, kind: type, where: pathlib.Path, *default: Any) -> Any:
+  value = config.get(name)
+  if value is None and default:
+    return default[0]
+  if isinstance(value, bool) or not isinstance(value, (int, kind)):
+    raise ValueError(f"{where}: {name}={value!r}; give a number of type {kind.__name__}")
+  return kind(value)
+
+
+def _flag(config: Mapping[str, Any], name: str, where: pathlib.Path) -> bool:
+  if not isinstance(config[name], bool):
+    raise ValueError(f"{where}: {name}={config[name]!r}; use true or false")
+  return config[name]

@@ -1,0 +1,191 @@
+"""Reads a checkpoint of the official PyTorch MoR, raymin0223/mixture_of_recursions.
+
+A folder, or a file in one, with
+
+  config.json   the Llama inside, its layers counted unrolled
+  *.yaml        the recipe of that repository: recursive, kv_sharing and mor
+  weights       model.safetensors or pytorch_model.bin, sharded or not, or *.pt
+
+What is not there, `target` must tell; what is there must agree with it. Where
+upstream has defaults or ignores an option, so does `read`: alpha is 0.1
+(softmax: 1.0) and ignored by expert-choice without activation, and "wide_mlp"
+is as wide as "mlp" there, so the width comes from the weights.
+
+Source: upstream's util/config.py, model/sharing_strategy/llama.py and
+model/mor_model.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+import yaml
+
+from mor import fields
+from mor import model_config
+from mor.conversion import hf_import
+from mor.conversion import pretrained
+from mor.conversion import tensors as tensors_lib
+from mor.model import schedule as schedule_lib
+from mor.model.routers import scores
+
+_PLANS = {(False, False): "recursion_wise", (True, False): "shared", (True, True): "hybrid"}
+_TRAINING = {"capacity_warmup_steps", "sampling_coef", "aux_router_lr_multiplier", "z_loss_coef", "balance_coef",
+             "bias_update_rate", "balance_warmup_steps", "sampling", "balancing"}  # tell nothing of a trained model
+_NO_CONTEXT = 2048  # of every released model
+
+
+def read(path: pathlib.Path, target: model_config.ModelConfig | None) -> pretrained.Source:
+  """Reads a checkpoint.
+
+  Args:
+    path: a folder or a file of weights.
+    target: what the files do not tell, and the fields that only matter to training.
+
+  Raises:
+    ValueError: nothing tells the options, the files and `target` differ, the
+      checkpoint is of a kind that is unsupported, or a file lies.
+    OSError: a file cannot be read.
+  """
+  folder = path if path.is_dir() else path.parent
+  tensors = tensors_lib.open_path(path)
+  llama, recipe = _llama(folder), _recipe(folder)
+  if target is None and (llama is None or recipe is None):
+    raise ValueError(f"{folder} has no {'config.json' if llama is None else '.yaml of its training'}; put it there, or "
+                     "say in the config what the model is")
+  config_path = folder / "config.json"
+  said = {} if llama is None else hf_import.fields(llama, config_path)
+  if recipe is not None:
+    said |= _recursion(*recipe, tensors)
+  model = target or pretrained.build(folder, **said)
+  _compare(folder, said, model)
+  _check_arch(tensors, model)
+  context = _NO_CONTEXT if llama is None else hf_import.context(llama, config_path)
+  return pretrained.Source(model=model, variables=pretrained.assemble(tensors, model, "official_mor"), context=context,
+                           **hf_import.companions(folder, llama or {}))
+
+
+def _llama(folder: pathlib.Path) -> dict[str, Any] | None:
+  path = folder / "config.json"
+  return tensors_lib.read_json(path) if path.exists() else None
+
+
+def _recipe(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
+  """The one .yaml of the folder."""
+  paths = sorted(folder.glob("*.yaml"))
+  if len(paths) > 1:
+    raise ValueError(f"{folder} has {len(paths)} recipes, {paths[0].name}, {paths[1].name}, …; leave one")
+  if not paths:
+    return None
+  try:
+    recipe = yaml.safe_load(paths[0].read_text(encoding="utf-8"))
+  except (yaml.YAMLError, UnicodeDecodeError) as error:
+    raise ValueError(f"{paths[0]} is not YAML ({str(error).splitlines()[0]}); fetch it again") from error
+  if not isinstance(recipe, dict):
+    raise ValueError(f"{paths[0]} holds a {type(recipe).__name__}, not groups of options; fetch it again")
+  return paths[0], recipe
+
+
+def _group(where: pathlib.Path, options: Mapping[str, Any], name: str) -> dict[str, Any]:
+  """A group of options, {} if it is not there or not enabled."""
+  group = options.get(name) or {}
+  if not isinstance(group, dict):
+    raise ValueError(f"{where}: {name}={group!r}; give a group of options")
+  return group if group.get("enable", True) else {}
+
+
+def _recursion(where: pathlib.Path, recipe: Mapping[str, Any], tensors: tensors_lib.Tensors) -> dict[str, Any]:
+  """Fields of `ModelConfig` that a recipe tells."""
+  recursive, mor = _group(where, recipe, "recursive"), _group(where, recipe, "mor")
+  sharing_kv = _group(where, recipe, "kv_sharing")
+  if _group(where, recipe, "relaxation"):
+    raise ValueError(f"{where}: relaxation is unsupported; only models without it are")
+  if recursive and not recursive.get("ln_share", True):
+    raise ValueError(f"{where}: recursive.ln_share=false is unsupported; norms are shared with their layer")
+  steps = recursive.get("num_recursion", 1)
+  if not recursive or steps == 1:  # upstream cuts such a model to one pass
+    if mor or sharing_kv:
+      raise ValueError(f"{where}: mor or kv_sharing without recursive is unsupported; enable recursive")
+    return dict(sharing="vanilla", num_recursions=1, kv_plan="recursion_wise", router=pretrained.NO_ROUTER)
+  said = dict(sharing=recursive.get("sharing"), num_recursions=steps,
+                kv_plan=_PLANS[bool(sharing_kv), bool(sharing_kv.get("update_cache"))])
+  if said["sharing"] not in schedule_lib.SCHEMES or not isinstance(steps, int):
+    raise ValueError(f"{where}: recursive.sharing={said['sharing']!r}, num_recursion={steps!r}; use a scheme of "
+                     f"{', '.join(schedule_lib.SCHEMES)} and a count")
+  router = _router(where, mor, steps) if mor else pretrained.NO_ROUTER
+  if router.arch in scores.WIDTHS:
+    router = dataclasses.replace(router, arch=_arch(tensors, router.arch))
+  return said | dict(router=router)
+
+
+def _router(where: pathlib.Path, mor: Mapping[str, Any], steps: int) -> model_config.RouterConfig:
+  kind = mor.get("type")
+  if kind not in ("expert", "token"):
+    raise ValueError(f"{where}: mor.type={kind!r}; use 'expert' or 'token'")
+  expert, own, random = kind == "expert", _group(where, mor, kind), bool(mor.get("rand_router"))
+  if random and not expert:
+    raise ValueError(f"{where}: mor.rand_router with type 'token' is unsupported; use a trained router")
+  activation = own.get("router_func", "sigmoid" if expert else "softmax") or ("none" if expert else "softmax")
+  alpha = own.get("alpha")
+  alpha = (1.0 if activation == "softmax" else 0.1) if alpha is None else float(alpha)
+  if random:
+    activation = "none"
+  elif expert and activation == "none":
+    alpha = 1.0
+  capacity = mor.get("capacity")
+  capacity = tuple(float(part) for part in str(capacity).split(",")) if capacity and expert else ()
+  if capacity == tuple((steps - r) / steps for r in range(steps)):
+    capacity = ()
+  said = dataclasses.asdict(pretrained.NO_ROUTER) | dict(
+      name=f"{kind}_choice", arch="random" if random else mor.get("router_type", "linear"),
+      activation=activation, alpha=alpha, temperature=float(mor.get("temp") or 1.0), capacity=capacity,
+      capacity_warmup_steps=int(own.get("cap_warmup_step") or 0) if expert else 0,
+      gating=own.get("gating") or "weighted",
+      sampling=(own.get("sampling") or "none") if expert and not random else "none",
+      sampling_coef=float(own.get("coeff", 0.001)) if expert else 0.001,
+      z_loss_coef=float(mor.get("z_coeff", 0.001)) if mor.get("z_loss") else 0.0,
+      balancing="none" if expert else own.get("balancing") or "none",
+      balance_coef=0.1 if expert else float(own.get("coeff", 0.1)),
+      bias_update_rate=0.001 if expert else float(own.get("u", 0.001)),
+      balance_warmup_steps=0 if expert else int(own.get("bal_warmup_step") or 0))
+  try:
+    return fields.build(model_config.RouterConfig, said, "mor")
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
+
+
+def _arch(tensors: tensors_lib.Tensors, said: str) -> str:
+  """The router that is as wide as the weights are; `said` if they do not tell."""
+  shape = next((shape for key, shape in tensors.shapes.items() if key.endswith(".mor_router.router.0.weight")), (0, 1))
+  return {factor: arch for arch, factor in scores.WIDTHS.items()}.get(shape[0] / shape[-1], said)
+
+
+def _check_arch(tensors: tensors_lib.Tensors, model: model_config.ModelConfig) -> None:
+  said = model.router.arch
+  if model.router.name != "fixed" and said in scores.WIDTHS and said != _arch(tensors, said):
+    raise ValueError(f"{tensors.where}: its router is as wide as arch {_arch(tensors, said)!r} is, the config says "
+                     f"{said!r}; set router.arch={_arch(tensors, said)!r}")
+
+
+def _compare(where: pathlib.Path, said: Mapping[str, Any], model: model_config.ModelConfig) -> None:
+  """The files and the config describe one model."""
+  if model.lora.ranks:
+    raise ValueError(f"official_mor with model.lora={model.lora.ranks}; import without LoRA first")
+  pairs = {name: (value, getattr(model, name)) for name, value in said.items() if name not in ("router", "init_std")}
+  router = said.get("router")
+  if router is not None:
+    pairs["router.name"] = (router.name, model.router.name)
+  if router is not None and "fixed" not in (router.name, model.router.name):
+    for field in dataclasses.fields(router):
+      if field.name not in _TRAINING and field.name not in ("name", "capacity"):
+        pairs[f"router.{field.name}"] = (getattr(router, field.name), getattr(model.router, field.name))
+    pairs["router.sampling == 'aux_router'"] = (router.sampling == "aux_router", model.router.sampling == "aux_router")
+    pairs["router.balancing == 'loss_free'"] = (router.balancing == "loss_free", model.router.balancing == "loss_free")
+    if router.name == "expert_choice" and said["num_recursions"] == model.num_recursions:
+      steps = model.num_recursions
+      default = tuple((steps - r) / steps for r in range(steps))
+      pairs["router.capacity"] = (router.capacity or default, model.capacity)
+  differing = [f"{name} {theirs!r} (config: {ours!r})" for name, (theirs, ours) in pairs.items() if theirs != ours]
+  if differing:
+    raise ValueError(f"{where} is another model than the config's: {', '.join(differing)}; set what it says")

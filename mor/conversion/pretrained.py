@@ -1,0 +1,189 @@
+"""A pretrained model as we read it: config, parameters, tokenizer.
+
+`assemble` turns named tensors (`tensors.py`) into our tree by `names.layout`,
+after it has found every one with the right shape and nothing else. Tensors are
+read one at a time into the stacked leaves, so the model is held once.
+"""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from mor import model_config
+from mor.conversion import names
+from mor.conversion import tensors as tensors_lib
+
+# Fields of a model that no checkpoint of others tells, and that do not change its numbers.
+EXECUTION = dict(execution="gathered", cross_documents=False, compute_dtype="float32", remat="none", scan_layers=True)
+NO_ROUTER = model_config.RouterConfig(
+    name="fixed", arch="linear", activation="sigmoid", alpha=0.1, temperature=1.0, capacity=(), capacity_warmup_steps=0,
+    gating="weighted", sampling="none", sampling_coef=0.001, aux_router_lr_multiplier=10.0, z_loss_coef=0.0,
+    balancing="none", balance_coef=0.1, bias_update_rate=0.001, balance_warmup_steps=0)
+NO_LORA = model_config.LoraConfig(q=0, k=0, v=0, o=0, gate=0, up=0, down=0)
+
+_BUFFERS = re.compile(r".*\brotary_emb\.inv_freq")  # follow from the config; old files have them
+_SHOWN = 4  # names in a message
+_UNTIED = {  # where a checkpoint's copies of a shared parameter differ: what it is instead
+    "attention": "it was trained with untied attention, a defect of upstream's expert-choice before its fix 82c97f2; "
+                 "it is another model, import it with sharing='vanilla' if nothing routes",
+    "norm": "it was trained with recursive.ln_share=false, which is unsupported",
+    "ffw": "it does not share parameters as the config says; check sharing and num_recursions",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+  """A pretrained model.
+
+  Attributes:
+    model: what the file describes; sharing "vanilla" unless it is a recursive one.
+    variables: {"params": …} and, with loss-free balancing, {"balance": …}; float32.
+    tokenizer: text of a `tokenizers` .json, or None.
+    chat_template: Jinja text, or None.
+    context: positions it was trained for.
+    special_ids: ids of "bos", "eos", "pad", "unk", as far as known; "eos" may be several.
+    special_tokens: their text; the first where there are several.
+    add_bos: whether a text starts with "bos".
+  """
+
+  model: model_config.ModelConfig
+  variables: dict[str, Any]
+  tokenizer: str | None
+  chat_template: str | None
+  context: int
+  special_ids: dict[str, tuple[int, ...]]
+  special_tokens: dict[str, str]
+  add_bos: bool
+
+  def __post_init__(self):
+    if self.tokenizer is not None:
+      vocabulary = parse_tokenizer(self.tokenizer).get_vocab(with_added_tokens=True)
+      last = max(vocabulary.values(), default=-1)
+      if last >= self.model.vocab_size:
+        raise ValueError(f"the tokenizer has id {last} and the embedding {self.model.vocab_size} rows; "
+                         "use the tokenizer that belongs to the model")
+
+
+def parse_tokenizer(text: str) -> tokenizers.Tokenizer:
+  """The tokenizer that a .json describes.
+
+  Raises:
+    ValueError: it describes none.
+  """
+  try:
+    return tokenizers.Tokenizer.from_str(text)
+  except Exception as error:  # the library raises bare Exception
+    raise ValueError(f"not a tokenizers file ({str(error).splitlines()[0]}); save one with Tokenizer.save") from error
+
+
+def build(where: pathlib.Path, **said: Any) -> model_config.ModelConfig:
+  """The model that a file's fields tell; one that shares nothing unless they say more.
+
+  Raises:
+    ValueError: they do not fit together.
+  """
+  plain = dict(sharing="vanilla", num_recursions=1, kv_plan="recursion_wise", router=NO_ROUTER, lora=NO_LORA)
+  try:
+    return model_config.ModelConfig(**EXECUTION, **(plain | said))
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
+
+
+def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form: str) -> dict[str, Any]:
+  """Our variables from a file's tensors, float32.
+
+  A parameter that several layers share may come once per use, all equal, or
+  once: writers of safetensors keep one. A head may come though it is tied, if
+  it equals the embedding.
+
+  Args:
+    tensors: of the file.
+    model: what it should hold.
+    form: one of `names.FORMS`.
+
+  Raises:
+    ValueError: a tensor is missing, superfluous, of another shape or type, or
+      differs from what it is tied to.
+  """
+  entries = names.layout(model, form)
+  _check(tensors, model, entries, form)
+  rows: dict[str, int] = {}
+  for entry in entries:
+    rows[entry.path] = max(rows.get(entry.path, 0), (entry.row or 0) + 1)
+  variables: dict[str, Any] = {}
+  first: dict[tuple[str, int | None], str] = {}  # the tensor that filled a place
+  for entry in entries:
+    if entry.key not in tensors.shapes:
+      continue
+    ours = entry.read(tensors.read(entry.key), model)
+    if entry.row is None:
+      names.put(variables, entry.path, np.array(ours, np.float32))
+      continue
+    if not any(path == entry.path for path, _ in first):
+      names.put(variables, entry.path, np.empty((rows[entry.path], *ours.shape), np.float32))
+    stacked = names.get(variables, entry.path)
+    known = first.setdefault((entry.path, entry.row), entry.key)
+    if known == entry.key:
+      stacked[entry.row] = ours
+    elif not np.array_equal(stacked[entry.row], ours):
+      part = "norm" if entry.path.endswith("norm") else entry.path.split("/")[2]
+      raise ValueError(f"{tensors.file(entry.key)}: tensor {entry.key!r} differs from {known!r}, to which it is tied: "
+                       f"{_UNTIED[part]}")
+  _check_head(tensors, model, variables["params"]["embedding"], form)
+  return variables
+
+
+def _check(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, entries: Iterable[names.Entry],
+           form: str) -> None:
+  """Names and shapes."""
+  missing: dict[tuple[str, int | None], str] = {}
+  for entry in entries:
+    missing.setdefault((entry.path, entry.row), entry.key)
+  shapes: dict[str, tuple[int, ...]] = {}
+  for entry in entries:
+    shapes[entry.key] = entry.weight.their_shape(model)
+    if entry.key in tensors.shapes:
+      missing.pop((entry.path, entry.row), None)
+  if missing:
+    raise ValueError(f"{tensors.where} has no tensor {_some(missing.values())}; is it whole, and is it what its "
+                     "config says?")
+  shapes[_head(form)] = (model.vocab_size, model.d_model)
+  extra = [key for key in tensors.shapes if key not in shapes and not _BUFFERS.fullmatch(key)]
+  if extra:
+    raise ValueError(f"{tensors.file(extra[0])} has tensor {_some(extra)}, which a {form} model of "
+                     f"{model.num_layers} layers as its config says has not; only plain Llama layers are supported")
+  for key, shape in shapes.items():
+    if tensors.shapes.get(key, shape) != shape:
+      raise ValueError(f"{tensors.file(key)}: tensor {key!r} has shape {tuple(tensors.shapes[key])}, its config says "
+                       f"{shape}; take both from one place")
+
+
+def _check_head(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, embedding_VD: np.ndarray,
+                form: str) -> None:
+  key = _head(form)
+  if model.tie_embeddings and key in tensors.shapes and not np.array_equal(tensors.read(key), embedding_VD):
+    raise ValueError(f"{tensors.file(key)}: tensor {key!r} differs from the embedding, though the head is tied to it; "
+                     "say tie_word_embeddings=false in its config if it is not")
+
+
+def _head(form: str) -> str:
+  _, hf, gguf = names.TOP[-1]
+  return f"{gguf if form == 'gguf' else hf}.weight"
+
+
+def _some(keys: Iterable[str]) -> str:
+  """A few names and how many more."""
+  keys = list(keys)
+  shown = ", ".join(repr(key) for key in keys[:_SHOWN])
+  return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"
+
+
+def special(ids: Mapping[str, int | list[int] | None]) -> dict[str, tuple[int, ...]]:
+  """Ids by name, without those that are not given; a list for "eos" stays one."""
+  return {name: tuple(value) if isinstance(value, list) else (value,)
+          for name, value in ids.items() if value is not None}
