@@ -5,7 +5,8 @@
 
 Modes: `train` starts or resumes the run of a workdir; `eval` prints its held-out
 figures as a JSON object; `generate` continues prompts, or those of a file as JSON
-lines; `info` prints the size and cost of a config as a JSON object; `study` trains
+lines; `convert` starts a run from a pretrained model, `export` writes a run's model for
+PyTorch; `info` prints the size and cost of a config as a JSON object; `study` trains
 and compares the models that a file such as configs/study_cpu.py lists. `generate`
 takes the config from the workdir, and so does `eval` where none is given.
 
@@ -33,6 +34,7 @@ from mor import sharding
 from mor.analysis import info
 from mor.analysis import study as study_lib
 from mor.analysis import study_plan
+from mor.conversion import command as conversion
 from mor.data import text
 from mor.inference import command
 from mor.inference import model as model_lib
@@ -48,6 +50,12 @@ _BUDGET = flags.DEFINE_float("budget", None, "info: forward FLOPs to turn into s
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: text to continue; several may be given.")
 _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "generate: a prompt a line; .jsonl: objects with \"prompt\" and options such as max_tokens.")
+_SOURCE = flags.DEFINE_string(
+    "source", None, "convert: the pretrained model, hf:FOLDER, gguf:FILE, official_mor:PATH or mor:WORKDIR.")
+_TARGET = flags.DEFINE_enum(
+    "target", "hf", list(conversion.TARGETS), "export: hf is any model, with code of its own; llama a plain one, unrolled.")
+_OUTPUT = flags.DEFINE_string("output", None, "export: folder to create.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "export: of the weights.")
 _OPTIONS = {  # of a request; see mor/inference/request.py and sampling.py
     "max_tokens": flags.DEFINE_integer("max_tokens", 64, "generate: new tokens at most."),
     "temperature": flags.DEFINE_float("temperature", 0.8, "generate: 0 takes the most likely token."),
@@ -97,6 +105,21 @@ def _generate() -> int:
   return 0
 
 
+def _convert() -> int:
+  if not _SOURCE.value:
+    raise ValueError("--mode=convert needs a pretrained model; give --source=hf:FOLDER, gguf:FILE, official_mor:PATH "
+                     "or mor:WORKDIR")
+  print(json.dumps(conversion.convert(_config("convert"), _SOURCE.value, _workdir("convert"))))
+  return 0
+
+
+def _export() -> int:
+  if not _OUTPUT.value:
+    raise ValueError("--mode=export needs a folder to create; give --output=DIR")
+  print(json.dumps(conversion.export(_workdir("export"), _TARGET.value, _OUTPUT.value, _DTYPE.value)))
+  return 0
+
+
 def _info() -> int:
   print(json.dumps(info.info(_config("info"), _BUDGET.value)))
   return 0
@@ -113,7 +136,8 @@ def _study() -> int:
 
 
 MODES: dict[str, Callable[[], int]] = {
-    "train": _train, "eval": _eval, "generate": _generate, "info": _info, "study": _study}
+    "train": _train, "eval": _eval, "generate": _generate, "convert": _convert, "export": _export,
+    "info": _info, "study": _study}
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 
 

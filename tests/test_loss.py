@@ -75,3 +75,27 @@ def test_blocks_divide_the_sequence():
   assert loss.block_len(3, 12, 17) == 4
   assert loss.block_len(3, 12, 1) == 1
   assert loss.block_len(3, 7, 20) == 1
+
+
+@pytest.mark.parametrize("share, temperature", [(0.3, 2.0), (1.0, 1.0)])
+def test_distillation_is_the_weighted_divergence_and_its_gradient(share, temperature):
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  student, teacher = (normal(3, 12, 20), normal(61, 20)), (normal(3, 12, 14), normal(61, 14))
+  target_BT = jnp.asarray(rng.integers(0, 61, (3, 12)), jnp.int32)
+  weight_BT = jnp.asarray(rng.random((3, 12)), jnp.float32)
+
+  def plain(student, teacher):
+    logits, taught = (jnp.einsum("BTD,VD->BTV", *model) for model in (student, teacher))
+    nll_BT = -jnp.take_along_axis(jax.nn.log_softmax(logits), target_BT[:, :, None], axis=2)[:, :, 0]
+    log_p, log_q = jax.nn.log_softmax(taught / temperature), jax.nn.log_softmax(logits / temperature)
+    kl_BT = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return jnp.sum(((1 - share) * nll_BT + share * temperature**2 * kl_BT) * weight_BT)
+
+  blocked = lambda student, teacher: loss.distilled(student, teacher, target_BT, weight_BT, 9, share, temperature)[0]
+  want, want_grads = jax.value_and_grad(plain)(student, teacher)
+  got, got_grads = jax.value_and_grad(blocked)(student, teacher)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for g, w in zip(got_grads, want_grads):
+    np.testing.assert_allclose(g, w, atol=1e-5)
+  assert not any(np.any(g) for g in jax.grad(blocked, argnums=1)(student, teacher)), "the teacher learned"

@@ -112,7 +112,7 @@ def make_runner(name: str, config: config_lib.Config) -> Runner:
 def compile_step(config: config_lib.Config, mesh: jax.sharding.Mesh, state, batch) -> Any:
   """The training step, compiled ahead; the arguments need only shapes."""
   with jax.set_mesh(mesh):
-    return step_lib.make_train_step(config, mesh).jitted.lower(state, batch, None).compile()
+    return step_lib.make_train_step(config, mesh).jitted.lower(state, batch, None, None).compile()
 
 
 def unrolled(config: config_lib.Config) -> config_lib.Config:

@@ -83,7 +83,10 @@ def load(config: config_lib.DataConfig, vocab_size: int) -> Corpus:
 
 def load_tokenizer(config: config_lib.DataConfig) -> tokenizer_lib.Tokenizer:
   """The tokenizer alone; reads the corpus only when "bpe:SIZE" is not in the cache."""
-  return tokenizer_lib.load(config, split_lib.make(config, cache.root(config.cache_dir)).sample)
+  texts = None
+  if config.tokenizer.startswith("bpe:"):
+    texts = split_lib.make(config, cache.root(config.cache_dir)).sample
+  return tokenizer_lib.load(config, texts)
 
 
 def _prepare(config: config_lib.DataConfig, split: split_lib.Split,

@@ -38,12 +38,14 @@ class Tokenizer(Protocol):
     num_bytes_V: bytes of text each id stands for, 0 for special tokens; exact
       where tokens are bytes or byte-level BPE.
     identity: changes when the encoding of any text may.
+    serialized: the same tokenizer as a `tokenizers` .json.
   """
 
   vocab_size: int
   eos_id: int
   num_bytes_V: np.ndarray
   identity: str
+  serialized: str
 
   def encode(self, text: str) -> np.ndarray:
     """Ids of the text, int32, without special tokens."""
@@ -55,12 +57,13 @@ class Tokenizer(Protocol):
     """Text of the ids; special tokens give none, broken UTF-8 gives U+FFFD."""
 
 
-def load(config: config_lib.DataConfig, texts: sources.Documents) -> Tokenizer:
+def load(config: config_lib.DataConfig, texts: sources.Documents | None) -> Tokenizer:
   """The tokenizer that `data.tokenizer` names.
 
   Args:
     config: `tokenizer` and `cache_dir` are read.
-    texts: what "bpe:SIZE" is trained on; not read when it is in the cache.
+    texts: what "bpe:SIZE" is trained on; not read when it is in the cache, and None
+      does for the others.
 
   Raises:
     FileNotFoundError: no such file.
@@ -93,6 +96,12 @@ class ByteTokenizer:
 
   def __init__(self):
     self.num_bytes_V = np.array([1] * 256 + [0], np.int32)
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    same = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {character: byte for byte, character in _byte_characters().items()} | {END_OF_TEXT[0]: self.eos_id}, []))
+    same.pre_tokenizer, same.decoder = level, tokenizers.decoders.ByteLevel()
+    same.add_special_tokens([END_OF_TEXT[0]])
+    self.serialized = same.to_str()
 
   def encode(self, text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -130,6 +139,7 @@ class JsonTokenizer:
     self._tokenizer.no_padding()
     self.eos_id = vocabulary[end]
     self.vocab_size = max(vocabulary.values()) + 1
+    self.serialized = serialized
     self.identity = hashlib.sha256(serialized.encode("utf-8")).hexdigest()
     fields = json.loads(serialized)
     self._divisible = _splits_words(fields)
@@ -163,6 +173,13 @@ class JsonTokenizer:
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
     return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+
+
+def _byte_characters() -> dict[int, str]:
+  """The character that stands for each byte in byte-level BPE (GPT-2)."""
+  printable = [*range(ord("!"), ord("~") + 1), *range(0xa1, 0xad), *range(0xae, 0x100)]
+  others = [byte for byte in range(256) if byte not in printable]
+  return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def split_pieces(text: str) -> Iterator[str]:

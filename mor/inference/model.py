@@ -5,16 +5,13 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
-
-from mor import checkpoint
 from mor import config as config_lib
+from mor import restore
 from mor.data import text
 from mor.inference import decoder as decoder_lib
 from mor.inference import generate as generate_lib
 from mor.inference import request as request_lib
 from mor.inference import weights as weights_lib
-from mor.model import transformer
 from mor.model.kv import storage as storage_lib
 
 
@@ -27,12 +24,16 @@ class Model:
     variables: {"params": …} and, where the model has one, {"balance": …}.
     tokenizer: None where only token ids are used.
     context: positions at most; the row length it was trained with.
+    opening: ids before a text; None is the id that opens a document in training.
+    stops: ids that end one; None is the same id.
   """
 
   config: config_lib.ModelConfig
   variables: Mapping[str, Any]
   tokenizer: Any
   context: int
+  opening: tuple[int, ...] | None = None
+  stops: tuple[int, ...] | None = None
 
   @property
   def vocab_size(self) -> int:
@@ -43,7 +44,7 @@ class Model:
     """A request from a text or from token ids.
 
     A text opens a document, as in training, and the token that opens the next one
-    ends it.
+    ends it; a converted model that was not trained here has its own such tokens.
 
     Raises:
       ValueError: an option is unknown or wrong, or the prompt is text and there is
@@ -54,9 +55,10 @@ class Model:
         raise ValueError("the prompt is text, but the model has no tokenizer; give token ids")
       if not prompt:
         raise ValueError("the prompt is empty; give some text")
-      prompt = [self.tokenizer.eos_id, *(int(t) for t in self.tokenizer.encode(prompt))]
+      opening = (self.tokenizer.eos_id,) if self.opening is None else self.opening
+      prompt = [*opening, *(int(t) for t in self.tokenizer.encode(prompt))]
     if self.tokenizer is not None:
-      options.setdefault("stop_tokens", (self.tokenizer.eos_id,))
+      options.setdefault("stop_tokens", (self.tokenizer.eos_id,) if self.stops is None else self.stops)
     return request_lib.make(prompt, **options)
 
   def generate(self, prompts: Sequence[str | Sequence[int]], *, context: int | None = None,
@@ -98,13 +100,12 @@ def load(workdir: str | os.PathLike) -> Model:
     ValueError: the directory holds no checkpoint.
     OSError: the checkpoint is damaged.
   """
-  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-    if checkpoints.latest_step() is None:
-      raise ValueError(f"{checkpoints.directory} holds no checkpoint; train first, or give the directory of a run")
-    config = checkpoints.config()
-    abstract = jax.eval_shape(transformer.Transformer(config.model).init, jax.random.key(0),
-                              jax.ShapeDtypeStruct((1, 1), "int32"))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), dict(abstract))
-    variables = checkpoints.restore(target, partial=True)
-  return Model(config.model, variables, text.load_tokenizer(config.data), config.data.seq_len)
+  config, step, variables = restore.variables(workdir)
+  tokenizer = text.load_tokenizer(config.data)
+  about = restore.pretrained(workdir) if step == 0 else None
+  if about is None:
+    return Model(config.model, variables, tokenizer, config.data.seq_len)
+  ids = about["special_ids"]
+  return Model(config.model, variables, tokenizer, config.data.seq_len,
+               opening=tuple(ids.get("bos", ())[:1]) if about["add_bos"] else (),
+               stops=tuple({*ids.get("eos", ()), tokenizer.eos_id}))

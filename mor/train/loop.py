@@ -66,12 +66,13 @@ def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
     corpus = text.load(config.data, config.model.vocab_size)
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config.train.keep_checkpoints))
     state, start = restore_or_init(config, mesh, checkpoints)
+    teacher = step_lib.load_teacher(config, mesh)
     main = jax.process_index() == 0
     writer = stack.enter_context(metrics_lib.Writer(workdir, start, enabled=main))
     shown = stack.enter_context(progress.Progress(start, config.train.steps, enabled=main))
     shown.say(f"resuming at step {start}" if start else f"starting in {workdir}")
     evaluate = evaluator(config, mesh, corpus)
-    state, step = _steps(config, mesh, corpus, state, start, evaluate, checkpoints, writer, shown, stop)
+    state, step = _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, writer, shown, stop)
   if step < config.train.steps:
     return Outcome(step, None, f"stopped at step {step} of {config.train.steps}, saved; "
                    "run the same command to go on")
@@ -97,10 +98,10 @@ def evaluator(config: config_lib.Config, mesh: jax.sharding.Mesh,
       config.data.batch_size, config.train.eval_rows))
 
 
-def _steps(config, mesh, corpus, state, start, evaluate, checkpoints, writer, shown, stop):
+def _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, writer, shown, stop):
   """The loop itself; returns the state and the number of finished steps."""
   plan, step = config.train, start
-  train_step = step_lib.make_train_step(config, mesh)
+  train_step = step_lib.make_train_step(config, mesh, teacher)
   log = _Log(config, mesh, writer, shown)
   rows = batches_lib.local_rows(mesh, config.data.batch_size)
   make_batch = lambda step: sharding.put_batch(mesh, corpus.train.batch(step, rows))

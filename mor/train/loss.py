@@ -99,6 +99,67 @@ def _cross_entropy_backward(block, residuals, d_loss):
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def distilled(student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array], target_BT: types.Tokens,
+              weight_BT: jax.Array, block: int, share: float, temperature: float) -> tuple[jax.Array, ...]:
+  """Weighted sums of (1 - share) NLL + share t^2 KL, of the NLL and of the KL.
+
+  KL is that of softmax(teacher / t) from softmax(student / t), the forward one. Only
+  the first output has a gradient, for the student alone; it is computed in the same
+  pass, as in `cross_entropy`.
+
+  Args:
+    student: hidden states and head.
+    teacher: the same of the teacher.
+    target_BT: next tokens.
+    weight_BT: of each position in the sums.
+    block: tokens whose logits exist at once.
+    share: of the KL.
+    temperature: t.
+
+  Source: Hinton et al. 2015; RRT paper §3.2 (online teacher, forward KL).
+  """
+  return _distilled_forward(student, teacher, target_BT, weight_BT, block, share, temperature)[0]
+
+
+def _distilled_forward(student, teacher, target_BT, weight_BT, block, share, temperature):
+  length = block_len(*target_BT.shape, block)
+  dtype, head_VD = student[0].dtype, student[1]
+
+  def body(carry, xs):
+    sums, d_head_VD = carry
+    hidden, taught, target, weight = xs
+    logits_BTV = _logits(hidden, head_VD)
+    nll_BT, lse_BT = _nll(logits_BTV, target)
+    log_q_BTV = jax.nn.log_softmax(logits_BTV / temperature)
+    log_p_BTV = jax.nn.log_softmax(_logits(taught, teacher[1]) / temperature)
+    kl_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
+    loss_BT = (1.0 - share) * nll_BT + share * temperature**2 * kl_BT
+    hit_BTV = jax.lax.broadcasted_iota(target.dtype, logits_BTV.shape, 2) == target[:, :, None]
+    d_logits_BTV = ((1.0 - share) * (jnp.exp(logits_BTV - lse_BT[:, :, None]) - hit_BTV)
+                    + share * temperature * (jnp.exp(log_q_BTV) - jnp.exp(log_p_BTV))) * weight[:, :, None]
+    d_logits_BTV = d_logits_BTV.astype(dtype)
+    d_hidden = jnp.einsum("BTV,VD->BTD", d_logits_BTV, head_VD.astype(dtype))
+    d_head_VD += jnp.einsum("BTV,BTD->VD", d_logits_BTV, hidden, preferred_element_type=jnp.float32)
+    sums = tuple(total + jnp.sum(x_BT * weight) for total, x_BT in zip(sums, (loss_BT, nll_BT, kl_BT)))
+    return (sums, d_head_VD), d_hidden
+
+  zero = jnp.zeros((), jnp.float32)
+  xs = tuple(_blocks(x, length) for x in (student[0], teacher[0], target_BT, weight_BT))
+  (sums, d_head_VD), d_hidden = jax.lax.scan(
+      body, ((zero, zero, zero), jnp.zeros(head_VD.shape, jnp.float32)), xs)
+  return sums, (_unblock(d_hidden), d_head_VD.astype(head_VD.dtype))
+
+
+def _distilled_backward(block, share, temperature, residuals, d_sums):
+  del block, share, temperature
+  d_hidden_BTD, d_head_VD = residuals
+  return (d_hidden_BTD * d_sums[0].astype(d_hidden_BTD.dtype), d_head_VD * d_sums[0]), None, None, None
+
+
+distilled.defvjp(_distilled_forward, _distilled_backward)
+
+
 def normalizers(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """The counts that `auxiliary` divides by, from a whole batch's sums."""
   norms = {name: sums[name] for name in ("candidates", "tokens")}

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import optax
 
 from mor import config as config_lib
+from mor import restore
 from mor import sharding
 from mor.model import transformer
 from mor.model.routers import expert_choice
@@ -58,7 +59,36 @@ def _init(config: config_lib.Config) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, optim.make(config).init(params), dict(variables.get("balance", {})))
 
 
-def make_train_step(config: config_lib.Config, mesh: Mesh) -> Callable:
+@struct.dataclass
+class Teacher:
+  """A model to learn from: `train_step` runs it on every batch and leaves it as it is."""
+
+  params: dict
+  balance: dict
+  model: config_lib.ModelConfig = struct.field(pytree_node=False)
+
+
+def load_teacher(config: config_lib.Config, mesh: Mesh) -> Teacher | None:
+  """The newest checkpoint of `distill.teacher`, None without one.
+
+  Raises:
+    ValueError: no checkpoint, or of a model with another vocabulary.
+    OSError: the checkpoint is damaged.
+  """
+  workdir = config.distill.teacher
+  if not workdir:
+    return None
+  try:
+    theirs, _, variables = restore.variables(workdir, lambda _, shapes: sharding.tree_shardings(mesh, shapes))
+  except ValueError as error:
+    raise ValueError(f"distill.teacher={workdir!r}: {error}") from error
+  if theirs.model.vocab_size != config.model.vocab_size:
+    raise ValueError(f"distill.teacher={workdir!r} has model.vocab_size={theirs.model.vocab_size}, this model "
+                     f"{config.model.vocab_size}; use a teacher of the same tokenizer")
+  return Teacher(variables["params"], variables.get("balance", {}), theirs.model)
+
+
+def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | None = None) -> Callable:
   """`train_step(state, batch, step=None) -> (state, metrics)`.
 
   `step` is the host's copy of `state.step`; it is needed only during a capacity
@@ -75,8 +105,9 @@ def make_train_step(config: config_lib.Config, mesh: Mesh) -> Callable:
   shardings = state_shardings(config, mesh)
   replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
   jitted = jax.jit(
-      lambda state, batch, bucket: update(config, state, batch, bucket), static_argnums=2, donate_argnums=0,
-      in_shardings=(shardings, by_row), out_shardings=(shardings, replicated))
+      lambda state, batch, teacher, bucket: update(config, state, batch, teacher, bucket), static_argnums=3,
+      donate_argnums=0, in_shardings=(shardings, by_row, _teacher_shardings(mesh, teacher)),
+      out_shardings=(shardings, replicated))
   warmup = config.model.router.capacity_warmup_steps
 
   def train_step(state: TrainState, batch: Mapping[str, jax.Array], step: int | None = None):
@@ -85,13 +116,17 @@ def make_train_step(config: config_lib.Config, mesh: Mesh) -> Callable:
       step = int(state.step) if step is None else step
       bucket = min(expert_choice.WARMUP_BUCKETS, step * expert_choice.WARMUP_BUCKETS // warmup)
     with jax.set_mesh(mesh):
-      return jitted(state, batch, bucket)
+      return jitted(state, batch, teacher, bucket)
 
   train_step.jitted = jitted
   return train_step
 
 
-def update(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax.Array],
+def _teacher_shardings(mesh: Mesh, teacher: Teacher | None) -> Teacher | None:
+  return None if teacher is None else sharding.tree_shardings(mesh, teacher)
+
+
+def update(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax.Array], teacher: Teacher | None,
            bucket: int | None) -> tuple[TrainState, dict[str, jax.Array]]:
   """The pure step."""
   parts = config.train.accumulation
@@ -99,7 +134,7 @@ def update(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax
   grad_fn = jax.value_and_grad(micro_loss, argnums=1, has_aux=True)
 
   def one(micro, norms, part):
-    (_, aux), grads = grad_fn(config, state.params, state, micro, targets, norms, bucket, part)
+    (_, aux), grads = grad_fn(config, state.params, state, micro, teacher, targets, norms, bucket, part)
     return aux, grads
 
   if parts == 1:
@@ -126,7 +161,7 @@ def update(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax
 
 
 def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch: Mapping[str, jax.Array],
-               targets: jax.Array, norms: Mapping[str, jax.Array] | None, bucket: int | None, part):
+               teacher: Teacher | None, targets: jax.Array, norms: Mapping[str, jax.Array] | None, bucket: int | None, part):
   """Loss of a micro-batch, as its share of the whole batch's.
 
   Args:
@@ -134,6 +169,7 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
     params: differentiated.
     state: step and balance.
     batch: rows of the micro-batch.
+    teacher: whose predictions to learn, if any.
     targets: number of targets of the whole batch.
     norms: counts of the whole batch; None where the micro-batch is the batch.
     bucket: see `Transformer`.
@@ -144,12 +180,21 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
       {"params": params, "balance": state.balance}, batch["tokens_BT"], batch["segment_BT"], routing="select",
       train_step=state.step, bucket=bucket, key=key)
   weight_BT = batch["loss_mask_BT"] / jnp.maximum(targets, 1.0)
-  nll = loss_lib.cross_entropy(out.hidden_BTD, transformer.head(params), batch["target_BT"], weight_BT,
-                               config.train.loss_block)
+  student, block = (out.hidden_BTD, transformer.head(params)), config.train.loss_block
+  if teacher is None:
+    main = nll = loss_lib.cross_entropy(*student, batch["target_BT"], weight_BT, block)
+    taught = {}
+  else:
+    hidden_BTD = transformer.Transformer(teacher.model).apply(
+        {"params": teacher.params, "balance": teacher.balance}, batch["tokens_BT"], batch["segment_BT"],
+        routing="decide").hidden_BTD
+    main, nll, kl = loss_lib.distilled(student, (hidden_BTD, transformer.head(teacher.params)), batch["target_BT"],
+                                       weight_BT, block, config.distill.weight, config.distill.temperature)
+    taught = {"kl": kl}
   norms = loss_lib.normalizers(out.sums) if norms is None else norms
   aux = loss_lib.auxiliary(config.model, out.sums, norms)
-  loss = nll + loss_lib.weighted(config.model.router, aux)
-  terms = {"loss": loss, "nll": nll, **{f"{name}_loss": term for name, term in aux.items()}}
+  loss = main + loss_lib.weighted(config.model.router, aux)
+  terms = {"loss": loss, "nll": nll, **taught, **{f"{name}_loss": term for name, term in aux.items()}}
   return loss, (terms, dict(out.sums))
 
 

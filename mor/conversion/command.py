@@ -1,0 +1,134 @@
+"""`--mode=convert` and `--mode=export`: pretrained models in, Hugging Face folders out.
+
+A converted workdir holds a checkpoint of step 0, which `--mode=train` with the same
+config goes on from, and beside it
+
+  tokenizer.json    the source's tokenizer, which data.tokenizer must name
+  pretrained.json   what else the source says of itself: special tokens, context,
+                    chat template
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor import checkpoint
+from mor import config as config_lib
+from mor import restore
+from mor.analysis import memory
+from mor.conversion import hf_export
+from mor.conversion import recursive_init
+from mor.conversion import source as source_lib
+from mor.data import text
+from mor.train import optim
+from mor.train import step as step_lib
+
+TARGETS = {"hf": hf_export.write, "llama": hf_export.write_llama}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Given:
+  """What a source gives."""
+
+  model: config_lib.ModelConfig
+  variables: Mapping[str, Any]
+  tokenizer: str | None
+  about: dict[str, Any] | None  # pretrained.json
+
+
+def convert(config: config_lib.Config, spec: str, workdir: str | os.PathLike) -> dict[str, Any]:
+  """Writes the first checkpoint of a run from a pretrained model.
+
+  Args:
+    config: of the run; `init` says how its shared layers are made.
+    spec: "mor:WORKDIR", or what `source.read` takes.
+    workdir: of the run; must hold no checkpoint.
+
+  Returns:
+    Parameters and layers, before and after.
+
+  Raises:
+    ValueError: something given is wrong or does not fit; nothing is written then.
+    OSError: a file cannot be read or written.
+  """
+  with checkpoint.Checkpoints(workdir, read_only=True) as existing:
+    if existing.latest_step() is not None:
+      raise ValueError(f"{existing.directory} holds a checkpoint already; give another --workdir")
+  given = _read(spec, config.model)
+  variables = recursive_init.convert(config.model, config.init, config.seed, given.model, given.variables)
+  directory = pathlib.Path(workdir).expanduser()
+  _check_tokenizer(config, given, directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  if given.tokenizer is not None:
+    _replace(directory / "tokenizer.json", given.tokenizer)
+  if given.about is not None:
+    _replace(directory / "pretrained.json", json.dumps(given.about, indent=1))
+  params = jax.tree.map(jnp.asarray, variables["params"])
+  state = step_lib.TrainState(jnp.zeros((), jnp.int32), params, optim.make(config).init(params),
+                              jax.tree.map(jnp.asarray, dict(variables.get("balance", {}))))
+  with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
+    checkpoints.save(0, state, config)
+    checkpoints.wait()
+  count = lambda model: dict(zip(("embedding_parameters", "other_parameters"), memory.parameter_count(model)))
+  return {"source": count(given.model), "model": count(config.model), "workdir": str(workdir)}
+
+
+def export(workdir: str | os.PathLike, target: str, output: str | os.PathLike, dtype: str) -> dict[str, Any]:
+  """Writes a run's newest model as a folder that transformers loads.
+
+  Args:
+    workdir: of the run.
+    target: one of TARGETS.
+    output: folder to create.
+    dtype: of the tensors, "float32" or "bfloat16".
+
+  Raises:
+    ValueError: no checkpoint, or a model or folder that cannot be written.
+  """
+  config, step, variables = restore.variables(workdir)
+  about = restore.pretrained(workdir) or {}
+  tokenizer = text.load_tokenizer(config.data)
+  eos = about.get("special_ids", {}).get("eos", [])
+  TARGETS[target](output, config.model, jax.tree.map(np.asarray, variables), tokenizer=tokenizer.serialized,
+                  chat_template=about.get("chat_template"), context=about.get("context") or config.data.seq_len,
+                  dtype=dtype, eos_id=eos[0] if eos else tokenizer.eos_id)
+  return {"step": step, "target": target, "dtype": dtype, "output": str(output)}
+
+
+def _read(spec: str, target: config_lib.ModelConfig) -> _Given:
+  kind, _, path = spec.partition(":")
+  if kind == "mor":
+    config, _, variables = restore.variables(path)
+    file = pathlib.Path(path).expanduser() / "tokenizer.json"
+    tokenizer = file.read_text(encoding="utf-8") if file.is_file() else None
+    return _Given(config.model, jax.tree.map(np.asarray, variables), tokenizer, restore.pretrained(path))
+  source = source_lib.read(spec, target)
+  about = dict(context=source.context, special_ids=source.special_ids, special_tokens=source.special_tokens,
+               add_bos=source.add_bos, chat_template=source.chat_template)
+  return _Given(source.model, source.variables, source.tokenizer, about)
+
+
+def _check_tokenizer(config: config_lib.Config, given: _Given, directory: pathlib.Path) -> None:
+  """Raises where the run would read text with another tokenizer than the source's."""
+  if given.tokenizer is None:
+    return
+  named, ours = pathlib.Path(config.data.tokenizer).expanduser(), directory / "tokenizer.json"
+  if named.absolute() == ours.absolute():
+    return
+  if not named.is_file() or json.loads(named.read_text(encoding="utf-8")) != json.loads(given.tokenizer):
+    raise ValueError(f"data.tokenizer={config.data.tokenizer!r} is not the source's tokenizer; "
+                     f"give --config.data.tokenizer={ours}, where this command writes it")
+
+
+def _replace(path: pathlib.Path, content: str) -> None:
+  """Writes the file whole or not at all."""
+  temporary = path.with_name(path.name + ".partial")
+  temporary.write_text(content, encoding="utf-8")
+  temporary.replace(path)
