@@ -123,36 +123,46 @@ def _router(where: pathlib.Path, mor: Mapping[str, Any], steps: int) -> model_co
   kind = mor.get("type")
   if kind not in ("expert", "token"):
     raise ValueError(f"{where}: mor.type={kind!r}; use 'expert' or 'token'")
-  expert, own, random = kind == "expert", _group(where, mor, kind), bool(mor.get("rand_router"))
-  if random and not expert:
+  if mor.get("rand_router") and kind == "token":
     raise ValueError(f"{where}: mor.rand_router with type 'token' is unsupported; use a trained router")
-  activation = own.get("router_func", "sigmoid" if expert else "softmax") or ("none" if expert else "softmax")
-  alpha = own.get("alpha")
-  alpha = (1.0 if activation == "softmax" else 0.1) if alpha is None else float(alpha)
-  if random:
-    activation = "none"
-  elif expert and activation == "none":
-    alpha = 1.0
-  capacity = mor.get("capacity")
-  capacity = tuple(float(part) for part in str(capacity).split(",")) if capacity and expert else ()
-  if capacity == tuple((steps - r) / steps for r in range(steps)):
-    capacity = ()
-  said = dataclasses.asdict(pretrained.NO_ROUTER) | dict(
-      name=f"{kind}_choice", arch="random" if random else mor.get("router_type", "linear"),
-      activation=activation, alpha=alpha, temperature=float(mor.get("temp") or 1.0), capacity=capacity,
-      capacity_warmup_steps=int(own.get("cap_warmup_step") or 0) if expert else 0,
-      gating=own.get("gating") or "weighted",
-      sampling=(own.get("sampling") or "none") if expert and not random else "none",
-      sampling_coef=float(own.get("coeff", 0.001)) if expert else 0.001,
-      z_loss_coef=float(mor.get("z_coeff", 0.001)) if mor.get("z_loss") else 0.0,
-      balancing="none" if expert else own.get("balancing") or "none",
-      balance_coef=0.1 if expert else float(own.get("coeff", 0.1)),
-      bias_update_rate=0.001 if expert else float(own.get("u", 0.001)),
-      balance_warmup_steps=0 if expert else int(own.get("bal_warmup_step") or 0))
+  read, own = {"expert": _expert, "token": _token}[kind], _group(where, mor, kind)
+  gating = dict(gating=own.get("gating") or "weighted")
   try:
+    common = dict(name=f"{kind}_choice", arch=mor.get("router_type", "linear"),
+                  temperature=float(mor.get("temp") or 1.0),
+                  z_loss_coef=float(mor.get("z_coeff", 0.001)) if mor.get("z_loss") else 0.0)
+    said = dataclasses.asdict(pretrained.NO_ROUTER) | common | gating | read(mor, own, steps)
     return fields.build(model_config.RouterConfig, said, "mor")
-  except ValueError as error:
+  except (ValueError, TypeError) as error:
     raise ValueError(f"{where}: {error}") from error
+
+
+def _expert(mor: Mapping[str, Any], own: Mapping[str, Any], steps: int) -> dict[str, Any]:
+  activation = own.get("router_func", "sigmoid") or "none"
+  said = dict(activation=activation, alpha=1.0 if activation == "none" else _alpha(own, 0.1),
+              sampling=own.get("sampling") or "none", sampling_coef=float(own.get("coeff", 0.001)),
+              capacity_warmup_steps=int(own.get("cap_warmup_step") or 0))
+  if mor.get("rand_router"):  # scores are drawn; nothing is activated or learnt
+    said |= dict(arch="random", activation="none", alpha=_alpha(own, 0.1), sampling="none")
+  if mor.get("capacity"):
+    capacity = tuple(float(part) for part in str(mor["capacity"]).split(","))
+    said["capacity"] = () if capacity == _default_capacity(steps) else capacity
+  return said
+
+
+def _token(mor: Mapping[str, Any], own: Mapping[str, Any], steps: int) -> dict[str, Any]:
+  activation = own.get("router_func") or "softmax"
+  return dict(activation=activation, alpha=_alpha(own, 1.0 if activation == "softmax" else 0.1),
+              balancing=own.get("balancing") or "none", balance_coef=float(own.get("coeff", 0.1)),
+              bias_update_rate=float(own.get("u", 0.001)), balance_warmup_steps=int(own.get("bal_warmup_step") or 0))
+
+
+def _alpha(own: Mapping[str, Any], default: float) -> float:
+  return default if own.get("alpha") is None else float(own["alpha"])
+
+
+def _default_capacity(steps: int) -> tuple[float, ...]:
+  return tuple((steps - r) / steps for r in range(steps))
 
 
 def _arch(tensors: tensors_lib.Tensors, said: str) -> str:
@@ -183,9 +193,7 @@ def _compare(where: pathlib.Path, said: Mapping[str, Any], model: model_config.M
     pairs["router.sampling == 'aux_router'"] = (router.sampling == "aux_router", model.router.sampling == "aux_router")
     pairs["router.balancing == 'loss_free'"] = (router.balancing == "loss_free", model.router.balancing == "loss_free")
     if router.name == "expert_choice" and said["num_recursions"] == model.num_recursions:
-      steps = model.num_recursions
-      default = tuple((steps - r) / steps for r in range(steps))
-      pairs["router.capacity"] = (router.capacity or default, model.capacity)
+      pairs["router.capacity"] = (router.capacity or _default_capacity(model.num_recursions), model.capacity)
   differing = [f"{name} {theirs!r} (config: {ours!r})" for name, (theirs, ours) in pairs.items() if theirs != ours]
   if differing:
     raise ValueError(f"{where} is another model than the config's: {', '.join(differing)}; set what it says")
