@@ -1,0 +1,249 @@
+"""Folders that transformers loads.
+
+  write(folder, model, variables, …)         MorForCausalLM, with trust_remote_code=True
+  read(folder)                               and back
+  write_llama(folder, model, variables, …)   LlamaForCausalLM, of a model without routing
+
+A folder appears whole or not at all. In bfloat16 every tensor is rounded once,
+but for the routers, whose choices are made in float32.
+
+Source: transformers configuration_utils, tokenization_utils_tokenizers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import ml_dtypes  # also teaches NumPy "bfloat16"
+import numpy as np
+from safetensors import numpy as safetensors_numpy
+import tokenizers
+
+from mor import fields as fields_lib
+from mor import model_config
+from mor.conversion import hf_names
+from mor.conversion import names
+from mor.conversion import tensors as tensors_lib
+from mor.model import schedule as schedule_lib
+from mor.model.kv import table as kv_table
+
+MODELING = pathlib.Path(__file__).with_name("modeling_mor.py")
+_SIZES = {  # Hugging Face's field -> ours
+    "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps", "initializer_range": "init_std",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_OWN = ("sharing", "num_recursions", "kv_plan")  # fields that Llama has not
+_RUN = dict(execution="masked", cross_documents=False, compute_dtype="float32", remat="none", scan_layers=True)
+_FLOAT32 = ("model.router.", "model.aux_router.", "model.balance_bias")
+
+
+def write(directory: str | os.PathLike, model: model_config.ModelConfig, variables: Mapping[str, Any], *,
+          tokenizer: str | None, chat_template: str | None, context: int, dtype: str, eos_id: int | None) -> None:
+  """Writes a folder for `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`.
+
+  Args:
+    directory: to create; may be there if it is empty.
+    model: of the variables.
+    variables: {"params": …} and, where the model has one, {"balance": …}.
+    tokenizer: JSON of the `tokenizers` library; None writes none.
+    chat_template: Jinja, as transformers reads it.
+    context: positions that the model was trained with.
+    dtype: "float32" or "bfloat16".
+    eos_id: the token that ends a text and pads; it also begins one, as in training.
+
+  Raises:
+    ValueError: the model or the variables cannot be written, or there is something
+      in the directory.
+  """
+  if model.router.name != "fixed" and model.router.arch == "random":
+    raise ValueError("router.arch='random' draws its scores from JAX's generator, which PyTorch has not; export a model "
+                     "whose router is learned")
+  own = {field: getattr(model, field) for field in _OWN}
+  config = {
+      "architectures": ["MorForCausalLM"], "model_type": "mor",
+      "auto_map": {"AutoConfig": "modeling_mor.MorConfig", "AutoModelForCausalLM": "modeling_mor.MorForCausalLM"},
+      **_shared_fields(model, context, dtype, eos_id), **own,
+      "lora": {_short(weight.hf): model.lora.ranks[_short(weight.ours)] for weight in names.LAYER
+               if _short(weight.ours) in model.lora.ranks},
+      "router": dataclasses.asdict(model.router)}
+  get = hf_names.find(model, variables)
+  state = {entry.theirs: _cast(entry.write(get(entry)), "float32" if entry.theirs.startswith(_FLOAT32) else dtype)
+           for entry in hf_names.entries(model)}
+  with _publish(directory) as folder:
+    shutil.copyfile(MODELING, folder / MODELING.name)
+    _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, eos_id))
+
+
+def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, variables: Mapping[str, Any], *,
+                tokenizer: str | None, chat_template: str | None, context: int, dtype: str,
+                eos_id: int | None) -> None:
+  """Writes a folder of a plain Llama: every unrolled layer its own tensors, with LoRA folded in.
+
+  Args: see `write`.
+
+  Raises:
+    ValueError: as `write`, or the model is no plain Llama when unrolled.
+  """
+  schedule = schedule_lib.make(model)
+  if model.router.name != "fixed":
+    raise ValueError(f"router.name={model.router.name!r}: tokens leave at different depths, which no Llama does; "
+                     "export with --target=hf")
+  if any(slot < 0 for slot in kv_table.PLANS[model.kv_plan](schedule).own):
+    raise ValueError(f"model.kv_plan={model.kv_plan!r}: later steps have no keys of their own, as each layer of a "
+                     "Llama has; export with --target=hf")
+  if model.d_model % model.num_heads:
+    raise ValueError(f"model.d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which "
+                     "transformers asks of a Llama; export with --target=hf")
+  config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+            "mlp_bias": False, **_shared_fields(model, context, dtype, eos_id)}
+  find = hf_names.find(model, variables)
+  deltas = _folded(model, {entry.theirs: entry for entry in hf_names.entries(model)}, find)
+  state = {}
+  for name, theirs in names.write(variables, model, "hf"):
+    if name in deltas:
+      theirs = (theirs.astype(np.float64) + deltas[name]()).astype(np.float32)
+    state[name] = _cast(theirs, dtype)
+  with _publish(directory) as folder:
+    _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, eos_id))
+
+
+def _folded(model: model_config.ModelConfig, entries: Mapping[str, hf_names.Entry],
+            find: Callable[[hf_names.Entry], np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:
+  """What LoRA adds to the tensors of the unrolled layers, in float64, made when it is asked for."""
+  schedule = schedule_lib.make(model)
+
+  def delta(stem):
+    a_AI, b_OA = (entries[f"{stem}.{part}.weight"].write(find(entries[f"{stem}.{part}.weight"])) for part in "ab")
+    return b_OA.astype(np.float64) @ a_AI.astype(np.float64)
+
+  deltas = {}
+  for r in range(schedule.num_steps):
+    for i in range(schedule.depth):
+      for weight in names.LAYER:
+        stem = f"model.lora.{r}.{i}.{weight.hf}"
+        if f"{stem}.a.weight" in entries:
+          layer = schedule.prelude + r * schedule.depth + i
+          deltas[f"model.layers.{layer}.{weight.hf}.weight"] = functools.partial(delta, stem)
+  return deltas
+
+
+def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+  """What `write` wrote: fields of `ModelConfig`, and variables in float32.
+
+  The fields leave out those of a run: execution, cross_documents, compute_dtype,
+  remat and scan_layers.
+
+  Raises:
+    ValueError: a file or a tensor is missing, too much, broken or of a wrong shape.
+  """
+  directory = pathlib.Path(directory)
+  fields = _read_fields(directory / "config.json")
+  try:
+    model = fields_lib.build(model_config.ModelConfig, fields | _RUN, "model")
+  except ValueError as error:
+    raise ValueError(f"{directory / 'config.json'} is no config of `write` ({error}); export again") from error
+  tensors = tensors_lib.open_path(directory / "model.safetensors")
+  expected = {entry.theirs: entry for entry in hf_names.entries(model)}
+  for name in sorted(expected.keys() ^ tensors.shapes.keys()):
+    problem = "misses" if name in expected else "has, and config.json does not ask for,"
+    raise ValueError(f"{tensors.where} {problem} tensor {name!r}; export again")
+  leaves: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+  for name, entry in expected.items():
+    if tensors.shapes[name] != entry.shape:
+      raise ValueError(f"{tensors.where}: tensor {name!r} has shape {tensors.shapes[name]}, and config.json asks for "
+                       f"{entry.shape}; export again")
+    leaves.setdefault(entry.path, {})[entry.index] = entry.read(tensors.read(name))
+  variables: dict[str, Any] = {}
+  for path, parts in leaves.items():
+    lead = tuple(n + 1 for n in max(parts))
+    names.put(variables, path, np.stack([parts[i] for i in np.ndindex(lead)]).reshape(lead + parts[max(parts)].shape))
+  return fields, variables
+
+
+def _read_fields(path: pathlib.Path) -> dict[str, Any]:
+  """Fields of ModelConfig from config.json."""
+  if not path.is_file():
+    raise ValueError(f"{path}: no such file; name the folder of an export")
+  config = tensors_lib.read_json(path)
+  if config.get("model_type") != "mor":
+    raise ValueError(f"{path} is of model_type {config.get('model_type')!r}, not 'mor'; import it with hf:")
+  missing = [field for field in (*_SIZES, *_OWN, "lora", "router") if field not in config]
+  if missing:
+    raise ValueError(f"{path} misses {', '.join(missing)}; export again")
+  ranks = {_short(weight.ours): config["lora"].get(_short(weight.hf), 0) for weight in names.LAYER if weight.ins}
+  return {**{ours: config[theirs] for theirs, ours in _SIZES.items()}, **{field: config[field] for field in _OWN},
+          "lora": ranks, "router": config["router"]}
+
+
+def _short(name: str) -> str:
+  """q of attention/q, q_proj of self_attn.q_proj."""
+  return name.replace("/", ".").split(".")[-1]
+
+
+def _shared_fields(model: model_config.ModelConfig, context: int, dtype: str, eos_id: int | None) -> dict[str, Any]:
+  """What both kinds of config.json hold."""
+  if dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"dtype={dtype!r}; use 'float32' or 'bfloat16'")
+  return {"dtype": dtype, "max_position_embeddings": context,
+          "bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id,
+          **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()}}
+
+
+def _cast(theirs: np.ndarray, dtype: str) -> np.ndarray:
+  return np.ascontiguousarray(theirs, ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+
+
+def _tokenizer_files(model: model_config.ModelConfig, tokenizer: str | None, chat_template: str | None, context: int,
+                     eos_id: int | None) -> dict[str, str]:
+  """Content by file name."""
+  ids = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
+  files = {"generation_config.json": json.dumps(ids, indent=2)}
+  if tokenizer is None:
+    if chat_template is not None:
+      raise ValueError("a chat_template without a tokenizer; give both")
+    return files
+  parsed = tokenizers.Tokenizer.from_str(tokenizer)
+  size = max(parsed.get_vocab(with_added_tokens=True).values()) + 1
+  if size > model.vocab_size:
+    raise ValueError(f"the tokenizer has ids up to {size - 1} and the model {model.vocab_size} embeddings; give the "
+                     "tokenizer that it was trained with")
+  config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
+                            "padding_side": "left", "clean_up_tokenization_spaces": False}
+  if eos_id is not None:
+    end = parsed.id_to_token(eos_id)
+    if end is None:
+      raise ValueError(f"eos_id={eos_id} is no token of the tokenizer; use an id below {size}")
+    config |= {"bos_token": end, "eos_token": end, "pad_token": end}
+  if chat_template is not None:
+    config["chat_template"] = chat_template
+  return {**files, "tokenizer.json": tokenizer, "tokenizer_config.json": json.dumps(config, indent=2)}
+
+
+def _write_folder(folder: pathlib.Path, config: dict, state: dict[str, np.ndarray], files: dict[str, str]) -> None:
+  safetensors_numpy.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+  for name, content in {"config.json": json.dumps(config, indent=2), **files}.items():
+    (folder / name).write_text(content + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _publish(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """A folder beside `directory` that takes its place when it is complete."""
+  directory = pathlib.Path(directory).expanduser().absolute()
+  if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    raise ValueError(f"{directory} is there and not empty; name a new folder, or remove it")
+  folder = directory.with_name(f".{directory.name}.{os.getpid()}")
+  folder.mkdir(parents=True)
+  try:
+    yield folder
+    folder.rename(directory)
+  except BaseException:
+    shutil.rmtree(folder)
+    raise

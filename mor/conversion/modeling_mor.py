@@ -1,0 +1,375 @@
+"""An adaptive-depth language model for transformers: one file, torch only.
+
+  model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+A Llama decoder whose middle is a stack of shared layers that runs up to R times
+a token. Before each step a router decides, from the token alone, which tokens go
+on; those are taken out, run and put back, so a token that left costs nothing more:
+
+  x = state[kept];  y = stack(x);  state[kept] = merge(x, y, gate)
+
+Every step may add low-rank deltas of its own to the shared projections,
+y = W x + b(a(x)). Routing is inference's, so a loss here is the language model's
+alone, without the routers' auxiliary losses.
+
+Arrays are named by their axes: B rows, T columns of the input, S columns with the
+past, M tokens that run (flat), b rows that run, C queries a row, D model width,
+F inner width, N query heads, K key heads, H head width.
+
+Source: Mixture-of-Recursions (arXiv 2507.10524); Relaxed Recursive Transformers
+(arXiv 2410.20672); transformers models/llama.
+"""
+
+import dataclasses
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+BLOCK = 64  # columns by which a cache grows
+WIDTHS = {"linear": 0, "mlp": 2, "wide_mlp": 4}  # hidden width of a router / model width
+ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda x: x, "softmax": lambda x: x.softmax(-1)}
+
+
+class MorConfig(PreTrainedConfig):
+  """Sizes as of Llama, with every unrolled layer in `num_hidden_layers`, and
+
+  Attributes:
+    sharing: vanilla, cycle, sequence, middle_cycle or middle_sequence; the last two
+      leave the first and the last layer unshared.
+    num_recursions: R.
+    kv_plan: recursion_wise (a step sees the keys of its own tokens), shared (the
+      first step's keys) or hybrid (the first step's, overlaid by its own).
+    lora: rank of each projection's delta, by name, e.g. {"q_proj": 8}.
+    router: name (fixed, expert_choice, token_choice), arch, activation, alpha,
+      temperature, capacity, gating, sampling, balancing; the rest is training's.
+  """
+
+  model_type = "mor"
+  keys_to_ignore_at_inference = ["past_key_values", "depths"]
+  # Where config.json does not say.
+  vocab_size, hidden_size, intermediate_size, num_hidden_layers = 32000, 512, 1536, 8
+  num_attention_heads, num_key_value_heads, head_dim, max_position_embeddings = 8, 8, 64, 2048
+  rope_theta, rms_norm_eps, initializer_range, use_cache, tie_word_embeddings = 10000.0, 1e-5, 0.02, True, True
+  sharing, num_recursions, kv_plan, lora, router = "vanilla", 1, "recursion_wise", {}, {"name": "fixed"}
+
+  def edge(self):
+    """Unshared layers at each end."""
+    return 1 if self.sharing.startswith("middle_") else 0
+
+  def steps(self):
+    """For each step, its layers: the stack's row, and the slots (see `MorCache`) it writes and also reads."""
+    edge, inner = self.edge(), self.num_hidden_layers - 2 * self.edge()
+    depth = inner // self.num_recursions
+    rows = [i // self.num_recursions if self.sharing.endswith("sequence") else i % depth for i in range(inner)]
+    first = [rows.index(row) for row in rows]
+    own = [None if self.kv_plan == "shared" and f != i else edge + i for i, f in enumerate(first)]
+    base = [None if self.kv_plan == "recursion_wise" or f == i else edge + f for i, f in enumerate(first)]
+    layers = list(zip(rows, own, base))
+    return [layers[r * depth:(r + 1) * depth] for r in range(self.num_recursions)]
+
+  def widths(self):
+    """Inputs and outputs of a layer's projections."""
+    d, f = self.hidden_size, self.intermediate_size
+    q, k = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+    return {"self_attn": {"q_proj": (d, q), "k_proj": (d, k), "v_proj": (d, k), "o_proj": (q, d)},
+            "mlp": {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}}
+
+
+@dataclasses.dataclass
+class MorOutput(ModelOutput):
+  """What `forward` returns; `depths` [B, T] counts the steps of each token, 0 on padding."""
+
+  loss: torch.Tensor | None = None
+  logits: torch.Tensor | None = None
+  past_key_values: Cache | None = None
+  depths: torch.Tensor | None = None
+
+
+class _Slot:
+  """Keys (rotated) and values of one unrolled layer [B, S, K, H], and where they were written [B, S]."""
+
+  tensors = None
+
+  def write(self, view, k_MKH, v_MKH):
+    fresh = (k_MKH, v_MKH, torch.ones_like(view.row_M, dtype=torch.bool))
+    old = self.tensors or [x.new_zeros(view.batch, 0, *x.shape[1:]) for x in fresh]
+    blocks = -(-(view.num_columns - old[0].shape[1]) // BLOCK)
+    if blocks > 0:
+      old = [torch.cat([x, x.new_zeros(view.batch, blocks * BLOCK, *x.shape[2:])], 1) for x in old]
+    for x, new in zip(old, fresh):
+      x[view.row_M, view.column_M] = new
+    self.tensors = old
+
+  def read(self, view):
+    columns = [x[:, :view.num_columns] for x in self.tensors]
+    return columns if view.rows is None else [x[view.rows] for x in columns]
+
+
+class MorCache(Cache):
+  """Keys and values of the unrolled layers, one slot each.
+
+  A slot holds every column of every row, those of tokens that never came there too.
+  So recursion_wise and hybrid take the memory of a plain decoder as deep as the
+  unrolled one, shared that of its different layers; compute is what is saved.
+  """
+
+  def __init__(self, config):
+    super().__init__(layers=[])
+    self.slots = [_Slot() for _ in range(config.num_hidden_layers)]
+    self.valid_BS = None  # False in padded columns
+
+  def __len__(self):
+    return len(self.slots)
+
+  def get_seq_length(self, layer_idx=0):
+    return 0 if self.valid_BS is None else self.valid_BS.shape[1]
+
+  def reorder_cache(self, beam_idx):
+    self.valid_BS = self.valid_BS[beam_idx]
+    for slot in self.slots:
+      slot.tensors = slot.tensors and [x[beam_idx] for x in slot.tensors]
+
+  def _refuse(self, *unused):
+    raise ValueError("a MorCache only grows; make a new one, and generate without an assistant model")
+
+  crop = reset = batch_repeat_interleave = batch_select_indices = activate_past_recording = _refuse
+
+
+class _View:
+  """A pass over the tokens of `run_BT`, flat: where they stand and which columns they may see.
+
+  Attention lays queries out [b, C]: b rows with a token, C tokens of the fullest. A
+  place left over sees its whole row: a query without a key would make NaN gradients.
+  """
+
+  def __init__(self, run_BT, valid_BS, rotation_BTH):
+    self.at = self.row_M, index_M = run_BT.nonzero(as_tuple=True)
+    self.batch, self.num_columns = valid_BS.shape
+    self.column_M = index_M + self.num_columns - run_BT.shape[1]
+    self.rotation_M1H = [x[self.at][:, None] for x in rotation_BTH]
+    any_B = run_BT.any(1)
+    self.rows = None if any_B.all() else any_B.nonzero()[:, 0]
+    self.size = int(any_B.sum()), int(run_BT.sum(1).max())
+    self.place = (any_B.cumsum(0) - 1)[self.row_M], (run_BT.cumsum(1) - 1)[self.at]
+    last_bC = self.column_M.new_full(self.size, self.num_columns - 1).index_put(self.place, self.column_M)
+    past_bCS = torch.arange(self.num_columns, device=run_BT.device) <= last_bC[..., None]
+    self.mask_bCS = past_bCS & (valid_BS if self.rows is None else valid_BS[self.rows])[:, None]
+
+  def attend(self, q_MNH, own, base):
+    """Over the keys of `own`, of `base`, or of `base` overlaid by `own`."""
+    k_bSKH, v_bSKH, written_bS = (base if own is None else own).read(self)
+    if own is not None and base is not None:
+      under, pick = base.read(self), written_bS[:, :, None, None]
+      k_bSKH, v_bSKH = torch.where(pick, k_bSKH, under[0]), torch.where(pick, v_bSKH, under[1])
+      written_bS = written_bS | under[2]
+    (b, c), num_kv = self.size, k_bSKH.shape[2]
+    q_bCNH = q_MNH.new_zeros(b, c, *q_MNH.shape[1:]).index_put(self.place, q_MNH)
+    group = q_MNH.shape[1] // num_kv  # query heads of one key head stand as further queries: no key is copied
+    q_bKXH = q_bCNH.unflatten(2, (num_kv, group)).transpose(1, 2).flatten(2, 3)
+    mask_bXS = (self.mask_bCS & written_bS[:, None]).repeat_interleave(group, 1)
+    out_bKXH = F.scaled_dot_product_attention(
+        q_bKXH, k_bSKH.transpose(1, 2), v_bSKH.transpose(1, 2), attn_mask=mask_bXS[:, None])
+    return out_bKXH.unflatten(2, (c, group)).transpose(1, 2).flatten(2, 3)[self.place]
+
+
+def rotate(x_MNH, rotation_M1H):
+  """Rotary embedding in the half-split layout, in float32."""
+  (cos, sin), (low, high) = rotation_M1H, x_MNH.float().chunk(2, -1)
+  return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x_MNH.dtype)
+
+
+def linear(num_in, num_out):
+  """A projection; none has a bias."""
+  return nn.Linear(num_in, num_out, bias=False)
+
+
+class MorDeltas(nn.Module):
+  """What one step adds to the projections of one of its layers: b(a(x)) of those with a rank."""
+
+  def __init__(self, config):
+    super().__init__()
+    for part, widths in config.widths().items():
+      self.add_module(part, nn.ModuleDict({
+          name: nn.ModuleDict({"a": linear(ins, config.lora[name]), "b": linear(config.lora[name], outs)})
+          for name, (ins, outs) in widths.items() if config.lora.get(name)}))
+
+
+class MorLayer(nn.Module):
+  """x + attention(norm(x)), then x + swiglu(norm(x)); its weights may serve many unrolled layers."""
+
+  def __init__(self, config):
+    super().__init__()
+    self.head_dim = config.head_dim
+    self.input_layernorm, self.post_attention_layernorm = (
+        nn.RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2))
+    for part, widths in config.widths().items():
+      self.add_module(part, nn.ModuleDict({name: linear(*width) for name, width in widths.items()}))
+
+  def forward(self, x_MD, view, own, base=None, deltas=None):
+    def project(part, name, x):
+      y, delta = getattr(self, part)[name](x), getattr(deltas, part, {})
+      return y + delta[name]["b"](delta[name]["a"](x)) if name in delta else y
+
+    heads = lambda name: project("self_attn", name, normed_MD).unflatten(-1, (-1, self.head_dim))
+    normed_MD = self.input_layernorm(x_MD)
+    if own is not None:
+      own.write(view, rotate(heads("k_proj"), view.rotation_M1H), heads("v_proj"))
+    out_MNH = view.attend(rotate(heads("q_proj"), view.rotation_M1H), own, base)
+    x_MD = x_MD + project("self_attn", "o_proj", out_MNH.flatten(1))
+    normed_MD = self.post_attention_layernorm(x_MD)
+    act_MF = F.silu(project("mlp", "gate_proj", normed_MD)) * project("mlp", "up_proj", normed_MD)
+    return x_MD + project("mlp", "down_proj", act_MF)
+
+
+class MorScore(nn.Module):
+  """A router's score network, in float32 whatever the model's type."""
+
+  def __init__(self, config, num_outputs):
+    super().__init__()
+    width = WIDTHS[config.router["arch"]] * config.hidden_size
+    self.hidden = linear(config.hidden_size, width) if width else None
+    self.out = linear(width or config.hidden_size, num_outputs)
+
+  def forward(self, h_BTD):
+    with torch.autocast(h_BTD.device.type, enabled=False):
+      x = h_BTD.float()
+      x = x if self.hidden is None else F.gelu(F.linear(x, self.hidden.weight.float()))
+      return F.linear(x, self.out.weight.float())
+
+
+class MorModel(nn.Module):
+  """The layers and routers: from embedded tokens to normed states [B, T, D] and depths [B, T]."""
+
+  def __init__(self, config):
+    super().__init__()
+    self.config = config
+    router, steps = config.router, config.steps()
+    layers = lambda num: nn.ModuleList(MorLayer(config) for _ in range(num))
+    scores = lambda num, outs: nn.ModuleList(MorScore(config, outs) for _ in range(num))
+    self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+    self.prelude, self.coda = layers(config.edge()), layers(config.edge())
+    self.stack = layers(1 + max(row for step in steps for row, _, _ in step))
+    self.lora = nn.ModuleList(nn.ModuleList(MorDeltas(config) for _ in step) for step in steps)
+    shape = {"fixed": (0, 0), "expert_choice": (len(steps), 1), "token_choice": (1, len(steps))}[router["name"]]
+    self.router = scores(*shape)
+    self.aux_router = scores(*shape) if router.get("sampling") == "aux_router" else None
+    if router.get("balancing") == "loss_free":
+      self.register_buffer("balance_bias", torch.zeros(len(steps)))
+    self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+  def forward(self, h_BTD, valid_BT, rotation_BTH, cache):
+    def run(state_BTD, run_BT, calls, keep_BT=None, merge=None):
+      """Layers on the tokens of `run_BT`; those of `keep_BT` take the merged result."""
+      if not run_BT.any():
+        return state_BTD
+      view = _View(run_BT, cache.valid_BS, rotation_BTH)
+      x_MD = y_MD = state_BTD[view.at]
+      for layer, *places in calls:
+        y_MD = layer(y_MD, view, *places)
+      if merge is not None:
+        y_MD = torch.where(keep_BT[view.at][:, None], merge(x_MD, y_MD, view.at), x_MD)
+      return state_BTD.index_put(view.at, y_MD)
+
+    state_BTD = h_BTD = run(h_BTD, valid_BT, zip(self.prelude, cache.slots))
+    alive_BT, depth_BT = valid_BT, torch.zeros_like(valid_BT, dtype=torch.long)
+    chosen = self._choose(h_BTD) if self.config.router["name"] == "token_choice" else None
+    slot = lambda index: None if index is None else cache.slots[index]
+    for step, layers in enumerate(self.config.steps()):
+      calls = [(self.stack[row], slot(own), slot(base), lora)
+               for (row, own, base), lora in zip(layers, self.lora[step])]
+      alive_BT, merge = self._route(step, state_BTD, alive_BT, h_BTD, chosen)
+      everyone = step == 0 and self.config.kv_plan != "recursion_wise"  # later steps read all keys of the first
+      state_BTD = run(state_BTD, valid_BT if everyone else alive_BT, calls, alive_BT, merge)
+      depth_BT = depth_BT + alive_BT
+    state_BTD = run(state_BTD, valid_BT, zip(self.coda, cache.slots[len(cache.slots) - len(self.coda):]))
+    return self.norm(state_BTD), depth_BT
+
+  def _choose(self, h_BTD):
+    """Token-choice: every token's last step, and its gate."""
+    router = self.config.router
+    prob_BTR = router["alpha"] * ACTIVATIONS[router["activation"]](self.router[0](h_BTD / router["temperature"]))
+    biased_BTR = prob_BTR + self.balance_bias if router["balancing"] == "loss_free" else prob_BTR
+    last_BT = biased_BTR.argmax(-1)
+    return last_BT, prob_BTR.gather(-1, last_BT[..., None])[..., 0]
+
+  def _route(self, step, state_BTD, alive_BT, entry_BTD, chosen):
+    """The tokens that go on, and how the stack's y enters the state x of a token."""
+    router, num_steps = self.config.router, self.config.num_recursions
+    times = lambda gate_BT, x_MD, at: gate_BT[at][:, None].to(x_MD.dtype) * x_MD
+    if router["name"] == "fixed":
+      return alive_BT, lambda x, y, at: y
+    additive, residual = (router["gating"] == name for name in ("additive", "residual"))
+    if router["name"] == "expert_choice":
+      logit_BT = self.router[step](state_BTD / router["temperature"])[..., 0]
+      predictor_BT = self.aux_router[step](state_BTD)[..., 0] if self.aux_router else logit_BT
+      gate_BT = router["alpha"] * ACTIVATIONS[router["activation"]](logit_BT)
+      capacity = router["capacity"][step] if router["capacity"] else (num_steps - step) / num_steps
+      change = lambda x, y: y - x if residual else y
+      keep_BT = alive_BT & ((predictor_BT >= 0) | (capacity == 1.0))  # a full step takes all that are alive
+      return keep_BT, lambda x, y, at: x + (change(x, y) if additive else times(gate_BT, change(x, y), at))
+    last_BT, gate_BT = chosen
+    exit_BT, one_BT = last_BT == step, torch.ones_like(gate_BT)
+    gated_BT = torch.ones_like(exit_BT) if router["gating"] == "every_step" else exit_BT & (not additive)
+    factor_BT = torch.where(gated_BT, gate_BT, one_BT)
+    entry_BT = exit_BT * (one_BT - gate_BT if residual else one_BT)  # of the state before the first step
+    return alive_BT & (last_BT >= step), lambda x, y, at: times(factor_BT, y, at) + times(entry_BT, entry_BTD[at], at)
+
+
+class MorForCausalLM(PreTrainedModel, GenerationMixin):
+  """The model with its head. Columns where `attention_mask` is 0 never run and are never seen."""
+
+  config_class = MorConfig
+  base_model_prefix = "model"
+  _supports_sdpa = True
+  _no_split_modules = ["MorModel"]
+  _keep_in_fp32_modules_strict = ["router", "balance_bias"]  # aux_router too
+  _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+  def __init__(self, config):
+    super().__init__(config)
+    self.model = MorModel(config)
+    self.lm_head = linear(config.hidden_size, config.vocab_size)
+    self.post_init()
+
+  def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+              labels=None, use_cache=None, logits_to_keep=0, return_dict=True, output_hidden_states=False,
+              output_attentions=False, **kwargs):
+    """As of any causal model of transformers; see `MorOutput`."""
+    if output_hidden_states or output_attentions:
+      raise ValueError("output_hidden_states and output_attentions are not supported; read `depths` of the output")
+    if past_key_values is not None and not isinstance(past_key_values, MorCache):
+      raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; give a MorCache, or None to make one")
+    h_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    cache = MorCache(self.config) if past_key_values is None else past_key_values
+    start, (batch, width) = cache.get_seq_length(), h_BTD.shape[:2]
+    if attention_mask is None:
+      attention_mask = torch.ones(batch, width, dtype=torch.bool, device=h_BTD.device)
+      attention_mask = attention_mask if start == 0 else torch.cat([cache.valid_BS, attention_mask], 1)
+    if attention_mask.shape != (batch, start + width):
+      raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; give [rows, past + new columns], "
+                       f"here {(batch, start + width)}")
+    cache.valid_BS = attention_mask.bool()
+    if position_ids is None:
+      position_ids = (cache.valid_BS.cumsum(1) - 1)[:, start:]
+    half = self.config.head_dim // 2
+    frequency_H = self.config.rope_theta ** (-torch.arange(half, device=h_BTD.device, dtype=torch.float32) / half)
+    angle_BTH = position_ids.expand(batch, -1)[..., None] * frequency_H
+    h_BTD, depths = self.model(h_BTD, cache.valid_BS[:, start:], (angle_BTH.cos(), angle_BTH.sin()), cache)
+    keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    logits = self.lm_head(h_BTD[:, keep]).float()
+    loss = None
+    if labels is not None:
+      loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+    use_cache = self.config.use_cache if use_cache is None else use_cache
+    output = MorOutput(loss=loss, logits=logits, past_key_values=cache if use_cache else None, depths=depths)
+    return output if return_dict else output.to_tuple()
+
+  def _prepare_cache_for_generation(self, generation_config, model_kwargs, *unused):
+    if generation_config.cache_implementation not in (None, "dynamic"):
+      raise ValueError(f"cache_implementation={generation_config.cache_implementation!r}; the cache is a MorCache, "
+                       "give None")
+    if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+      model_kwargs["past_key_values"] = MorCache(self.config)
