@@ -67,7 +67,7 @@ class Runner:
   def run(self) -> None:
     """Runs and times one step."""
     wall, cpu = time.perf_counter(), time.process_time()
-    self.state, self.metrics = self.compiled(self.state, self.batch)
+    self.state, self.metrics = self.compiled(self.state, self.batch, None)
     jax.block_until_ready((self.state, self.metrics))
     self.wall.append(time.perf_counter() - wall)
     self.cpu.append(time.process_time() - cpu)
