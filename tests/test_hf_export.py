@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from mor.conversion import hf_export
+from mor.conversion import hf_import
 from mor.inference import model as model_lib
 from tests import exported
 from tests import tiny
@@ -116,6 +117,27 @@ def test_unrolled_it_is_a_plain_llama(model, tmp_path):
   expected_BTV = mor(tokens_BT).logits
   error = (llama(tokens_BT).logits - expected_BTV).abs().max() / expected_BTV.abs().max()
   assert error < 1e-5, error
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("heads", [dict(num_heads=4, num_kv_heads=4), dict(num_heads=4, num_kv_heads=1),
+                                   dict(num_heads=4, num_kv_heads=2)], ids=["MHA", "MQA", "GQA"])
+def test_a_llama_comes_back_bitwise(heads, dtype, tmp_path):
+  llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+      vocab_size=61, hidden_size=20, intermediate_size=28, num_hidden_layers=3, num_attention_heads=heads["num_heads"],
+      num_key_value_heads=heads["num_kv_heads"], head_dim=6, max_position_embeddings=72, rope_theta=500.0))
+  llama.to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
+  first = hf_import.read(tmp_path / "theirs")
+  hf_export.write_llama(tmp_path / "ours", first.model, first.variables, tokenizer=None, chat_template=None,
+                        context=first.context, dtype=dtype, eos_id=2)
+  second = hf_import.read(tmp_path / "ours")
+  assert second.model == first.model and second.context == first.context
+  jax.tree.map(np.testing.assert_array_equal, second.variables, first.variables)
+  theirs, ours = (safetensors_numpy.load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+  assert theirs.keys() == ours.keys()
+  for name, tensor in theirs.items():
+    assert tensor.dtype == ours[name].dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(tensor, ours[name], err_msg=name)
 
 
 def test_tokenizer_goes_along(tmp_path):

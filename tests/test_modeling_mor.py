@@ -118,6 +118,16 @@ def test_cached_steps_are_the_forward(case):
 
 @some_cases
 @torch.no_grad()
+def test_cache_remembers_the_padding(case):
+  _, model = case
+  inputs = pad(draw_tokens(), "left")
+  first = model(inputs["input_ids"][:, :9], attention_mask=inputs["attention_mask"][:, :9], use_cache=True)
+  got = model(inputs["input_ids"][:, 9:], past_key_values=first.past_key_values)
+  torch.testing.assert_close(got.logits, model(**inputs).logits[:, 9:], rtol=0, atol=1e-4)
+
+
+@some_cases
+@torch.no_grad()
 def test_tokens_that_left_are_not_run(case):
   case, model = case
   ran = []
@@ -152,6 +162,10 @@ def test_padding_changes_nothing(case):
   got = model(**inputs)
   assert torch.isfinite(got.logits).all() and not got.depths[-1].any()
   np.testing.assert_allclose(unpad(got.logits, "left"), logits_MV, rtol=0, atol=1e-5 * np.abs(logits_MV).max())
+  spread = torch.arange(WIDTH) + 2 * (torch.arange(WIDTH) >= 4)  # a hole behind the fourth column
+  holes = {name: torch.zeros_like(x[:1, :1]).repeat(1, WIDTH + 2).index_copy(1, spread, x[:1])
+           for name, x in inputs.items()}
+  torch.testing.assert_close(model(**holes).logits[:, spread], got.logits[:1], rtol=0, atol=1e-5)
   empty = model(inputs["input_ids"][-1:], attention_mask=inputs["attention_mask"][-1:])
   assert torch.isfinite(empty.logits).all()
 

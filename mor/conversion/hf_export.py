@@ -64,8 +64,8 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
       in the directory.
   """
   if model.router.name != "fixed" and model.router.arch == "random":
-    raise ValueError("router.arch='random' draws its scores from JAX's generator, which PyTorch has not; export a model "
-                     "whose router is learned")
+    raise ValueError("router.arch='random' draws its scores from JAX's generator, which PyTorch has not; "
+                     "export a model whose router is learned")
   own = {field: getattr(model, field) for field in _OWN}
   config = {
       "architectures": ["MorForCausalLM"], "model_type": "mor",

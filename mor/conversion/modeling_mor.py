@@ -142,7 +142,7 @@ class _View:
   """A pass over the tokens of `run_BT`, flat: where they stand and which columns they may see.
 
   Attention lays queries out [b, C]: b rows with a token, C tokens of the fullest. A
-  place left over sees its whole row: a query without a key would make NaN gradients.
+  place left over sees its whole row: without a key, some softmax would make it NaN.
   """
 
   def __init__(self, run_BT, valid_BS, rotation_BTH):
