@@ -188,6 +188,27 @@ def test_recipes_that_are_refused(kind, changes, message, tmp_path):
   refuses(tmp_path, message)
 
 
+@pytest.mark.parametrize("kind,said", [
+    ("expert", dict(mor=dict(enable=True, type="expert"), recursive=dict(num_recursion=3, sharing="middle_cycle"))),
+    ("expert", dict(mor=dict(enable=True, type="expert", capacity=None, temp=None, expert=dict(alpha=None))) | dict(
+        recursive=dict(enable=True, num_recursion=3, sharing="middle_cycle"), kv_sharing=None)),
+    ("expert_wide", dict(mor=dict(enable=True, type="expert", router_type="wide_mlp", expert=dict(
+        router_func=None, alpha=0.3, gating="additive", sampling=None)), recursive=dict(
+            num_recursion=3, sharing="middle_cycle"))),
+    ("token", dict(mor=dict(enable=True, type="token", z_loss=True, z_coeff=1e-5, token=dict(
+        coeff=0.2, balancing="loss")), recursive=dict(num_recursion=3, sharing="middle_cycle"),
+                   kv_sharing=dict(enable=True))),
+    ("vanilla", dict(recursive=dict(enable=True, num_recursion=1, base_depth=3, sharing="cycle"))),
+])
+def test_what_a_recipe_need_not_say(kind, said, tmp_path):
+  """Upstream's defaults; alpha is ignored without activation."""
+  model, variables = make(kind)
+  official_files.write(tmp_path, model, variables, said)
+  read = source.read(f"official_mor:{tmp_path}").model
+  assert read == dataclasses.replace(model, router=dataclasses.replace(
+      model.router, sampling=read.router.sampling, sampling_coef=read.router.sampling_coef))
+
+
 def test_recipes_that_are_no_recipes(tmp_path):
   model, variables = make("expert")
   official_files.write(tmp_path, model, variables)
