@@ -109,7 +109,7 @@ def test_defaults_are_those_of_transformers(tmp_path):
 @pytest.mark.parametrize("jinja", [True, False])
 def test_tokenizer_comes_along(jinja, tmp_path):
   model = checkpoints.llama(vocab_size=300)
-  checkpoints.hf_folder(tmp_path, model, eos_token_id=[0, 5])
+  checkpoints.hf_folder(tmp_path, model, eos_token_id=[0, 5], pad_token_id=-1)
   checkpoints.tokenizer().save(str(tmp_path / "tokenizer.json"))
   said = dict(chat_template=[dict(name="tool", template="no"), dict(name="default", template="{{a}}")],
               eos_token=dict(content="<|endoftext|>"), bos_token="<|im_start|>", pad_token=None, add_bos_token=True)
@@ -135,7 +135,7 @@ def test_harmless_tensors_are_passed_over(tmp_path):
 @pytest.mark.parametrize("fields,message", [
     (dict(model_type="qwen2"), "config.json: model_type 'qwen2' is unsupported"),
     (dict(model_type=None), "model_type None is unsupported"),
-    (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification is unsupported"),
+    (dict(architectures=["LlamaForTokens"]), "architectures .'LlamaForTokens'. are unsupported"),
     (dict(model_type="mistral"), "sliding_window=4096 is unsupported"),
     (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "rope_scaling of type 'llama3' is unsupported"),
     (dict(rope_scaling=dict(type="linear", factor=2.0)), "of type 'linear' is unsupported"),
@@ -148,11 +148,17 @@ def test_harmless_tensors_are_passed_over(tmp_path):
     (dict(hidden_size="20"), "config.json: hidden_size='20'; give a number"),
     (dict(num_hidden_layers=None), "num_hidden_layers=None"),
     (dict(num_attention_heads=0), "num_heads=0"),
+    (dict(num_hidden_layers=2**70), "has 29 tensors, its config says 1180591620717411303424 layers"),
+    (dict(architectures=3), "architectures 3 are unsupported"),
+    (dict(model_type=["llama"]), "model_type .'llama'. is unsupported"),
+    (dict(rope_scaling=True), "rope_scaling=True; give a group"),
+    (dict(eos_token_id=["x"]), "eos_token_id=.'x'.; give an id"),
+    (dict(bos_token_id=1.5), "bos_token_id=1.5; give an id"),
     (dict(tie_word_embeddings="yes"), "tie_word_embeddings='yes'"),
     (dict(num_key_value_heads=3), "config.json: model.num_heads=4 is not a multiple"),
     (dict(head_dim=7), "model.head_dim=7 is odd"),
     (dict(num_hidden_layers=4), "has no tensor 'model.layers.3.input_layernorm.weight', .* and 5 more"),
-    (dict(num_hidden_layers=2), "has tensor 'model.layers.2.input_layernorm.weight', .* and 5 more, which a hf model"),
+    (dict(num_hidden_layers=2), "has tensor 'model.layers.2.input_layernorm.weight', .* and 5 more, which a hf"),
     (dict(num_key_value_heads=1), r"'model.layers.0.self_attn.k_proj.weight' has shape \(12, 20\), .* says \(6, 20\)"),
     (dict(tie_word_embeddings=False), "has no tensor 'lm_head.weight'"),
 ])
@@ -183,6 +189,8 @@ def test_tensors_that_are_refused(change, message, tmp_path):
     ("config.json", "[1]", "config.json holds a list"),
     ("tokenizer.json", "{}", "tokenizer.json is not a tokenizers file"),
     ("tokenizer_config.json", "x", "tokenizer_config.json is not JSON"),
+    ("tokenizer_config.json", '{"chat_template": 3}', "tokenizer_config.json: chat_template is a int, not text"),
+    ("tokenizer_config.json", '{"eos_token": ["a"]}', "tokenizer_config.json: eos is a list, not text"),
 ])
 def test_files_that_are_refused(name, text, message, tmp_path):
   checkpoints.hf_folder(tmp_path, checkpoints.llama())

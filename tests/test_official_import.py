@@ -170,6 +170,8 @@ def test_a_config_of_another_model_is_refused(kind, changes, message, tmp_path):
     ("expert", dict(relaxation=dict(enable=True)), "tiny.yaml: relaxation is unsupported"),
     ("expert", dict(recursive=dict(ln_share=False)), "ln_share=false is unsupported"),
     ("expert", dict(recursive=dict(sharing="spiral")), "recursive.sharing='spiral'"),
+    ("expert", dict(recursive=dict(sharing=[1])), "recursive.sharing=.1."),
+    ("expert", dict(recursive=dict(num_recursion=2**70)), "does not fit middle_cycle with 1180591620717411303424"),
     ("expert", dict(recursive=dict(enable=False)), "without recursive is unsupported"),
     ("expert", dict(recursive=3), "recursive=3; give a group of options"),
     ("expert", dict(recursive=dict(num_recursion=4)), "num_layers=8 does not fit middle_cycle with 4 recursions"),

@@ -44,7 +44,7 @@ def read(take: Callable[..., Any], where: str) -> dict[str, Any]:
   template = take("tokenizer.chat_template", str, None)
   kind = take("tokenizer.ggml.model", str, "none")
   if kind in ("none", "no_vocab"):
-    return dict(tokenizer=None, chat_template=template, special_ids=pretrained.special(ids), special_tokens={},
+    return dict(tokenizer=None, chat_template=template, special_ids=pretrained.special(where, ids), special_tokens={},
                 add_bos=False)
   if kind != "gpt2":
     raise ValueError(f"{where}: tokenizer.ggml.model={kind!r} is unsupported; use a model with 'gpt2' (byte-level BPE)")
@@ -67,7 +67,7 @@ def read(take: Callable[..., Any], where: str) -> dict[str, Any]:
     pretrained.parse_tokenizer(text)
   except ValueError as error:
     raise ValueError(f"{where}: its tokenizer is {error}") from error
-  return dict(tokenizer=text, chat_template=template, special_ids=pretrained.special(ids), add_bos=add_bos,
+  return dict(tokenizer=text, chat_template=template, special_ids=pretrained.special(where, ids), add_bos=add_bos,
               special_tokens={name: tokens[index] for name, index in ids.items() if index is not None})
 
 

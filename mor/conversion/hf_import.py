@@ -41,8 +41,8 @@ def read(path: pathlib.Path) -> pretrained.Source:
   config_path = path / "config.json"
   config = tensors_lib.read_json(config_path)
   architectures = config.get("architectures") or [_ARCHITECTURES[0]]
-  if not set(architectures) & set(_ARCHITECTURES):
-    raise ValueError(f"{config_path}: architecture {', '.join(map(str, architectures))} is unsupported; "
+  if not isinstance(architectures, list) or not any(name in _ARCHITECTURES for name in architectures):
+    raise ValueError(f"{config_path}: architectures {architectures!r} are unsupported; "
                      f"use {' or '.join(_ARCHITECTURES)}")
   model = pretrained.build(config_path, **fields(config, config_path))
   variables = pretrained.assemble(tensors_lib.open_path(path), model, "hf")
@@ -57,7 +57,7 @@ def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
     ValueError: one is missing, of another type, or unsupported.
   """
   kind = config.get("model_type")
-  if kind not in DEFAULTS:
+  if not isinstance(kind, str) or kind not in DEFAULTS:
     raise ValueError(f"{where}: model_type {kind!r} is unsupported; use one of {', '.join(DEFAULTS)}")
   config = DEFAULTS[kind] | config
   for name, plain in _PLAIN.items():
@@ -93,12 +93,17 @@ def companions(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any
   if template is None:
     template = said.get("chat_template")
   if isinstance(template, list):  # several by name
-    template = next((one["template"] for one in template if one.get("name") == "default"), None)
+    named = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
+    template = named.get("default")
   tokens = {name: said.get(f"{name}_token") for name in _SPECIAL}
-  tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
+  tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+  tokens = {name: token for name, token in tokens.items() if token is not None}
+  for name, text in {"chat_template": "" if template is None else template, **tokens}.items():
+    if not isinstance(text, str):
+      raise ValueError(f"{path}: {name} is a {type(text).__name__}, not text; fetch it again")
   ids = {name: config.get(f"{name}_token_id") for name in _SPECIAL}
-  return dict(tokenizer=tokenizer, chat_template=template, special_ids=pretrained.special(ids), special_tokens=tokens,
-              add_bos=bool(said.get("add_bos_token", False)))
+  return dict(tokenizer=tokenizer, chat_template=template, special_ids=pretrained.special(folder, ids),
+              special_tokens=tokens, add_bos=bool(said.get("add_bos_token", False)))
 
 
 def _text(path: pathlib.Path) -> str | None:
@@ -112,6 +117,8 @@ def _rope_theta(config: Mapping[str, Any], where: pathlib.Path) -> float:
   """The base, from `rope_theta` or the newer `rope_parameters`; no scaling."""
   for group in ("rope_scaling", "rope_parameters"):
     said = config.get(group) or {}
+    if not isinstance(said, dict):
+      raise ValueError(f"{where}: {group}={said!r}; give a group of options")
     kind = said.get("rope_type", said.get("type", "default"))
     if kind != "default":
       raise ValueError(f"{where}: {group} of type {kind!r} is unsupported; only models without rope scaling are")

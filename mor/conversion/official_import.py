@@ -110,7 +110,7 @@ def _recursion(where: pathlib.Path, recipe: Mapping[str, Any], tensors: tensors_
     return dict(sharing="vanilla", num_recursions=1, kv_plan="recursion_wise", router=pretrained.NO_ROUTER)
   said = dict(sharing=recursive.get("sharing"), num_recursions=steps,
                 kv_plan=_PLANS[bool(sharing_kv), bool(sharing_kv.get("update_cache"))])
-  if said["sharing"] not in schedule_lib.SCHEMES or not isinstance(steps, int):
+  if said["sharing"] not in list(schedule_lib.SCHEMES) or not isinstance(steps, int):
     raise ValueError(f"{where}: recursive.sharing={said['sharing']!r}, num_recursion={steps!r}; use a scheme of "
                      f"{', '.join(schedule_lib.SCHEMES)} and a count")
   router = _router(where, mor, steps) if mor else pretrained.NO_ROUTER
@@ -146,7 +146,7 @@ def _expert(mor: Mapping[str, Any], own: Mapping[str, Any], steps: int) -> dict[
     said |= dict(arch="random", activation="none", alpha=_alpha(own, 0.1), sampling="none")
   if mor.get("capacity"):
     capacity = tuple(float(part) for part in str(mor["capacity"]).split(","))
-    said["capacity"] = () if capacity == _default_capacity(steps) else capacity
+    said["capacity"] = () if len(capacity) == steps and capacity == _default_capacity(steps) else capacity
   return said
 
 

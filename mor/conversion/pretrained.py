@@ -110,6 +110,9 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
     ValueError: a tensor is missing, superfluous, of another shape or type, or
       differs from what it is tied to.
   """
+  if model.num_layers > len(tensors.shapes):
+    raise ValueError(f"{tensors.where} has {len(tensors.shapes)} tensors, its config says {model.num_layers} layers; "
+                     "is it whole, and is it what its config says?")
   entries = names.layout(model, form)
   _check(tensors, model, entries, form)
   rows: dict[str, int] = {}
@@ -183,7 +186,15 @@ def _some(keys: Iterable[str]) -> str:
   return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"
 
 
-def special(ids: Mapping[str, int | list[int] | None]) -> dict[str, tuple[int, ...]]:
-  """Ids by name, without those that are not given; a list for "eos" stays one."""
-  return {name: tuple(value) if isinstance(value, list) else (value,)
-          for name, value in ids.items() if value is not None}
+def special(where: str | pathlib.Path, ids: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """Ids by name, without those that are not given or, in old files, -1; "eos" may have several.
+
+  Raises:
+    ValueError: one is no id.
+  """
+  several = {name: tuple(value) if isinstance(value, list) else (value,)
+             for name, value in ids.items() if value not in (None, -1)}
+  for name, values in several.items():
+    if not all(type(value) is int and value >= 0 for value in values):
+      raise ValueError(f"{where}: {name}_token_id={ids[name]!r}; give an id, or a list of them")
+  return several
