@@ -42,7 +42,7 @@ def config(**model: Any) -> config_lib.ModelConfig:
 
 def write(folder: pathlib.Path, model: config_lib.ModelConfig, variables: dict[str, Any], **options: Any) -> None:
   """`hf_export.write` with nothing but the model."""
-  defaults = dict(tokenizer=None, chat_template=None, context=CONTEXT, dtype="float32", eos_id=None)
+  defaults = dict(tokenizer=None, chat_template=None, context=CONTEXT, dtype="float32", special_ids={})
   options = defaults | options
   hf_export.write(folder, model, variables, **options)
 

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 import pytest
 
 from configs import paper
+from configs import uptrain_smollm2
 from mor import config
 from mor.analysis import memory
 from mor.model import transformer
@@ -47,6 +48,23 @@ def test_file(name):
 @pytest.mark.parametrize("name", paper.members())
 def test_paper_member(name):
   _check(config.from_config_dict(paper.get_config(name)))
+
+
+@pytest.mark.parametrize("name", ["full", "r3", "r2-lora64", "r5-lora256-mor"])
+def test_uptrained_member(name):
+  made = config.from_config_dict(uptrain_smollm2.get_config(name))
+  _check(made)
+  assert bool(made.distill.teacher) == (name != "full")
+  assert (made.model.router.gating == "residual") == name.endswith("mor")
+  embedding, rest = memory.parameter_count(made.model)
+  assert embedding == 28_311_552
+  if name == "full":
+    assert rest == 106_203_456  # the weights' own
+
+
+def test_an_unknown_uptrained_member_is_refused():
+  with pytest.raises(ValueError, match="r2, r3, r5"):
+    uptrain_smollm2.get_config("r4")
 
 
 @pytest.mark.parametrize("name, layers, r, steps, warmup", [

@@ -108,7 +108,7 @@ def test_read_is_the_inverse_of_write(model, tmp_path):
 def test_unrolled_it_is_a_plain_llama(model, tmp_path):
   case = exported.make(tmp_path / "mor", **model)
   hf_export.write_llama(tmp_path / "llama", case.config, case.variables, tokenizer=None, chat_template=None, context=72,
-                        dtype="float32", eos_id=None)
+                        dtype="float32", special_ids={})
   mor = exported.load_modeling().MorForCausalLM.from_pretrained(case.folder)
   llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
   assert type(llama) is transformers.LlamaForCausalLM
@@ -129,7 +129,7 @@ def test_a_llama_comes_back_bitwise(heads, dtype, tmp_path):
   llama.to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
   first = hf_import.read(tmp_path / "theirs")
   hf_export.write_llama(tmp_path / "ours", first.model, first.variables, tokenizer=None, chat_template=None,
-                        context=first.context, dtype=dtype, eos_id=2)
+                        context=first.context, dtype=dtype, special_ids={"eos": (2,)})
   second = hf_import.read(tmp_path / "ours")
   assert second.model == first.model and second.context == first.context
   jax.tree.map(np.testing.assert_array_equal, second.variables, first.variables)
@@ -145,7 +145,7 @@ def test_tokenizer_goes_along(tmp_path):
       vocab={"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")]))
   case = exported.make(tmp_path / "plain", **MODELS["vanilla"])
   exported.write(tmp_path / "with", case.config, case.variables, tokenizer=text.to_str(), chat_template=TEMPLATE,
-                 eos_id=0)
+                 special_ids={name: (0,) for name in ("bos", "eos", "pad")})
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "with")
   assert tokenizer(["aba", "ab"], padding=True)["input_ids"] == [[3, 1], [0, 3]]
   assert tokenizer(["aba", "ab"], padding=True)["attention_mask"] == [[1, 1], [0, 1]]
@@ -194,7 +194,7 @@ def test_write_refuses(tmp_path):
 
 
 def test_llama_refuses_what_is_none(tmp_path):
-  options = dict(tokenizer=None, chat_template=None, context=72, dtype="float32", eos_id=None)
+  options = dict(tokenizer=None, chat_template=None, context=72, dtype="float32", special_ids={})
   for problem, model in [("router.name='expert_choice'", EXPERT),
                          ("model.kv_plan='shared'", FLAT | dict(router=tiny.FIXED, kv_plan="shared")),
                          ("model.d_model=22", MODELS["vanilla"] | dict(d_model=22))]:

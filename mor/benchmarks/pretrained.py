@@ -103,7 +103,7 @@ def _beside_transformers(source: pretrained.Source, ids: np.ndarray) -> dict[str
   import transformers
   with tempfile.TemporaryDirectory() as directory:
     hf_export.write_llama(f"{directory}/llama", source.model, source.variables, tokenizer=None, chat_template=None,
-                          context=source.context, dtype="float32", eos_id=None)
+                          context=source.context, dtype="float32", special_ids={})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/llama")
     theirs_TV = theirs(input_ids=theirs.dummy_inputs["input_ids"].new_tensor(ids[None])).logits.detach().numpy()[0]
   ours_TV = np.asarray(_logits(source.model, source.variables["params"], ids[None]))[0]

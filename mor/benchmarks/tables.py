@@ -83,9 +83,26 @@ def throughput_k2(record: dict) -> list[list[str]]:
   return [["figure", "published", "simulated", "error", "given"], *rows]
 
 
+def pretrained(record: dict) -> list[list[str]]:
+  """Header and rows: loss of a pretrained model made recursive, by method, recursions and rank."""
+  ranks = list(record["initialised"][0]["nll"])
+  rows = [[f"R = {row['num_recursions']}, {row['method']}", *(f"{row['nll'][rank]:.2f}" for rank in ranks),
+           f"{row['full_rank_logits_difference']:.1e}"] for row in record["initialised"]]
+  return [["before training, nats per token", *(f"rank {rank}" for rank in ranks), "full rank's logits − source's"], *rows]
+
+
+def uptraining(record: dict) -> list[list[str]]:
+  """Header and rows: loss before and after, time and memory of a step."""
+  rows = [[row["run"], f"{row['parameters'] / 1e6:.0f}M", f"{row['nll_before']:.3f}", f"{row['nll_after']:.3f}",
+           f"{row['step_seconds']:.1f}", f"{row['temporary_bytes'] / 2**30:.2f}", f"{row['teacher_bytes'] / 2**30:.2f}"]
+          for row in record["runs"]]
+  return [["model / initialisation", "parameters", "nats before", "nats after", "seconds a step", "GiB of a step",
+           "GiB of the teacher"], *rows]
+
+
 FORMS: dict[str, Callable[[dict], list[list[str]]]] = {
     "quickstart": quickstart, "train_throughput": train_throughput, "decode_throughput": decode_throughput,
-    "throughput_k2": throughput_k2, "formats": formats}
+    "throughput_k2": throughput_k2, "formats": formats, "pretrained": pretrained, "uptraining": uptraining}
 NOTES = {
     "quickstart": "{summary[params]:,.0f} parameters, {sizes[steps]} steps of {sizes[batch]} x {sizes[seq_len]} tokens "
                   "({summary[train_tokens]:,.0f} in all), mean depth {mean_depth:.2f} of {sizes[num_recursions]}.",
@@ -95,6 +112,9 @@ NOTES = {
     "decode_throughput": "{sizes[shape]} shape, {sizes[mix]} requests, random weights; medians of {sizes[rounds]} rounds "
                          "in turn, {clock} time, load average {load_average:.1f}.",
     "formats": "{sizes[tokens]:,} held-out tokens of the quickstart's model.",
+    "pretrained": "{sizes[source]}, {sizes[tokens]:,} tokens of books, on which the model itself is at the full rank's loss.",
+    "uptraining": "{sizes[steps]} steps of {sizes[batch]} x {sizes[seq_len]} tokens of books, learning rate "
+                  "{sizes[learning_rate]}; the model itself is at {source_nll:.3f} on the same {sizes[eval_rows]} rows.",
     "throughput_k2": "Relaxed Recursive Transformers, Table K.2; {sizes[requests]} requests.",
 }
 

@@ -95,10 +95,10 @@ def export(workdir: str | os.PathLike, target: str, output: str | os.PathLike, d
   config, step, variables = restore.variables(workdir)
   about = restore.pretrained(workdir) or {}
   tokenizer = text.load_tokenizer(config.data)
-  eos = about.get("special_ids", {}).get("eos", [])
+  opening = {name: (tokenizer.eos_id,) for name in ("bos", "eos", "pad")}  # as documents are in training
   TARGETS[target](output, config.model, jax.tree.map(np.asarray, variables), tokenizer=tokenizer.serialized,
                   chat_template=about.get("chat_template"), context=about.get("context") or config.data.seq_len,
-                  dtype=dtype, eos_id=eos[0] if eos else tokenizer.eos_id)
+                  dtype=dtype, special_ids=about["special_ids"] if about and step == 0 else opening)
   return {"step": step, "target": target, "dtype": dtype, "output": str(output)}
 
 

@@ -10,7 +10,7 @@ but for the routers, whose choices are made in float32.
 Source: transformers configuration_utils, tokenization_utils_tokenizers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -46,7 +46,8 @@ _FLOAT32 = ("model.router.", "model.aux_router.", "model.balance_bias")
 
 
 def write(directory: str | os.PathLike, model: model_config.ModelConfig, variables: Mapping[str, Any], *,
-          tokenizer: str | None, chat_template: str | None, context: int, dtype: str, eos_id: int | None) -> None:
+          tokenizer: str | None, chat_template: str | None, context: int, dtype: str,
+          special_ids: Mapping[str, Sequence[int]]) -> None:
   """Writes a folder for `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`.
 
   Args:
@@ -57,7 +58,8 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
     chat_template: Jinja, as transformers reads it.
     context: positions that the model was trained with.
     dtype: "float32" or "bfloat16".
-    eos_id: the token that ends a text and pads; it also begins one, as in training.
+    special_ids: ids that begin ("bos"), end ("eos", which may be several) and pad
+      ("pad") a text, as far as there are such; without "pad" the first "eos" pads.
 
   Raises:
     ValueError: the model or the variables cannot be written, or there is something
@@ -70,7 +72,7 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
   config = {
       "architectures": ["MorForCausalLM"], "model_type": "mor",
       "auto_map": {"AutoConfig": "modeling_mor.MorConfig", "AutoModelForCausalLM": "modeling_mor.MorForCausalLM"},
-      **_shared_fields(model, context, dtype, eos_id), **own,
+      **_shared_fields(model, context, dtype, special_ids), **own,
       "lora": {_short(weight.hf): model.lora.ranks[_short(weight.ours)] for weight in names.LAYER
                if _short(weight.ours) in model.lora.ranks},
       "router": dataclasses.asdict(model.router)}
@@ -79,12 +81,12 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
            for entry in hf_names.entries(model)}
   with _publish(directory) as folder:
     shutil.copyfile(MODELING, folder / MODELING.name)
-    _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, eos_id))
+    _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, special_ids))
 
 
 def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, variables: Mapping[str, Any], *,
                 tokenizer: str | None, chat_template: str | None, context: int, dtype: str,
-                eos_id: int | None) -> None:
+                special_ids: Mapping[str, Sequence[int]]) -> None:
   """Writes a folder of a plain Llama: every unrolled layer its own tensors, with LoRA folded in.
 
   Args: see `write`.
@@ -103,7 +105,7 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
     raise ValueError(f"model.d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which "
                      "transformers asks of a Llama; export with --target=hf")
   config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, **_shared_fields(model, context, dtype, eos_id)}
+            "mlp_bias": False, **_shared_fields(model, context, dtype, special_ids)}
   find = hf_names.find(model, variables)
   deltas = _folded(model, {entry.theirs: entry for entry in hf_names.entries(model)}, find)
   state = {}
@@ -112,7 +114,7 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
       theirs = (theirs.astype(np.float64) + deltas[name]()).astype(np.float32)
     state[name] = _cast(theirs, dtype)
   with _publish(directory) as folder:
-    _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, eos_id))
+    _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, special_ids))
 
 
 def _folded(model: model_config.ModelConfig, entries: Mapping[str, hf_names.Entry],
@@ -188,13 +190,20 @@ def _short(name: str) -> str:
   return name.replace("/", ".").split(".")[-1]
 
 
-def _shared_fields(model: model_config.ModelConfig, context: int, dtype: str, eos_id: int | None) -> dict[str, Any]:
+def _shared_fields(model: model_config.ModelConfig, context: int, dtype: str,
+                   special_ids: Mapping[str, Sequence[int]]) -> dict[str, Any]:
   """What both kinds of config.json hold."""
   if dtype not in ("float32", "bfloat16"):
     raise ValueError(f"dtype={dtype!r}; use 'float32' or 'bfloat16'")
-  return {"dtype": dtype, "max_position_embeddings": context,
-          "bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id,
-          **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()}}
+  return {"dtype": dtype, "max_position_embeddings": context, **_token_ids(special_ids), **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()}}
+
+
+def _token_ids(special_ids: Mapping[str, Sequence[int]]) -> dict[str, int | list[int] | None]:
+  """Fields of Hugging Face; several ends are a list."""
+  bos, eos, pad = (list(special_ids.get(name, ())) for name in ("bos", "eos", "pad"))
+  first = lambda ids: ids[0] if ids else None
+  return {"bos_token_id": first(bos), "eos_token_id": eos if len(eos) > 1 else first(eos),
+          "pad_token_id": first(pad or eos)}
 
 
 def _cast(theirs: np.ndarray, dtype: str) -> np.ndarray:
@@ -202,9 +211,9 @@ def _cast(theirs: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _tokenizer_files(model: model_config.ModelConfig, tokenizer: str | None, chat_template: str | None, context: int,
-                     eos_id: int | None) -> dict[str, str]:
+                     special_ids: Mapping[str, Sequence[int]]) -> dict[str, str]:
   """Content by file name."""
-  ids = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
+  ids = _token_ids(special_ids)
   files = {"generation_config.json": json.dumps(ids, indent=2)}
   if tokenizer is None:
     if chat_template is not None:
@@ -217,11 +226,13 @@ def _tokenizer_files(model: model_config.ModelConfig, tokenizer: str | None, cha
                      "tokenizer that it was trained with")
   config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
                             "padding_side": "left", "clean_up_tokenization_spaces": False}
-  if eos_id is not None:
-    end = parsed.id_to_token(eos_id)
-    if end is None:
-      raise ValueError(f"eos_id={eos_id} is no token of the tokenizer; use an id below {size}")
-    config |= {"bos_token": end, "eos_token": end, "pad_token": end}
+  for name, index in ids.items():
+    if index is not None:
+      index = index[0] if isinstance(index, list) else index
+      token = parsed.id_to_token(index)
+      if token is None:
+        raise ValueError(f"{name}={index} is no token of the tokenizer; use an id below {size}")
+      config[name.removesuffix("_id")] = token
   if chat_template is not None:
     config["chat_template"] = chat_template
   return {**files, "tokenizer.json": tokenizer, "tokenizer_config.json": json.dumps(config, indent=2)}
