@@ -52,12 +52,8 @@ def measure(args, num_slots: int, models: dict[str, Any], make_runner: Callable)
   which = 0 if args.pin is not None else 1
   rate = {name: [num_slots * args.peer_tokens / s[which] for s in values] for name, values in seconds.items()}
   best = max(names, key=lambda name: statistics.median(rate[name]))
-  return {"batch": num_slots, "best_peer": best, "tokens_per_second": {name: _spread(v) for name, v in rate.items()},
-          "ratio_to_best_peer": {name: _spread([a / b for a, b in zip(rate[name], rate[best])]) for name in ours}}
-
-
-def _spread(values):
-  return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+  return {"batch": num_slots, "best_peer": best, "tokens_per_second": {name: results.spread(v) for name, v in rate.items()},
+          "ratio_to_best_peer": {name: results.spread([a / b for a, b in zip(rate[name], rate[best])]) for name in ours}}
 
 
 def _prompts(num_slots, vocab_size):

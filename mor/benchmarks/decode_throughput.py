@@ -162,11 +162,6 @@ def _prescribe(model, kind):
   return prescribed.Prescribed(inner, probabilities(kind, model.config.num_recursions))
 
 
-def spread(values: list[float]) -> dict[str, float]:
-  """Least, median and greatest."""
-  return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
 def measure(args, num_slots: int, models: dict[str, model_lib.Model]) -> dict[str, Any]:
   """All variants at one batch size, in turn, and the parts of the ceilings."""
   names = [name for kind in args.variants for name in (
@@ -183,14 +178,14 @@ def measure(args, num_slots: int, models: dict[str, model_lib.Model]) -> dict[st
       runner.run(args.turn * num_slots)
     rates = ", ".join(f"{name} {r.tokens_per_second[-1]:.0f}" for name, r in runners.items())
     print(f"batch {num_slots}, round {turn + 1} of {args.rounds}: {rates}", file=sys.stderr, flush=True)
-  rows = [{"variant": name, "tokens_per_second": spread(r.tokens_per_second),
-           "wall_tokens_per_second": spread(r.wall_tokens_per_second), "metrics": r.engine.metrics(),
+  rows = [{"variant": name, "tokens_per_second": results.spread(r.tokens_per_second),
+           "wall_tokens_per_second": results.spread(r.wall_tokens_per_second), "metrics": r.engine.metrics(),
            "kv_bytes": decode_parts.kv_bytes(r.engine)} for name, r in runners.items()]
   gains = [_gain(runners, f"balanced-r{r}", f"never-r{r}") for r in args.recursions
            if {f"balanced-r{r}", f"never-r{r}"} <= runners.keys()]
   if {"trained", "trained-never"} <= runners.keys():
     gains.append(_gain(runners, "trained", "trained-never"))
-  ratios = {f"{a} / {b}": spread([x / y for x, y in zip(runners[a].tokens_per_second, runners[b].tokens_per_second)])
+  ratios = {f"{a} / {b}": results.spread([x / y for x, y in zip(runners[a].tokens_per_second, runners[b].tokens_per_second)])
             for a, b in _pairs(runners)}
   return {"batch": num_slots, "variants": rows, "gains": gains, "ratios": ratios}
 
@@ -214,7 +209,7 @@ def _gain(runners, routed: str, never: str) -> dict[str, Any]:
   num_steps = b.engine.decoder.num_steps
   full = num_steps * parts["pass_full"] + parts["edge_full"]
   ceiling = full / (depth * (parts["pass_routed"] + parts["edge_routed"]))
-  return {"routed": routed, "full": never, "mean_depth": depth, "gain": spread(gain), "seconds": parts,
+  return {"routed": routed, "full": never, "mean_depth": depth, "gain": results.spread(gain), "seconds": parts,
           "ceiling": ceiling, "ceiling_one_pass": full / (depth * (parts["pass_full"] + parts["edge_routed"])),
           "gain_per_ceiling": statistics.median(gain) / ceiling}
 

@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from typing import Any
@@ -80,6 +81,11 @@ def pin(core: int) -> None:
 def num_cores() -> int:
   """Cores this process may use."""
   return len(_affinity())
+
+
+def spread(values: list[float]) -> dict[str, float]:
+  """Least, median and greatest."""
+  return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -25,7 +25,6 @@ plan for the timed program: arguments + temporaries + outputs - donated.
 import dataclasses
 import math
 import re
-import statistics
 import sys
 import time
 from typing import Any
@@ -148,11 +147,6 @@ def costs(runner: Runner) -> dict[str, Any]:
   }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-  """Least, median and greatest."""
-  return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
 def compare(runners: list[Runner], clock: str) -> list[dict[str, Any]]:
   """One row a model: its costs and seconds, and their ratios to the first's.
 
@@ -165,8 +159,8 @@ def compare(runners: list[Runner], clock: str) -> list[dict[str, Any]]:
     row = {"model": runner.name, **costs(runner)}
     for kind in ("wall", "cpu"):
       seconds = getattr(runner, kind)
-      row[f"{kind}_seconds"] = spread(seconds)
-      row[f"{kind}_ratio"] = spread([a / b for a, b in zip(seconds, getattr(runners[0], kind))])
+      row[f"{kind}_seconds"] = results.spread(seconds)
+      row[f"{kind}_ratio"] = results.spread([a / b for a, b in zip(seconds, getattr(runners[0], kind))])
     row["step_ratio"] = row[f"{clock}_ratio"]["median"]
     tokens = runner.config.data.batch_size * runner.config.data.seq_len
     row["tokens_per_second"] = tokens / row[f"{clock}_seconds"]["median"]
