@@ -44,7 +44,8 @@ def source(tmp_path_factory):
 def config(source, workdir, groups=(), **model):
   data = dict(source=tiny.write_text(source), cache_dir=str(source / "cache"), tokenizer=f"{workdir}/tokenizer.json")
   fields = dict(vocab_size=263, num_layers=6, router=tiny.FIXED, tie_embeddings=True)
-  return tiny.config(*groups, model=tiny.VANILLA | fields | model, data=data, train=dict(steps=3, sample_prompt=""))
+  train = dict(steps=3, sample_prompt="")
+  return tiny.config(dict(model=tiny.VANILLA | fields | model, data=data, train=train), *groups)
 
 
 def recursive(source, workdir, **groups):
@@ -95,6 +96,19 @@ def test_a_step_learns_from_its_teacher_alone_where_asked(source):
   batch = sharding.put_batch(mesh, tiny.batch(made))
   _, metrics = step_lib.make_train_step(made, mesh, step_lib.load_teacher(made, mesh))(state, batch)
   assert abs(float(metrics["kl"])) < 1e-5 and float(metrics["grad_norm"]) < 1e-4 < float(metrics["nll"])
+
+
+def test_an_export_comes_back_bit_for_bit(source):
+  """With its routers, as a run that goes on."""
+  workdir, output, again = source / "routed", source / "out_routed", source / "again"
+  router = dict(name="expert_choice", gating="residual", alpha=2.0)
+  command.convert(recursive(source, workdir, model=dict(router=router)), f"hf:{source}/hf", workdir)
+  command.export(workdir, "hf", output, "float32")
+  made = recursive(source, again, model=dict(router=router))
+  command.convert(made, f"hf:{output}", again)
+  (_, _, first), (_, _, second) = restore.variables(workdir), restore.variables(again)
+  assert set(first["params"]) == {"embedding", "stack", "final_norm", "lora", "router"}
+  jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 @pytest.mark.parametrize("target", ["hf", "llama"])

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face folder of the Llama family: config.json, safetensors, tokenizer.
+"""Reads a Hugging Face folder: of the Llama family, or one of our own exports.
 
 Source: transformers models/llama/configuration_llama.py for names and defaults,
 models/mistral for Mistral, which without a sliding window computes the same.
@@ -8,6 +8,9 @@ from collections.abc import Mapping
 import pathlib
 from typing import Any
 
+from mor import fields as fields_lib
+from mor import model_config
+from mor.conversion import hf_export
 from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
 
@@ -40,6 +43,12 @@ def read(path: pathlib.Path) -> pretrained.Source:
     raise ValueError(f"hf:{path} is no folder; name the one that holds config.json")
   config_path = path / "config.json"
   config = tensors_lib.read_json(config_path)
+  if config.get("model_type") == "mor":  # trained on in PyTorch, say
+    own, variables = hf_export.read(path)
+    model = fields_lib.build(model_config.ModelConfig, own | pretrained.EXECUTION, str(config_path))
+    return pretrained.Source(model=model, variables=variables,
+                             context=_number(config, "max_position_embeddings", int, config_path),
+                             **companions(path, config))
   architectures = config.get("architectures") or [_ARCHITECTURES[0]]
   if not isinstance(architectures, list) or not any(name in _ARCHITECTURES for name in architectures):
     raise ValueError(f"{config_path}: architectures {architectures!r} are unsupported; "
