@@ -195,7 +195,8 @@ def _shared_fields(model: model_config.ModelConfig, context: int, dtype: str,
   """What both kinds of config.json hold."""
   if dtype not in ("float32", "bfloat16"):
     raise ValueError(f"dtype={dtype!r}; use 'float32' or 'bfloat16'")
-  return {"dtype": dtype, "max_position_embeddings": context, **_token_ids(special_ids), **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()}}
+  return {"dtype": dtype, "max_position_embeddings": context, **_token_ids(special_ids),
+          **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()}}
 
 
 def _token_ids(special_ids: Mapping[str, Sequence[int]]) -> dict[str, int | list[int] | None]:

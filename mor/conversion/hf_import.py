@@ -42,6 +42,8 @@ def read(path: pathlib.Path) -> pretrained.Source:
   if not path.is_dir():
     raise ValueError(f"hf:{path} is no folder; name the one that holds config.json")
   config_path = path / "config.json"
+  if not config_path.is_file():
+    raise ValueError(f"hf:{path} holds no config.json; name the folder of a model, with config.json and safetensors")
   config = tensors_lib.read_json(config_path)
   if config.get("model_type") == "mor":  # trained on in PyTorch, say
     own, variables = hf_export.read(path)

@@ -33,7 +33,8 @@ def read(spec: str, target: model_config.ModelConfig | None = None) -> pretraine
   """
   kind, colon, path = spec.partition(":")
   if kind not in _READERS or not colon or not path:
-    raise ValueError(f"source {spec!r}; use {', '.join(f'{known}:PATH' for known in _READERS)}")
+    raise ValueError(f"source {spec!r}; use {', '.join(f'{known}:PATH' for known in _READERS)}, or mor:WORKDIR to "
+                     "convert a run")
   expanded = pathlib.Path(path).expanduser()
   if not expanded.exists():
     raise FileNotFoundError(f"source {spec!r}: there is no {expanded}")
