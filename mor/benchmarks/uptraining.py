@@ -84,7 +84,7 @@ def measure(run: str, config: config_lib.Config, source: pretrained.Source) -> d
   memory = train_step.memory_analysis()
   return row | {
       "nll_after": held_out(), "step_seconds": statistics.median(seconds), "last_metrics": losses[-1],
-      "parameters": count(state.params) // 4, "teacher_bytes": count(teacher.params) if teacher else 0,
+      "parameters": count(state.params) // 4, "teacher_bytes": teacher.num_bytes if teacher else 0,
       "temporary_bytes": memory.temp_size_in_bytes, "argument_bytes": memory.argument_size_in_bytes}
 
 

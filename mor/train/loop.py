@@ -61,16 +61,18 @@ def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
   mesh = sharding.make_mesh(config.mesh)
   with checkpoint.Checkpoints(workdir, read_only=True) as existing:  # a wrong request creates nothing
     existing.check(config)
+  teacher = step_lib.load_teacher(config, mesh)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_lib.Stop())
     corpus = text.load(config.data, config.model.vocab_size)
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config.train.keep_checkpoints))
     state, start = restore_or_init(config, mesh, checkpoints)
-    teacher = step_lib.load_teacher(config, mesh)
     main = jax.process_index() == 0
     writer = stack.enter_context(metrics_lib.Writer(workdir, start, enabled=main))
     shown = stack.enter_context(progress.Progress(start, config.train.steps, enabled=main))
     shown.say(f"resuming at step {start}" if start else f"starting in {workdir}")
+    if teacher:
+      shown.say(f"taught by {config.distill.teacher}, whose parameters take {teacher.num_bytes / 2**20:,.0f} MiB")
     evaluate = evaluator(config, mesh, corpus)
     state, step = _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, writer, shown, stop)
   if step < config.train.steps:

@@ -67,6 +67,11 @@ class Teacher:
   balance: dict
   model: config_lib.ModelConfig = struct.field(pytree_node=False)
 
+  @property
+  def num_bytes(self) -> int:
+    """Of its parameters, over all devices."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
 
 def load_teacher(config: config_lib.Config, mesh: Mesh) -> Teacher | None:
   """The newest checkpoint of `distill.teacher`, None without one.
