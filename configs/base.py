@@ -32,6 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
       remat="none",  # none, dots, full
       scan_layers=True,
   ))
+  config.model.rope_scaling = ml_collections.ConfigDict(dict(  # Llama 3's; factor 1 is off
+      factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192))
   config.model.lora = ml_collections.ConfigDict(dict(  # rank of each step's delta; 0 is off
       q=0, k=0, v=0, o=0, gate=0, up=0, down=0))
   config.model.router = ml_collections.ConfigDict(dict(

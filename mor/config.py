@@ -18,6 +18,7 @@ from mor import model_config
 ModelConfig = model_config.ModelConfig
 RouterConfig = model_config.RouterConfig
 LoraConfig = model_config.LoraConfig
+RopeScalingConfig = model_config.RopeScalingConfig
 
 _require = fields.require
 
@@ -26,6 +27,7 @@ _ADDED = {
     "init": dict(method="stepwise", lora="svd"),
     "distill": dict(teacher="", weight=0.5, temperature=1.0),
     "model.tie_embeddings": True,
+    "model.rope_scaling": dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
     "model.lora": dict(q=0, k=0, v=0, o=0, gate=0, up=0, down=0),
 }
 

@@ -96,6 +96,29 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+  """Llama 3's scaling of the rotary frequencies, for contexts longer than it was trained on.
+
+  A frequency that turns fewer than `low_freq_factor` times in `original_context` is
+  divided by `factor`, one of more than `high_freq_factor` turns stays, and those
+  between go from one to the other.
+  """
+
+  factor: float  # 1 is no scaling
+  low_freq_factor: float  # turns
+  high_freq_factor: float  # turns
+  original_context: int  # positions
+
+  def __post_init__(self):
+    _require(self.factor >= 1, f"model.rope_scaling.factor={self.factor}", "use a factor >= 1")
+    _require(0 < self.low_freq_factor < self.high_freq_factor,
+             f"model.rope_scaling.low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}",
+             "use 0 < low < high")
+    _require(self.original_context >= 1, f"model.rope_scaling.original_context={self.original_context}",
+             "use a number of positions")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A Llama-style decoder whose middle is a shared stack run R times."""
 
@@ -111,6 +134,7 @@ class ModelConfig:
   kv_plan: Literal["recursion_wise", "shared", "hybrid"]
   execution: Literal["gathered", "masked"]
   rope_theta: float
+  rope_scaling: RopeScalingConfig
   norm_eps: float
   init_std: float
   tie_embeddings: bool  # the output head is the embedding

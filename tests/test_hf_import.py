@@ -1,5 +1,6 @@
 """Hugging Face folders: ours agree with transformers, and what lies is refused."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -7,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mor.conversion import hf_export
 from mor.conversion import names
 from mor.conversion import source
 from tests import checkpoints
@@ -41,6 +43,31 @@ def test_logits_are_theirs(heads, tied, shard, tmp_path):
   with torch.no_grad():
     expected = network(torch.tensor(checkpoints.TOKENS_BT)).logits.numpy()
   np.testing.assert_allclose(checkpoints.logits(read.model, read.variables), expected, rtol=0, atol=1e-5)
+
+
+def test_llama_3_scaling_is_theirs(tmp_path):
+  """Frequencies of all three kinds: kept, divided, and between."""
+  import torch
+  import transformers
+  model = checkpoints.llama(head_dim=10)
+  scaling = dict(rope_type="llama3", rope_theta=300.0, factor=4.0, low_freq_factor=0.5, high_freq_factor=1.5,
+                 original_max_position_embeddings=9)
+  torch.manual_seed(0)
+  fields = checkpoints.hf_config(model) | dict(initializer_range=0.3, rope_parameters=scaling)
+  network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
+  network.save_pretrained(tmp_path)
+  read = source.read(f"hf:{tmp_path}")
+  assert read.model.rope_scaling.factor == 4.0 and read.model.rope_scaling.original_context == 9
+  with torch.no_grad():
+    expected = network(torch.tensor(checkpoints.TOKENS_BT)).logits.numpy()
+  np.testing.assert_allclose(checkpoints.logits(read.model, read.variables), expected, rtol=0, atol=1e-5)
+  plain = dataclasses.replace(read.model, rope_scaling=dataclasses.replace(read.model.rope_scaling, factor=1.0))
+  assert np.abs(checkpoints.logits(plain, read.variables) - expected).max() > 1e-3
+  hf_export.write_llama(tmp_path / "again", read.model, read.variables, tokenizer=None, chat_template=None, context=48,
+                        dtype="float32", special_ids={})
+  again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "again")
+  with torch.no_grad():
+    np.testing.assert_allclose(again(torch.tensor(checkpoints.TOKENS_BT)).logits.numpy(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -137,7 +164,9 @@ def test_harmless_tensors_are_passed_over(tmp_path):
     (dict(model_type=None), "model_type None is unsupported"),
     (dict(architectures=["LlamaForTokens"]), "architectures .'LlamaForTokens'. are unsupported"),
     (dict(model_type="mistral"), "sliding_window=4096 is unsupported"),
-    (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "rope_scaling of type 'llama3' is unsupported"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor=None; give a number"),
+    (dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=4.0, high_freq_factor=1.0,
+                            original_max_position_embeddings=16)), "use 0 < low < high"),
     (dict(rope_scaling=dict(type="linear", factor=2.0)), "of type 'linear' is unsupported"),
     (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4)), "rope_parameters of type 'yarn' is unsupported"),
     (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.5)), "partial_rotary_factor=0.5"),
@@ -219,7 +248,7 @@ def test_a_folder_is_wanted(tmp_path):
   (tmp_path / "model.safetensors").write_bytes(b"")
   with pytest.raises(ValueError, match="is no folder"):
     source.read(f"hf:{tmp_path / 'model.safetensors'}")
-  with pytest.raises(FileNotFoundError, match="config.json"):
+  with pytest.raises(ValueError, match="holds no config.json; name the folder"):
     source.read(f"hf:{tmp_path}")
   checkpoints.hf_folder(tmp_path, checkpoints.llama())
   (tmp_path / "model.safetensors").unlink()

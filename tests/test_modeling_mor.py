@@ -17,6 +17,8 @@ LOSS_FREE = dict(balancing="loss_free")
 CASES = {
     "vanilla": tiny.VANILLA | dict(num_layers=2),
     "untied, theta, eps": tiny.VANILLA | dict(num_layers=2, tie_embeddings=False, rope_theta=100.0, norm_eps=0.1),
+    "rope scaling": tiny.VANILLA | dict(num_layers=2, rope_scaling=dict(
+        factor=4.0, low_freq_factor=0.5, high_freq_factor=1.5, original_context=9)),
     "cycle": dict(sharing="cycle", num_layers=4, num_recursions=2, router=tiny.FIXED),
     "sequence, shared": dict(sharing="sequence", num_layers=4, num_recursions=2, router=tiny.FIXED, kv_plan="shared"),
     "middle_sequence, hybrid": dict(sharing="middle_sequence", num_layers=6, num_recursions=2, router=tiny.FIXED,

@@ -53,9 +53,10 @@ def make(name: str, model: config_lib.ModelConfig, params: dict, threads: int, d
   """
   if name not in PEERS:
     raise ValueError(f"peer {name!r}; use one of {', '.join(PEERS)}")
-  if model.sharing != "vanilla" or model.router.name != "fixed":
-    raise ValueError(f"peer {name!r} of a model with sharing={model.sharing!r}, router {model.router.name!r}; "
-                     "other engines run sharing 'vanilla' with router 'fixed' only")
+  if model.sharing != "vanilla" or model.router.name != "fixed" or model.rope_scaling.factor != 1:
+    raise ValueError(f"peer {name!r} of a model with sharing={model.sharing!r}, router {model.router.name!r}, rope "
+                     f"factor {model.rope_scaling.factor:g}; other engines run sharing 'vanilla' with router 'fixed' "
+                     "and no scaling only")
   build, dtype, packages = PEERS[name]
   missing = [package for package in packages if importlib.util.find_spec(package) is None]
   if missing:

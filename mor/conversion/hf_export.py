@@ -41,6 +41,7 @@ _SIZES = {  # Hugging Face's field -> ours
     "tie_word_embeddings": "tie_embeddings",
 }
 _OWN = ("sharing", "num_recursions", "kv_plan")  # fields that Llama has not
+_NO_SCALING = dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 _RUN = dict(execution="masked", cross_documents=False, compute_dtype="float32", remat="none", scan_layers=True)
 _FLOAT32 = ("model.router.", "model.aux_router.", "model.balance_bias")
 
@@ -68,7 +69,7 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
   if model.router.name != "fixed" and model.router.arch == "random":
     raise ValueError("router.arch='random' draws its scores from JAX's generator, which PyTorch has not; "
                      "export a model whose router is learned")
-  own = {field: getattr(model, field) for field in _OWN}
+  own = {"rotary_scaling": _rope_scaling(model), **{field: getattr(model, field) for field in _OWN}}
   config = {
       "architectures": ["MorForCausalLM"], "model_type": "mor",
       "auto_map": {"AutoConfig": "modeling_mor.MorConfig", "AutoModelForCausalLM": "modeling_mor.MorForCausalLM"},
@@ -105,7 +106,8 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
     raise ValueError(f"model.d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which "
                      "transformers asks of a Llama; export with --target=hf")
   config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, **_shared_fields(model, context, dtype, special_ids)}
+            "mlp_bias": False, "rope_scaling": _rope_scaling(model),
+            **_shared_fields(model, context, dtype, special_ids)}
   find = hf_names.find(model, variables)
   deltas = _folded(model, {entry.theirs: entry for entry in hf_names.entries(model)}, find)
   state = {}
@@ -177,12 +179,13 @@ def _read_fields(path: pathlib.Path) -> dict[str, Any]:
   config = tensors_lib.read_json(path)
   if config.get("model_type") != "mor":
     raise ValueError(f"{path} is of model_type {config.get('model_type')!r}, not 'mor'; import it with hf:")
-  missing = [field for field in (*_SIZES, *_OWN, "lora", "router") if field not in config]
+  missing = [field for field in (*_SIZES, *_OWN, "rotary_scaling", "lora", "router") if field not in config]
   if missing:
     raise ValueError(f"{path} misses {', '.join(missing)}; export again")
   ranks = {_short(weight.ours): config["lora"].get(_short(weight.hf), 0) for weight in names.LAYER if weight.ins}
+  scaling = {ours: (config["rotary_scaling"] or _NO_SCALING)[theirs] for theirs, ours in names.ROPE_SCALING.items()}
   return {**{ours: config[theirs] for theirs, ours in _SIZES.items()}, **{field: config[field] for field in _OWN},
-          "lora": ranks, "router": config["router"]}
+          "rope_scaling": scaling, "lora": ranks, "router": config["router"]}
 
 
 def _short(name: str) -> str:
@@ -197,6 +200,13 @@ def _shared_fields(model: model_config.ModelConfig, context: int, dtype: str,
     raise ValueError(f"dtype={dtype!r}; use 'float32' or 'bfloat16'")
   return {"dtype": dtype, "max_position_embeddings": context, **_token_ids(special_ids),
           **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()}}
+
+
+def _rope_scaling(model: model_config.ModelConfig) -> dict[str, Any] | None:
+  if model.rope_scaling.factor == 1.0:
+    return None
+  return {"rope_type": "llama3", **{theirs: getattr(model.rope_scaling, ours)
+                                    for theirs, ours in names.ROPE_SCALING.items()}}
 
 
 def _token_ids(special_ids: Mapping[str, Sequence[int]]) -> dict[str, int | list[int] | None]:

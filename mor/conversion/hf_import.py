@@ -11,6 +11,7 @@ from typing import Any
 from mor import fields as fields_lib
 from mor import model_config
 from mor.conversion import hf_export
+from mor.conversion import names
 from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
 
@@ -80,6 +81,7 @@ def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
       vocab_size=take("vocab_size"), d_model=d_model, num_heads=heads,
       num_kv_heads=take("num_key_value_heads", heads), head_dim=take("head_dim", d_model // max(heads, 1)),
       d_ff=take("intermediate_size"), num_layers=take("num_hidden_layers"), rope_theta=_rope_theta(config, where),
+      rope_scaling=_rope_scaling(config, where),
       norm_eps=_number(config, "rms_norm_eps", float, where),
       init_std=_number(config, "initializer_range", float, where) or _LLAMA["initializer_range"],
       tie_embeddings=_flag(config, "tie_word_embeddings", where))
@@ -125,19 +127,32 @@ def _text(path: pathlib.Path) -> str | None:
 
 
 def _rope_theta(config: Mapping[str, Any], where: pathlib.Path) -> float:
-  """The base, from `rope_theta` or the newer `rope_parameters`; no scaling."""
+  """The base, from `rope_theta` or the newer `rope_parameters`."""
+  said = config.get("rope_parameters") or {}
+  return _number(said if said.get("rope_theta") else config, "rope_theta", float, where)
+
+
+def _rope_scaling(config: Mapping[str, Any], where: pathlib.Path) -> model_config.RopeScalingConfig:
+  """Llama 3's, or none, from `rope_scaling` or the newer `rope_parameters`."""
+  scaling = pretrained.NO_SCALING
   for group in ("rope_scaling", "rope_parameters"):
     said = config.get(group) or {}
     if not isinstance(said, dict):
       raise ValueError(f"{where}: {group}={said!r}; give a group of options")
     kind = said.get("rope_type", said.get("type", "default"))
-    if kind != "default":
-      raise ValueError(f"{where}: {group} of type {kind!r} is unsupported; only models without rope scaling are")
+    if kind == "llama3":
+      numbers = {ours: _number(said, theirs, int if ours == "original_context" else float, where)
+                 for theirs, ours in names.ROPE_SCALING.items()}
+      try:
+        scaling = model_config.RopeScalingConfig(**numbers)
+      except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    elif kind != "default":
+      raise ValueError(f"{where}: {group} of type {kind!r} is unsupported; use a model with 'llama3' or none")
     if said.get("partial_rotary_factor", 1.0) != 1.0:
       raise ValueError(f"{where}: partial_rotary_factor={said['partial_rotary_factor']} is unsupported; "
                        "only whole heads rotate")
-  said = config.get("rope_parameters") or {}
-  return _number(said if said.get("rope_theta") else config, "rope_theta", float, where)
+  return scaling
 
 
 def _number(config: Mapping[str, Any], name: str, kind: type, where: pathlib.Path, *default: Any) -> Any:

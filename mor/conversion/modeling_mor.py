@@ -43,6 +43,8 @@ class MorConfig(PreTrainedConfig):
     kv_plan: recursion_wise (a step sees the keys of its own tokens), shared (the
       first step's keys) or hybrid (the first step's, overlaid by its own).
     lora: rank of each projection's delta, by name, e.g. {"q_proj": 8}.
+    rotary_scaling: Llama 3's factor, low_freq_factor, high_freq_factor and
+      original_max_position_embeddings, or None.
     router: name (fixed, expert_choice, token_choice), arch, activation, alpha,
       temperature, capacity, gating, sampling, balancing; the rest is training's.
   """
@@ -54,6 +56,7 @@ class MorConfig(PreTrainedConfig):
   num_attention_heads, num_key_value_heads, head_dim, max_position_embeddings = 8, 8, 64, 2048
   rope_theta, rms_norm_eps, initializer_range, use_cache, tie_word_embeddings = 10000.0, 1e-5, 0.02, True, True
   sharing, num_recursions, kv_plan, lora, router = "vanilla", 1, "recursion_wise", {}, {"name": "fixed"}
+  rotary_scaling = None
 
   def edge(self):
     """Unshared layers at each end."""
@@ -173,6 +176,18 @@ class _View:
     out_bKXH = F.scaled_dot_product_attention(
         q_bKXH, k_bSKH.transpose(1, 2), v_bSKH.transpose(1, 2), attn_mask=mask_bXS[:, None])
     return out_bKXH.unflatten(2, (c, group)).transpose(1, 2).flatten(2, 3)[self.place]
+
+
+def frequencies(config, device):
+  """Rotary frequencies [H / 2]; Llama 3's scaling leaves fast ones and divides slow ones."""
+  half, scaling = config.head_dim // 2, config.rotary_scaling
+  frequency_H = config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+  if scaling:
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns_H = scaling["original_max_position_embeddings"] * frequency_H / (2 * torch.pi)
+    kept_H = ((turns_H - low) / (high - low)).clamp(0, 1)
+    frequency_H = frequency_H * (kept_H + (1 - kept_H) / scaling["factor"])
+  return frequency_H
 
 
 def rotate(x_MNH, rotation_M1H):
@@ -354,9 +369,7 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
     cache.valid_BS = attention_mask.bool()
     if position_ids is None:
       position_ids = (cache.valid_BS.cumsum(1) - 1)[:, start:]
-    half = self.config.head_dim // 2
-    frequency_H = self.config.rope_theta ** (-torch.arange(half, device=h_BTD.device, dtype=torch.float32) / half)
-    angle_BTH = position_ids.expand(batch, -1)[..., None] * frequency_H
+    angle_BTH = position_ids.expand(batch, -1)[..., None] * frequencies(self.config, h_BTD.device)
     h_BTD, depths = self.model(h_BTD, cache.valid_BS[:, start:], (angle_BTH.cos(), angle_BTH.sin()), cache)
     keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
     logits = self.lm_head(h_BTD[:, keep]).float()

@@ -213,6 +213,12 @@ def deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
   return rows.reshape(heads, len(rows) // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
+ROPE_SCALING = {  # Hugging Face's fields of rope_type "llama3" -> ours
+    "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_context",
+}
+
+
 def get(layer: Mapping[str, Any], path: str) -> Any:
   """The leaf at a path such as "attention/q"."""
   for name in path.split("/"):

@@ -24,6 +24,8 @@ NO_ROUTER = model_config.RouterConfig(
     name="fixed", arch="linear", activation="sigmoid", alpha=0.1, temperature=1.0, capacity=(), capacity_warmup_steps=0,
     gating="weighted", sampling="none", sampling_coef=0.001, aux_router_lr_multiplier=10.0, z_loss_coef=0.0,
     balancing="none", balance_coef=0.1, bias_update_rate=0.001, balance_warmup_steps=0)
+NO_SCALING = model_config.RopeScalingConfig(
+    factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 NO_LORA = model_config.LoraConfig(q=0, k=0, v=0, o=0, gate=0, up=0, down=0)
 
 _BUFFERS = re.compile(r".*\brotary_emb\.inv_freq")  # follow from the config; old files have them
@@ -87,7 +89,8 @@ def build(where: pathlib.Path, **said: Any) -> model_config.ModelConfig:
   Raises:
     ValueError: they do not fit together.
   """
-  plain = dict(sharing="vanilla", num_recursions=1, kv_plan="recursion_wise", router=NO_ROUTER, lora=NO_LORA)
+  plain = dict(sharing="vanilla", num_recursions=1, kv_plan="recursion_wise", router=NO_ROUTER, lora=NO_LORA,
+               rope_scaling=NO_SCALING)
   try:
     return model_config.ModelConfig(**EXECUTION, **(plain | said))
   except ValueError as error:

@@ -41,8 +41,8 @@ from mor.model import schedule as schedule_lib
 from mor.model.routers import table as router_table
 
 _EDGE = 1e-6  # least norm weight of a row that is divided by
-_SIZES = ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "rope_theta", "norm_eps",
-          "tie_embeddings")
+_SIZES = ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "rope_theta", "rope_scaling",
+          "norm_eps", "tie_embeddings")
 
 
 def convert(target: config_lib.ModelConfig, how: config_lib.InitConfig, seed: int, source: config_lib.ModelConfig,

@@ -78,7 +78,7 @@ class Decoder:
 
   def rotation(self, position_M: jax.Array) -> Any:
     """Of flat tokens."""
-    return layers.rotation(position_M[None], self.model.head_dim, self.model.rope_theta)
+    return layers.rotation(position_M[None], self.model)
 
   # The passes of one token.
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mor import model_config
 from mor import types
 from mor.model import lora as lora_lib
 
@@ -22,10 +23,15 @@ def rms_norm(x_BTD: types.Activations, scale_D: jax.Array, eps: float) -> types.
   return (x32_BTD * inverse_BT1 * scale_D[None, None, :]).astype(x_BTD.dtype)
 
 
-def rotation(position_BT: types.Positions, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotation(position_BT: types.Positions, config: model_config.ModelConfig) -> tuple[jax.Array, jax.Array]:
   """Cosine and sine `[B, T, 1, H / 2]` of every position's rotary angles, in float32."""
-  half = head_dim // 2
-  frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  half, scaling = config.head_dim // 2, config.rope_scaling
+  frequency_H = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling.factor != 1.0:
+    turns_H = scaling.original_context * frequency_H / (2 * jnp.pi)
+    kept_H = (turns_H - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept_H = jnp.clip(kept_H, 0.0, 1.0)
+    frequency_H = frequency_H * (kept_H + (1.0 - kept_H) / scaling.factor)
   angle_BT1H = position_BT.astype(jnp.float32)[:, :, None, None] * frequency_H[None, None, None, :]
   return jnp.cos(angle_BT1H), jnp.sin(angle_BT1H)
 

@@ -247,7 +247,7 @@ class _Pass:
     return y
 
   def _rotation(self, position):
-    return layers.rotation(position, self.config.head_dim, self.config.rope_theta)
+    return layers.rotation(position, self.config)
 
   def _stack(self, step, lora, x, view, store: dict):
     """The stack's layers of `step`, by the plan's slots."""

@@ -124,7 +124,7 @@ class Transformer(nn.Module):
     batch, seq_len = segment_BT.shape
     position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
     view = kv_base.KVView(
-        rotation=layers.rotation(position_BT, self.config.head_dim, self.config.rope_theta),
+        rotation=layers.rotation(position_BT, self.config),
         mask_BTS=kv_base.visible(position_BT, segment_BT, position_BT, segment_BT))
     with jax.named_scope(group):
       return recursion_lib.run_layers(self.config, self._layers(group, num_layers), h_BTD, view)[0]
@@ -135,7 +135,7 @@ class Transformer(nn.Module):
       block = block_lib.Block(self.config)
       x_BTD = jnp.zeros((1, 1, self.config.d_model))
       view = kv_base.KVView(
-          rotation=layers.rotation(jnp.zeros((1, 1), jnp.int32), self.config.head_dim, self.config.rope_theta),
+          rotation=layers.rotation(jnp.zeros((1, 1), jnp.int32), self.config),
           mask_BTS=jnp.ones((1, 1, 1), bool))
       return jax.vmap(lambda k: block.init(k, x_BTD, view)["params"])(jax.random.split(key, num_layers))
     return self.param(group, init)
