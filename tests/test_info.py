@@ -80,3 +80,10 @@ def test_kv_bytes_follow_the_compute_dtype():
 def test_bad_budget_is_named(budget):
   with pytest.raises(ValueError, match=f"budget={budget:g} FLOPs; use a positive"):
     info.info(tiny.config(), budget)
+
+
+def test_a_relaxed_model_has_a_budget_too():
+  """Its deltas cost FLOPs, so the same budget pays for fewer steps."""
+  plain = dict(sharing="cycle", num_layers=6, num_recursions=2, router=tiny.FIXED)
+  steps = lambda **ranks: info.info(tiny.config(model=plain | dict(lora=ranks)), BUDGET)["steps"]
+  assert steps(q=4, down=4) < steps()

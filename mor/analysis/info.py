@@ -62,4 +62,5 @@ def _vanilla_360m(model: config_lib.ModelConfig) -> config_lib.ModelConfig:
   return dataclasses.replace(
       model, vocab_size=49152, d_model=960, num_heads=15, num_kv_heads=5, head_dim=64, d_ff=2560,
       num_layers=32, sharing="vanilla", num_recursions=1, kv_plan="recursion_wise",
+      lora=dataclasses.replace(model.lora, **dict.fromkeys(model.lora.ranks, 0)),
       router=dataclasses.replace(model.router, name="fixed", capacity=()))

@@ -38,10 +38,10 @@ from mor.model import transformer
 from mor.train import loss as loss_lib
 
 PARAGRAPH = (
-    "The Industrial Revolution, which began in Britain in the late eighteenth century, transformed the way people lived "
-    "and worked. Before that time most families lived in the countryside and made by hand the things they needed. New "
-    "machines, driven first by water and later by steam, allowed goods to be made quickly and cheaply in large "
-    "factories, and thousands of people moved to the towns in search of work.")
+    "The Industrial Revolution, which began in Britain in the late eighteenth century, transformed the way people "
+    "lived and worked. Before that time most families lived in the countryside and made by hand the things they "
+    "needed. New machines, driven first by water and later by steam, allowed goods to be made quickly and cheaply in "
+    "large factories, and thousands of people moved to the towns in search of work.")
 PROMPT = "The capital of France is"
 METHODS = ("stepwise", "average", "lower", "upper")
 _STARTS, _CHARACTERS = (50000, 120000), 4500  # excerpts of a book
@@ -78,7 +78,8 @@ def excerpts(path: str, encode: Any, tokens: int, starts: tuple[int, ...]) -> li
   return [encode(book[start:start + _CHARACTERS])[:tokens] for book in books for start in starts]
 
 
-def imported(source: pretrained.Source, tokenizer: tokenizer_lib.Tokenizer, wikitext: str, books: str) -> dict[str, Any]:
+def imported(source: pretrained.Source, tokenizer: tokenizer_lib.Tokenizer, wikitext: str,
+             books: str) -> dict[str, Any]:
   """Figures of the model itself."""
   model, params = source.model, source.variables["params"]
   paragraph = tokenizer.encode(PARAGRAPH)
@@ -107,7 +108,8 @@ def _beside_transformers(source: pretrained.Source, ids: np.ndarray) -> dict[str
     theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/llama")
     theirs_TV = theirs(input_ids=theirs.dummy_inputs["input_ids"].new_tensor(ids[None])).logits.detach().numpy()[0]
   ours_TV = np.asarray(_logits(source.model, source.variables["params"], ids[None]))[0]
-  return {"logits_difference": float(np.abs(ours_TV - theirs_TV).max()), "logits_largest": float(np.abs(theirs_TV).max())}
+  return {"logits_difference": float(np.abs(ours_TV - theirs_TV).max()),
+          "logits_largest": float(np.abs(theirs_TV).max())}
 
 
 def initialised(source: pretrained.Source, ranks: list[int], recursions: list[int], windows: list[np.ndarray],
@@ -139,7 +141,8 @@ def _recursive(source: config_lib.ModelConfig, num_recursions: int, rank: int | 
   """The source's sizes in a cycle, with deltas of a rank; None is full."""
   full = {name: min(ends) for name, ends in lora.widths(source).items()}
   ranks = full if rank is None else {name: min(rank, most) for name, most in full.items()}
-  return dataclasses.replace(source, sharing="cycle", num_recursions=num_recursions, lora=config_lib.LoraConfig(**ranks))
+  return dataclasses.replace(source, sharing="cycle", num_recursions=num_recursions,
+                             lora=config_lib.LoraConfig(**ranks))
 
 
 def main(argv: list[str]) -> None:
@@ -162,9 +165,10 @@ def main(argv: list[str]) -> None:
   first = imported(source, tokenizer, args.wikitext, args.books)
   print(json.dumps(first), file=sys.stderr, flush=True)
   rows = initialised(source, ranks, recursions, windows, tokenizer.encode(PARAGRAPH))
-  sizes = {"source": pathlib.Path(args.source).name, "tokens": sum(len(window) - 1 for window in windows),
-           "ranks": ranks}
-  results.write(results.header("pretrained", argv, "float32", sizes) | {"imported": first, "initialised": rows}, args.out)
+  sizes = {"source": pathlib.Path(args.source.partition(":")[2]).name, "ranks": ranks,
+           "tokens": sum(len(window) - 1 for window in windows)}
+  record = results.header("pretrained", argv, "float32", sizes) | {"imported": first, "initialised": rows}
+  results.write(record, args.out)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def main(argv: list[str]) -> None:
   configs = {run: make_config(run, args) for run in args.runs.split(",")}
   source = source_lib.read(args.source)
   sizes = {name: getattr(args, name) for name in ("steps", "batch", "seq_len", "learning_rate", "eval_rows")}
-  record = results.header("uptraining", argv, "float32", sizes) | {"source_nll": _source_nll(configs, source), "runs": []}
+  record = results.header("uptraining", argv, "float32", sizes)
+  record |= {"source_nll": _source_nll(configs, source), "runs": []}
   for run, config in configs.items():
     record["runs"].append(measure(run, config, source))
     print(json.dumps(record["runs"][-1]), file=sys.stderr, flush=True)

@@ -59,27 +59,27 @@ class Exit:
   classifier: Classifier | None = None
 
 
-def margin(exit: Exit) -> jax.Array:
+def margin(at: Exit) -> jax.Array:
   """Probability of the likeliest token less that of the second."""
-  logits_BV, = _need(exit, "margin", "logits_BV")
+  logits_BV, = _need(at, "margin", "logits_BV")
+  logits_BV = logits_BV.astype(jnp.float32)
   best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
   # Two reductions, not `top_k`, which sorts the vocabulary on a CPU.
   tied_B = jnp.sum(logits_BV == best_B1, axis=-1) > 1
   second_B = jnp.max(jnp.where(logits_BV < best_B1, logits_BV, -jnp.inf), axis=-1)
-  weight_BV, total_B = _weights(logits_BV)
-  del weight_BV
-  return _unit(jnp.where(tied_B, 0.0, (1.0 - jnp.exp(second_B - best_B1[:, 0])) / total_B))
+  lead_B = -jnp.expm1(second_B - best_B1[:, 0])
+  return _unit(jnp.where(tied_B, 0.0, lead_B / _weights(logits_BV)[1]))
 
 
-def maximum(exit: Exit) -> jax.Array:
+def maximum(at: Exit) -> jax.Array:
   """Probability of the likeliest token."""
-  logits_BV, = _need(exit, "maximum", "logits_BV")
+  logits_BV, = _need(at, "maximum", "logits_BV")
   return _unit(1.0 / _weights(logits_BV)[1])
 
 
-def entropy(exit: Exit) -> jax.Array:
+def entropy(at: Exit) -> jax.Array:
   """1 where one token has all the probability, 0 where all have the same."""
-  logits_BV, = _need(exit, "entropy", "logits_BV")
+  logits_BV, = _need(at, "entropy", "logits_BV")
   weight_BV, total_B = _weights(logits_BV)
   # H = log Z - sum(w log w) / Z for w = exp(logit - best) and their sum Z.
   entropy_B = jnp.log(total_B) - jnp.sum(jax.scipy.special.xlogy(weight_BV, weight_BV), axis=-1) / total_B
@@ -88,22 +88,22 @@ def entropy(exit: Exit) -> jax.Array:
   return _unit(1.0 - entropy_B / most_B)
 
 
-def saturation(exit: Exit) -> jax.Array:
+def saturation(at: Exit) -> jax.Array:
   """Cosine of this exit's and the previous exit's hidden states, 0 where it is negative."""
-  hidden_BD, previous_BD = _need(exit, "saturation", "hidden_BD", "previous_hidden_BD")
+  hidden_BD, previous_BD = _need(at, "saturation", "hidden_BD", "previous_hidden_BD")
   return _unit(jnp.sum(_direction(hidden_BD) * _direction(previous_BD), axis=-1))
 
 
-def classifier(exit: Exit) -> jax.Array:
+def classifier(at: Exit) -> jax.Array:
   """Sigmoid of a trained linear function of the hidden state."""
-  hidden_BD, trained = _need(exit, "classifier", "hidden_BD", "classifier")
+  hidden_BD, trained = _need(at, "classifier", "hidden_BD", "classifier")
   score_B = jnp.einsum("BD,D->B", hidden_BD.astype(jnp.float32), trained.weight_D)
   return _unit(jax.nn.sigmoid(score_B + trained.bias))
 
 
-def agreement(exit: Exit) -> jax.Array:
+def agreement(at: Exit) -> jax.Array:
   """1 where the previous exit chose the same token, else 0."""
-  token_B, previous_B = _need(exit, "agreement", "token_B", "previous_token_B")
+  token_B, previous_B = _need(at, "agreement", "token_B", "previous_token_B")
   return ((token_B == previous_B) & (token_B >= 0)).astype(jnp.float32)
 
 
@@ -195,16 +195,16 @@ def fit_classifier(hidden_MD: np.ndarray, agreed_M: np.ndarray, decay: float = 1
   return Classifier(jnp.asarray(weight_D, jnp.float32), jnp.asarray(fit.x[-1] - weight_D @ mean_D, jnp.float32))
 
 
-def _need(exit, measure, *names):
+def _need(at, measure, *names):
   """The named fields."""
-  missing = [name for name in names if getattr(exit, name) is None]
+  missing = [name for name in names if getattr(at, name) is None]
   if missing:
     raise ValueError(f"confidence {measure!r} needs {', '.join(missing)}; give it, or use another measure")
-  return [getattr(exit, name) for name in names]
+  return [getattr(at, name) for name in names]
 
 
 def _weights(logits_BV):
-  """exp(logit - best) and their sums, in float32; 0 and NaN or 0 for a row without a finite best."""
+  """exp(logit - best) and their sums, in float32; NaN for a row without a finite best."""
   logits_BV = logits_BV.astype(jnp.float32)
   weight_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
   return weight_BV, jnp.sum(weight_BV, axis=-1)
