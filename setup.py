@@ -32,6 +32,7 @@ setuptools.setup(
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.5",
+        "scipy>=1.11",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.20",
