@@ -41,20 +41,26 @@ def test_paper_threshold_fails_open(confidence, agreed, threshold):
   assert calibration.beta_mixture_paper(np.array(confidence), np.array(agreed)) == pytest.approx(threshold)
 
 
+def by_moments(confidence_M, agreed_M):
+  mixed = [np.where(agreed_M == k, 0.9995, 0.0005) for k in (0, 1)]
+  means = [np.average(confidence_M, weights=w_M) for w_M in mixed]
+  sizes = [m * (1 - m) / np.average((confidence_M - m)**2, weights=w_M) - 1 for m, w_M in zip(means, mixed)]
+  grid_M = np.linspace(0.3, 0.9, 10)
+  density = [scipy.stats.beta.pdf(grid_M, m * s, (1 - m) * s) for m, s in zip(means, sizes)]
+  high = int(means[1] > means[0])
+  num = np.sum(density[high] / (density[0] + density[1]) > 0.4)
+  return grid_M[min(10 - num, 9)]
+
+
 def test_paper_threshold_is_what_hard_labels_and_moments_give():
   """Written out with SciPy's moments and density, on shapes of every kind; classes take turns in being the surer."""
   rng, seen = np.random.default_rng(0), set()
-  for _ in range(100):
+  for turn in range(100):
     shapes = rng.uniform(1.5, 12, 4)
     confidence_M, agreed_M = draw(rng.uniform(0.2, 0.8), 500, int(rng.integers(1e6)), shapes[:2], shapes[2:])
-    mixed = [np.where(agreed_M == k, 0.9995, 0.0005) for k in (0, 1)]
-    means = [np.average(confidence_M, weights=w_M) for w_M in mixed]
-    sizes = [m * (1 - m) / np.average((confidence_M - m)**2, weights=w_M) - 1 for m, w_M in zip(means, mixed)]
-    grid_M = np.linspace(0.3, 0.9, 10)
-    density = [scipy.stats.beta.pdf(grid_M, m * s, (1 - m) * s) for m, s in zip(means, sizes)]
-    high = int(means[1] > means[0])
-    num = np.sum(density[high] / (density[0] + density[1]) > 0.4)
-    expected = grid_M[min(10 - num, 9)]
+    if turn % 5 == 0:
+      confidence_M = np.round(confidence_M)  # 0 and 1, where moments alone have no Beta
+    expected = by_moments(np.clip(confidence_M, 1e-4, 1 - 1e-4), agreed_M)
     assert calibration.beta_mixture_paper(confidence_M, agreed_M) == pytest.approx(expected)
     seen.add(round(expected, 3))
   assert len(seen) >= 8
@@ -71,8 +77,29 @@ def test_paper_threshold_is_what_hard_labels_and_moments_give():
     (np.append(draw(0.8, 4000)[0], np.nan), np.append(draw(0.8, 4000)[1], True)),
     ([], []),
 ], ids=["wrong", "constant", "ones", "almost_constant", "three", "three_right", "nan", "none"])
+@pytest.mark.filterwarnings("error")
 def test_what_is_not_shown_stays_closed(method, confidence, agreed):
   assert method(np.array(confidence), np.array(agreed)) == 1.0
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("share", [0.95, 0.05])
+def test_constant_confidence_closes_a_mixture_at_any_share(value, share):
+  """Even where all exits would be precise enough. A bound on the risk may open then, having no use for a confidence."""
+  agreed_M = np.arange(1000) < 1000 * share
+  for precision in (0.9, 0.01):
+    assert calibration.beta_mixture(np.full(1000, value), agreed_M, precision=precision) == 1.0
+  assert calibration.learn_then_test(np.full(1000, 0.7), agreed_M) == (0.0 if share == 0.95 else 1.0)
+
+
+def test_exits_are_strictly_above_the_threshold():
+  """Wrong ones at 0.5, right ones at 0.9 and a grid of 1, 0.5, 0: at 0.5 only the right ones exit."""
+  confidence_M, agreed_M = np.repeat([0.5, 0.9], [100, 300]), np.repeat([False, True], [100, 300])
+  assert calibration.learn_then_test(confidence_M, agreed_M, num_steps=2) == 0.5
+  few = np.repeat([0.5, 0.9], [300, 100]), np.repeat([True, False], [300, 100])
+  assert calibration.learn_then_test(*few, delta=0.5, num_steps=1) == 0.0
+  confidence_M = np.repeat([0.0, 0.9], [300, 100])  # 0 > 0 is no exit, so all that exit are wrong
+  assert calibration.learn_then_test(confidence_M, few[1], delta=0.5, num_steps=1) == 1.0
 
 
 @pytest.mark.parametrize("method", CLOSED.values(), ids=CLOSED)
@@ -174,6 +201,10 @@ def test_minimum_counts():
   assert calibration.beta_mixture(*few(29, 30), minimum=30) == 1
   assert calibration.beta_mixture(*few(30, 29), minimum=30) == 1
   assert calibration.beta_mixture(*few(30, 30), minimum=30) < 1
+  mixed = (np.concatenate([np.linspace(0.8, 0.95, 29), np.linspace(0.1, 0.4, 300), np.full(10, 0.85)]),
+           np.arange(339) < 29)
+  assert calibration.beta_mixture(*mixed, precision=0.2, minimum=29) < 1  # 39 exits
+  assert calibration.beta_mixture(*mixed, precision=0.2, minimum=30) == 1
   pairs = draw(0.3, 400, wrong=(4, 4))
   num_exits = int(np.sum(pairs[0] > calibration.beta_mixture(*pairs)))
   assert 20 <= num_exits < 100
@@ -297,6 +328,7 @@ def test_copies_go_on_alike(copy, num):
     (lambda f: f(np.array([0.2, 1.2]), np.zeros(2)), r"confidence 1.2 at 1; use values in \[0, 1\]"),
     (lambda f: f(np.array([0.2, -np.inf]), np.zeros(2)), "confidence -inf"),
     (lambda f: f(np.zeros(2), np.array([0, -1])), "agreed -1"),
+    (lambda f: f(np.zeros(2), np.array([0, np.nan])), "agreed nan at 1"),
 ])
 @pytest.mark.parametrize("method", calibration.METHODS)
 def test_bad_pairs_are_refused(method, call, message):
@@ -328,3 +360,6 @@ def test_mixtures_refuse_losses_between(method):
   for entrance in (calibration.METHODS[method], calibration.Calibrator(method).update):
     with pytest.raises(ValueError, match="neither 0 nor 1"):
       entrance(np.array([0.5]), np.array([0.5]))
+  ours = calibration.Calibrator("learn_then_test", interval=100)
+  ours.update(np.full(400, 0.5), np.full(400, 0.95))
+  assert ours.threshold == 0.0

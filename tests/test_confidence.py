@@ -66,7 +66,7 @@ def test_bfloat16_is_read_in_float32(name):
   """A bfloat16 input gives what its float32 copy gives."""
   narrow = full(num=50)
   cast = lambda at, dtype: jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, at)
-  narrow = cast(narrow, jnp.bfloat16).replace(classifier=narrow.classifier)
+  narrow = cast(narrow, jnp.bfloat16)
   wide = cast(narrow, jnp.float32)
   np.testing.assert_allclose(MEASURES[name](narrow), MEASURES[name](wide), atol=1e-6)
   assert MEASURES[name](narrow).dtype == jnp.float32
@@ -123,7 +123,7 @@ def test_margin_is_exact_near_a_tie():
 ])
 def test_only_what_is_named_is_needed(name, fields):
   given = {field: getattr(full(), field) for field in fields.split(", ")}
-  np.testing.assert_array_equal(confidence.MEASURES[name](confidence.Exit(**given)), MEASURES[name](full()))
+  np.testing.assert_allclose(confidence.MEASURES[name](confidence.Exit(**given)), MEASURES[name](full()), rtol=1e-5)
   with pytest.raises(ValueError, match=f"{name}' needs {fields}; "):
     confidence.MEASURES[name](confidence.Exit())
 
@@ -153,7 +153,7 @@ def test_restricted_head_over_all_tokens_is_the_head():
   head_VD = head_VD.at[40].set(head_VD[11])
   hidden_BD = hidden_BD.at[0].set(head_VD[11] * 9)  # rows 11 and 40 tie
   rng = np.random.default_rng(1)
-  candidate_BE = jnp.asarray(np.stack([rng.permutation(V) for _ in range(B)]))
+  candidate_BE = jnp.asarray(np.stack([np.arange(V)[::-1], rng.permutation(V), np.arange(V)]))
   _, token_B = confidence.restrict(hidden_BD, head_VD, candidate_BE)
   logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD)
   np.testing.assert_array_equal(token_B, np.argmax(logits_BV, axis=-1))
@@ -163,7 +163,7 @@ def test_restricted_head_over_all_tokens_is_the_head():
 def test_restricted_head_without_candidates():
   """Negative ids are none: the rest decides; a row of none has no token and confidence 0."""
   hidden_BD, head_VD = heads()
-  candidate_BE = jnp.array([[3, -1, 8, -1], [-1, -1, -1, -1], [-1, 50, -1, -1]])
+  candidate_BE = jnp.array([[3, -1, 8, -1], [-5, -5, -5, -5], [-1, 50, -1, -1]])
   logits_BE, token_B = confidence.restrict(hidden_BD, head_VD, candidate_BE)
   own_E = np.asarray(hidden_BD[0] @ head_VD[jnp.array([3, 8])].T)
   assert list(token_B) == [[3, 8][int(np.argmax(own_E))], -1, 50]
@@ -214,15 +214,15 @@ def test_classifier_is_the_optimum():
 
 @pytest.mark.parametrize("share", [0.95, 0.5, 0.1])
 def test_classifier_tells_classes_apart_at_any_share(share):
-  """On 4000 fresh samples: the best rule is right for Phi(1) = 0.841 of each class, with a standard error of
-  0.026 for the rarer; the fit on 1500 loses 0.02. Under 0.74 in fewer than 1 of 1000 runs."""
+  """On 4000 fresh samples; the best rule is right for 0.841 of each class. Over 60 seeds the rarest class has
+  0.802 with a standard deviation of 0.032: under 0.69 in fewer than 1 of 2000 runs."""
   fit = confidence.fit_classifier(*samples(1500, share))
   again = confidence.fit_classifier(*samples(1500, share))
   np.testing.assert_array_equal(fit.weight_D, again.weight_D)
   hidden_MD, agreed_M = samples(4000, share, seed=1)
   at = confidence.Exit(hidden_BD=jnp.asarray(hidden_MD, jnp.float32), classifier=fit)
   sure_M = np.asarray(confidence.classifier(at)) > 0.5
-  assert np.mean(sure_M[agreed_M]) > 0.74 and np.mean(~sure_M[~agreed_M]) > 0.74
+  assert np.mean(sure_M[agreed_M]) > 0.69 and np.mean(~sure_M[~agreed_M]) > 0.69
 
 
 def test_classifier_stays_finite_on_separable_classes():
@@ -232,6 +232,20 @@ def test_classifier_stays_finite_on_separable_classes():
   for fit in (strict, loose):
     assert np.all(np.isfinite(fit.weight_D)) and balanced_loss(hidden_MD, agreed_M, fit) < np.log(2)
   assert np.all(np.abs(strict.weight_D) < np.abs(loose.weight_D))
+
+
+def test_classifier_decays_standardised_weights():
+  """Longer or shorter weights, the plane's side of the mean kept, cost more in all."""
+  hidden_MD, agreed_M = samples()
+  fit = confidence.fit_classifier(hidden_MD, agreed_M, decay=0.5)
+
+  def total(stretch):
+    weight_D = np.float64(fit.weight_D) * stretch
+    bias = float(fit.bias) + (np.float64(fit.weight_D) - weight_D) @ hidden_MD.mean(axis=0)
+    decay = 0.25 * np.sum((weight_D * hidden_MD.std(axis=0))**2)
+    return balanced_loss(hidden_MD, agreed_M, confidence.Classifier(weight_D, np.asarray(bias))) + decay
+
+  assert total(1.0) < min(total(0.97), total(1.03))
 
 
 @pytest.mark.parametrize("change,message", [

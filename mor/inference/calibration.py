@@ -123,7 +123,7 @@ def learn_then_test(confidence_M: np.ndarray, agreed_M: np.ndarray, delta: float
   if num_steps < 1:
     raise ValueError(f"num_steps={num_steps}; use 1 or more")
   confidence_M, agreed_M = _pairs(confidence_M, agreed_M, binary=False)
-  if np.isnan(confidence_M).any() or np.isnan(agreed_M).any() or not len(agreed_M):
+  if np.isnan(confidence_M).any() or not len(agreed_M):
     return 1.0
   grid_M = np.linspace(1.0, 0.0, num_steps + 1)
   _, loss_M = _above(confidence_M, 1 - agreed_M, grid_M)
@@ -239,7 +239,7 @@ def _pairs(confidence_M, agreed_M, binary):
   if confidence_M.ndim != 1 or confidence_M.shape != agreed_M.shape:
     raise ValueError(f"{confidence_M.shape} confidences and {agreed_M.shape} labels; use two vectors of one length")
   for name, value_M in (("confidence", confidence_M), ("agreed", agreed_M)):
-    wrong_M = (value_M < 0) | (value_M > 1)
+    wrong_M = ~((value_M >= 0) & (value_M <= 1)) & ~(np.isnan(value_M) & (name == "confidence"))
     if wrong_M.any():
       raise ValueError(f"{name} {value_M[wrong_M][0]} at {np.argmax(wrong_M)}; use values in [0, 1]")
   if binary and not np.isin(agreed_M, (0.0, 1.0)).all():
@@ -271,8 +271,8 @@ def _fit(confidence_M):
   """alpha and beta of the greatest posterior; None if it is not found.
 
   The conjugate prior adds two samples whose mean log x and log(1 - x) are a uniform's, -1: there is
-  one finite optimum, even of one sample or equal ones. Newton's method, with a trust region, from
-  the moments: the valley is too narrow for first-order ones, which stop in it and call it success.
+  one finite optimum, even of one sample or equal ones. Newton's method with Fisher's information and
+  a trust region, from the moments: first-order ones stop in the narrow valley and call it success.
   """
   x_M = np.clip(confidence_M, _EDGE, 1 - _EDGE)
   mean_log_2 = np.array([np.sum(np.log(v_M)) - 2 for v_M in (x_M, 1 - x_M)]) / (len(x_M) + 2)
@@ -288,7 +288,7 @@ def _fit(confidence_M):
   def curvature(theta_2):
     shape_2 = np.exp(theta_2)
     bend_22 = np.diag(psi(1, shape_2)) - psi(1, shape_2.sum())
-    return np.diag(slope(theta_2)) + shape_2[:, None] * bend_22 * shape_2[None, :]
+    return shape_2[:, None] * bend_22 * shape_2[None, :]
 
   # Two samples of a uniform have mean 1/2 and mean square 1/3.
   mean, square = ((np.sum(v_M) + v) / (len(x_M) + 2) for v_M, v in ((x_M, 1.0), (x_M**2, 2 / 3)))

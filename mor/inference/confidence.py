@@ -97,7 +97,7 @@ def saturation(at: Exit) -> jax.Array:
 def classifier(at: Exit) -> jax.Array:
   """Sigmoid of a trained linear function of the hidden state."""
   hidden_BD, trained = _need(at, "classifier", "hidden_BD", "classifier")
-  score_B = jnp.einsum("BD,D->B", hidden_BD.astype(jnp.float32), trained.weight_D)
+  score_B = jnp.einsum("BD,D->B", hidden_BD, trained.weight_D, preferred_element_type=jnp.float32)
   return _unit(jax.nn.sigmoid(score_B + trained.bias))
 
 
@@ -139,7 +139,7 @@ def restrict(hidden_BD: jax.Array, head_VD: types.Embedding, candidate_BE: jax.A
   if candidate_BE.shape[1] < 2:
     raise ValueError(f"{candidate_BE.shape[1]} candidate tokens a row make every confidence 1; use 2 or more")
   present_BE = candidate_BE >= 0
-  rows_BED = jnp.take(head_VD, jnp.maximum(candidate_BE, 0), axis=0)
+  rows_BED = jnp.take(head_VD, candidate_BE, axis=0)
   logits_BE = jnp.einsum("BD,BED->BE", hidden_BD, rows_BED, preferred_element_type=jnp.float32)
   logits_BE = jnp.where(present_BE, logits_BE, -jnp.inf)
   best_BE = (logits_BE == jnp.max(logits_BE, axis=-1, keepdims=True)) & present_BE
@@ -211,11 +211,10 @@ def _weights(logits_BV):
 
 
 def _direction(hidden_BD):
-  """Unit vectors, in float32; 0 of 0. Scaled first, so that squares neither overflow nor vanish."""
+  """Unit vectors, in float32; NaN of 0. Scaled first, so that squares neither overflow nor vanish."""
   hidden_BD = hidden_BD.astype(jnp.float32)
-  most_B1 = jnp.max(jnp.abs(hidden_BD), axis=-1, keepdims=True)
-  hidden_BD = hidden_BD / jnp.where(most_B1 > 0, most_B1, 1.0)
-  return hidden_BD / jnp.maximum(jnp.linalg.norm(hidden_BD, axis=-1, keepdims=True), 1e-6)
+  hidden_BD = hidden_BD / jnp.max(jnp.abs(hidden_BD), axis=-1, keepdims=True)
+  return hidden_BD / jnp.linalg.norm(hidden_BD, axis=-1, keepdims=True)
 
 
 def _unit(confidence_B):
