@@ -9,8 +9,10 @@ import tokenizers
 import torch
 import transformers
 
+from configs import pretrained
 import mor
 from mor import checkpoint
+from mor import config as config_lib
 from mor import restore
 from mor import sharding
 from mor.conversion import command
@@ -96,6 +98,17 @@ def test_a_step_learns_from_its_teacher_alone_where_asked(source):
   batch = sharding.put_batch(mesh, tiny.batch(made))
   _, metrics = step_lib.make_train_step(made, mesh, step_lib.load_teacher(made, mesh))(state, batch)
   assert abs(float(metrics["kl"])) < 1e-5 and float(metrics["grad_norm"]) < 1e-4 < float(metrics["nll"])
+
+
+def test_any_llama_needs_no_sizes(source):
+  """`configs/pretrained.py` reads them from the source, and the command line shares the layers."""
+  workdir = source / "unsized"
+  fields = pretrained.get_config(f"hf:{source}/hf")
+  fields.model.update(sharing="cycle", num_recursions=3)
+  fields.data.update(source=tiny.write_text(source), tokenizer=f"{workdir}/tokenizer.json")
+  command.convert(config_lib.from_config_dict(fields), f"hf:{source}/hf", workdir)
+  model = mor.load(workdir)
+  assert model.config.d_ff == 28 and model.variables["params"]["stack"]["attention_norm"].shape == (2, 20)
 
 
 def test_an_export_comes_back_bit_for_bit(source):

@@ -33,7 +33,7 @@ from mor.train import optim
 from mor.train import step as step_lib
 
 RUNS = ("r2/stepwise", "r2/average", "r2-lora128/stepwise", "r2-lora128/average", "r2/stepwise/alone",
-        "r2-lora128/average/alone", "r3/stepwise", "r3-lora128/average")
+        "r2-lora128/average/alone", "r3/stepwise", "r3-lora128/average", "r2-lora128-mor/average")
 
 
 def make_config(run: str, args) -> config_lib.Config:

@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from mor import model_config
 from mor.conversion import gguf_tokenizer
 from mor.conversion import pretrained
 
@@ -40,6 +41,19 @@ def read(path: pathlib.Path) -> pretrained.Source:
     ValueError: it is no GGUF file, cut short, or of a kind that is unsupported.
     OSError: it cannot be read.
   """
+  metadata, tensors, model = _begin(path)
+  tokenizer = gguf_tokenizer.read(metadata.take, str(path))
+  return pretrained.Source(
+      model=model, variables=pretrained.assemble(tensors, model, "gguf"),
+      context=metadata.take("llama.context_length", int), **tokenizer)
+
+
+def describe(path: pathlib.Path) -> model_config.ModelConfig:
+  """The model alone; raises as `read` does."""
+  return _begin(path)[2]
+
+
+def _begin(path: pathlib.Path) -> "tuple[_Metadata, _Tensors, model_config.ModelConfig]":
   if not path.is_file():
     raise ValueError(f"gguf:{path} is no file; name the .gguf itself")
   reader = _open(path)
@@ -50,11 +64,7 @@ def read(path: pathlib.Path) -> pretrained.Source:
   if metadata.take("split.count", int, 1) > 1:
     raise ValueError(f"{path} is one part of a split model; merge the parts with llama-gguf-split --merge")
   tensors = _Tensors(path, reader)
-  model = pretrained.build(path, **_fields(metadata, tensors))
-  tokenizer = gguf_tokenizer.read(metadata.take, str(path))
-  return pretrained.Source(
-      model=model, variables=pretrained.assemble(tensors, model, "gguf"),
-      context=metadata.take("llama.context_length", int), **tokenizer)
+  return metadata, tensors, pretrained.build(path, **_fields(metadata, tensors))
 
 
 def _fields(metadata: "_Metadata", tensors: "_Tensors") -> dict[str, Any]:

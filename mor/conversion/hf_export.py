@@ -149,7 +149,7 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     ValueError: a file or a tensor is missing, too much, broken or of a wrong shape.
   """
   directory = pathlib.Path(directory)
-  fields = _read_fields(directory / "config.json")
+  fields = read_fields(directory / "config.json")
   try:
     model = fields_lib.build(model_config.ModelConfig, fields | _RUN, "model")
   except ValueError as error:
@@ -172,8 +172,8 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
   return fields, variables
 
 
-def _read_fields(path: pathlib.Path) -> dict[str, Any]:
-  """Fields of ModelConfig from config.json."""
+def read_fields(path: pathlib.Path) -> dict[str, Any]:
+  """What `read` gives first, from config.json alone; raises as it does."""
   if not path.is_file():
     raise ValueError(f"{path}: no such file; name the folder of an export")
   config = tensors_lib.read_json(path)

@@ -40,26 +40,37 @@ def read(path: pathlib.Path) -> pretrained.Source:
     ValueError: the model is of a kind that is unsupported, or a file lies.
     OSError: a file cannot be read.
   """
+  config_path, config, model = _begin(path)
+  if config.get("model_type") == "mor":  # trained on in PyTorch, say
+    variables = hf_export.read(path)[1]
+  else:
+    variables = pretrained.assemble(tensors_lib.open_path(path), model, "hf")
+  return pretrained.Source(model=model, variables=variables, context=context(config, config_path),
+                           **companions(path, config))
+
+
+def describe(path: pathlib.Path) -> model_config.ModelConfig:
+  """The model alone; raises as `read` does."""
+  return _begin(path)[2]
+
+
+def _begin(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], model_config.ModelConfig]:
+  """config.json: its path, what it says, and the model that is."""
   if not path.is_dir():
     raise ValueError(f"hf:{path} is no folder; name the one that holds config.json")
   config_path = path / "config.json"
   if not config_path.is_file():
     raise ValueError(f"hf:{path} holds no config.json; name the folder of a model, with config.json and safetensors")
   config = tensors_lib.read_json(config_path)
-  if config.get("model_type") == "mor":  # trained on in PyTorch, say
-    own, variables = hf_export.read(path)
-    model = fields_lib.build(model_config.ModelConfig, own | pretrained.EXECUTION, str(config_path))
-    return pretrained.Source(model=model, variables=variables,
-                             context=_number(config, "max_position_embeddings", int, config_path),
-                             **companions(path, config))
+  if config.get("model_type") == "mor":
+    own = hf_export.read_fields(config_path)
+    return config_path, config, fields_lib.build(
+        model_config.ModelConfig, own | pretrained.EXECUTION, str(config_path))
   architectures = config.get("architectures") or [_ARCHITECTURES[0]]
   if not isinstance(architectures, list) or not any(name in _ARCHITECTURES for name in architectures):
     raise ValueError(f"{config_path}: architectures {architectures!r} are unsupported; "
                      f"use {' or '.join(_ARCHITECTURES)}")
-  model = pretrained.build(config_path, **fields(config, config_path))
-  variables = pretrained.assemble(tensors_lib.open_path(path), model, "hf")
-  return pretrained.Source(model=model, variables=variables, context=context(config, config_path),
-                           **companions(path, config))
+  return config_path, config, pretrained.build(config_path, **fields(config, config_path))
 
 
 def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
@@ -89,7 +100,7 @@ def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
 
 def context(config: Mapping[str, Any], where: pathlib.Path) -> int:
   """Positions the model was trained for."""
-  return _number(DEFAULTS[config["model_type"]] | config, "max_position_embeddings", int, where)
+  return _number(DEFAULTS.get(config["model_type"], {}) | config, "max_position_embeddings", int, where)
 
 
 def companions(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""Any Llama as it is: `--config=configs/pretrained.py:SOURCE`, SOURCE as in --source.
+
+SOURCE is hf:FOLDER or gguf:FILE, of which only the sizes are read here. The model is
+plain; to make it recursive, give for example --config.model.sharing=cycle
+--config.model.num_recursions=2 --config.init.method=average --config.model.lora.q=64.
+
+Hardware: what the model needs. Expected: the source's own predictions, until trained.
+
+python -m mor.main --mode=convert --source=SOURCE --config=configs/pretrained.py:SOURCE \\
+  --workdir=WORKDIR --config.data.tokenizer=WORKDIR/tokenizer.json
+"""
+
+import dataclasses
+
+import ml_collections
+
+from configs import base
+from mor.conversion import source
+
+
+def get_config(spec: str = "") -> ml_collections.ConfigDict:
+  config = base.get_config()
+  if spec:
+    fields = dataclasses.asdict(source.describe(spec))
+    config.model.update(fields)
+  config.data.update(seq_len=1024, batch_size=8)
+  config.optim.update(learning_rate=2e-4, schedule="cosine")
+  return config
