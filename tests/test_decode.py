@@ -34,9 +34,7 @@ def check(config, storage):
   decoding.assert_same(decoding.decode(decoder, variables, tokens_BT, decoding.CHUNKS[storage]), whole)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("plan", kv_table.PLANS)
-@pytest.mark.parametrize("router", router_table.ROUTERS)
+@pytest.mark.parametrize("router,plan,storage", tiny.crossed(router_table.ROUTERS, kv_table.PLANS, STORAGES))
 def test_decoding_equals_forward(router, plan, storage):
   """Rows of a ragged batch: prefilled at once, in chunks, late, or not at all."""
   check(build(plan, router=ROUTERS[router]), storage)

@@ -43,8 +43,7 @@ def test_engine_equals_generate_in_any_order_and_beside_aborts():
     serving.assert_all_free(engine)
 
 
-@pytest.mark.parametrize("plan", kv_table.PLANS)
-@pytest.mark.parametrize("router", router_table.ROUTERS)
+@pytest.mark.parametrize("router,plan", tiny.crossed(router_table.ROUTERS, kv_table.PLANS))
 def test_every_router_and_plan(router, plan):
   model, requests = serving.model(kv_plan=plan, router=ROUTERS[router]), serving.requests(20)
   check(serving.engine(model), requests, serving.reference(model, requests))

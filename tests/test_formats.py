@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from mor.benchmarks import formats
 from mor.inference import model as model_lib
@@ -27,6 +28,7 @@ def test_scores_are_the_forward_passes():
   np.testing.assert_array_equal(depth_BT, np.sum(out.keep_RBT, axis=0))
 
 
+@pytest.mark.slow
 def test_a_whole_record(tmp_path):
   config = tiny.config(tiny.BYTES, data=dict(source=tiny.write_text(tmp_path), cache_dir=str(tmp_path / "cache")),
                        train=dict(steps=2))

@@ -105,8 +105,8 @@ def test_a_finished_run_does_not_train_again(straight, make_config, monkeypatch)
 def test_a_step_that_is_not_finite_stops_the_run_and_is_not_saved(bad, make_config, tmp_path, monkeypatch):
   make = step_lib.make_train_step
 
-  def poisoned(config, mesh):
-    train_step = make(config, mesh)
+  def poisoned(config, mesh, teacher):
+    train_step = make(config, mesh, teacher)
 
     def step_fn(state, batch, step):
       state, values = train_step(state, batch, step)

@@ -40,7 +40,7 @@ def whole(request):
   return MODELS[request.param], run(config(MODELS[request.param]))
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", ["accumulation", pytest.param("data", marks=pytest.mark.slow), "data_model"])
 def test_cut_batch_equals_whole(whole, cut):
   model, (state, metrics) = whole
   cut_state, cut_metrics = run(config(model, cut))

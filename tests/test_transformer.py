@@ -21,7 +21,7 @@ ROUTERS = {
     "expert_choice": dict(name="expert_choice", capacity=(1.0, 0.7, 0.4)),
     "token_choice": tiny.TOKEN_CHOICE,
 }
-EVERY = [(router, plan) for router in router_table.ROUTERS for plan in kv_table.PLANS]
+EVERY = tiny.crossed(router_table.ROUTERS, kv_table.PLANS)
 
 
 def build(router, plan):

@@ -4,11 +4,14 @@
   batch = tiny.batch(config, step=3)
 """
 
+from collections.abc import Iterable
 import copy
+import itertools
 import pathlib
 from typing import Any
 
 import numpy as np
+import pytest
 
 from configs import base
 from mor import config as config_lib
@@ -52,6 +55,19 @@ def batch(config: config_lib.Config, step: int = 0) -> dict[str, np.ndarray]:
     segment_BT[row, t // 3 + row % 3:] = 2
     segment_BT[row, t - row % 4:] = 0 if row % 4 else 2
   return dict(tokens_BT=tokens_BT, target_BT=target_BT, segment_BT=segment_BT, loss_mask_BT=segment_BT > 0)
+
+
+def crossed(*tables: Iterable[str]) -> list[Any]:
+  """Every combination of the tables' entries; all but a Latin square of them are slow.
+
+  The square has each pair of entries of the first two tables' diagonals, so every
+  entry of every table is in it.
+  """
+  combinations = list(itertools.product(*(enumerate(table) for table in tables)))
+  most = max(max(index for index, _ in combination) for combination in combinations) + 1
+  quick = lambda combination: sum(index for index, _ in combination) % most == 0
+  return [pytest.param(*(entry for _, entry in combination), marks=() if quick(combination) else pytest.mark.slow)
+          for combination in combinations]
 
 
 def write_text(directory: pathlib.Path, documents: int = 40) -> str:
