@@ -88,7 +88,8 @@ def pretrained(record: dict) -> list[list[str]]:
   ranks = list(record["initialised"][0]["nll"])
   rows = [[f"R = {row['num_recursions']}, {row['method']}", *(f"{row['nll'][rank]:.2f}" for rank in ranks),
            f"{row['full_rank_logits_difference']:.1e}"] for row in record["initialised"]]
-  return [["before training, nats per token", *(f"rank {rank}" for rank in ranks), "full rank's logits − source's"], *rows]
+  head = ["before training, nats per token", *(f"rank {rank}" for rank in ranks), "full rank's logits − source's"]
+  return [head, *rows]
 
 
 def uptraining(record: dict) -> list[list[str]]:
@@ -112,7 +113,8 @@ NOTES = {
     "decode_throughput": "{sizes[shape]} shape, {sizes[mix]} requests, random weights; medians of {sizes[rounds]} rounds "
                          "in turn, {clock} time, load average {load_average:.1f}.",
     "formats": "{sizes[tokens]:,} held-out tokens of the quickstart's model.",
-    "pretrained": "{sizes[source]}, {sizes[tokens]:,} tokens of books, on which the model itself is at the full rank's loss.",
+    "pretrained": "{sizes[source]}, {sizes[tokens]:,} tokens of books, on which the model itself is at the full rank's "
+                  "loss.",
     "uptraining": "{sizes[steps]} steps of {sizes[batch]} x {sizes[seq_len]} tokens of books, learning rate "
                   "{sizes[learning_rate]}; the model itself is at {source_nll:.3f} on the same {sizes[eval_rows]} rows.",
     "throughput_k2": "Relaxed Recursive Transformers, Table K.2; {sizes[requests]} requests.",
