@@ -168,11 +168,8 @@ class ModelConfig:
                f"{r} recursions", f"give {r} fractions, or () for (R-r)/R")
     for field in ("rope_theta", "norm_eps", "init_std"):
       _require(getattr(self, field) > 0, f"model.{field}={getattr(self, field)}", "use a value > 0")
-    widths = dict(q=self.num_heads * self.head_dim, k=self.num_kv_heads * self.head_dim,
-                  v=self.num_kv_heads * self.head_dim, o=self.num_heads * self.head_dim,
-                  gate=self.d_ff, up=self.d_ff, down=self.d_ff)
     for name, rank in self.lora.ranks.items():
-      full = min(self.d_model, widths[name])
+      full = min(self.projections[name])
       _require(rank <= full, f"model.lora.{name}={rank} exceeds the projection's rank", f"use at most {full}")
     _require(not (self.lora.ranks and self.sharing == "vanilla"),
              f"model.lora={self.lora.ranks} with sharing 'vanilla'", "nothing is shared there; use ranks of 0")
@@ -181,6 +178,13 @@ class ModelConfig:
       _require(self.sharing in ("vanilla", "cycle", "middle_cycle"),
                f"model.kv_plan={self.kv_plan!r} with sharing={self.sharing!r} and a router",
                "later steps must find every layer's keys in step 0; use 'cycle' or 'middle_cycle'")
+
+  @property
+  def projections(self) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each projection of a layer, heads flattened."""
+    d, f = self.d_model, self.d_ff
+    queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+    return dict(q=(d, queries), k=(d, keys), v=(d, keys), o=(queries, d), gate=(d, f), up=(d, f), down=(f, d))
 
   @property
   def capacity(self) -> tuple[float, ...]:

@@ -9,7 +9,6 @@ import pytest
 
 from mor import config as config_lib
 from mor.conversion import recursive_init
-from mor.model import lora
 from mor.model import transformer
 from tests import tiny
 from tests import weights
@@ -17,7 +16,7 @@ from tests import weights
 LAYERS = 8
 SOURCE = tiny.config(model=tiny.VANILLA | dict(num_layers=LAYERS)).model
 PARAMS = weights.draw(SOURCE)
-FULL = {name: min(ends) for name, ends in lora.widths(SOURCE).items()}
+FULL = {name: min(ends) for name, ends in SOURCE.projections.items()}
 SCHEMES = [("cycle", 2), ("cycle", 4), ("sequence", 4), ("middle_cycle", 3), ("middle_sequence", 2)]
 
 

@@ -13,7 +13,6 @@ Source: MoR paper Table 2.
 """
 
 from mor import config as config_lib
-from mor.model import lora
 from mor.model import schedule as schedule_lib
 from mor.model.kv import table as kv_table
 from mor.model.routers import scores
@@ -65,7 +64,7 @@ def lora_parameters(model: config_lib.ModelConfig) -> int:
 
 def lora_ranked(model: config_lib.ModelConfig) -> dict[str, int]:
   """Entries of the delta of each projection of a layer, by projection."""
-  widths = lora.widths(model)
+  widths = model.projections
   return {name: rank * sum(widths[name]) for name, rank in model.lora.ranks.items()}
 
 

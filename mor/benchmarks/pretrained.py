@@ -33,7 +33,6 @@ from mor.conversion import source as source_lib
 from mor.data import tokenizer as tokenizer_lib
 from mor.inference import engine as engine_lib
 from mor.inference import model as model_lib
-from mor.model import lora
 from mor.model import transformer
 from mor.train import loss as loss_lib
 
@@ -139,7 +138,7 @@ def initialised(source: pretrained.Source, ranks: list[int], recursions: list[in
 
 def _recursive(source: config_lib.ModelConfig, num_recursions: int, rank: int | None) -> config_lib.ModelConfig:
   """The source's sizes in a cycle, with deltas of a rank; None is full."""
-  full = {name: min(ends) for name, ends in lora.widths(source).items()}
+  full = {name: min(ends) for name, ends in source.projections.items()}
   ranks = full if rank is None else {name: min(rank, most) for name, most in full.items()}
   return dataclasses.replace(source, sharing="cycle", num_recursions=num_recursions,
                              lora=config_lib.LoraConfig(**ranks))

@@ -29,7 +29,6 @@ from mor.conversion import recursive_init
 from mor.conversion import source as source_lib
 from mor.data import text
 from mor.train import evaluate
-from mor.train import optim
 from mor.train import step as step_lib
 
 RUNS = ("r2/stepwise", "r2/average", "r2-lora128/stepwise", "r2-lora128/average", "r2/stepwise/alone",
@@ -61,9 +60,8 @@ def measure(run: str, config: config_lib.Config, source: pretrained.Source) -> d
   """Trains one run; its figures."""
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   corpus = text.load(config.data, config.model.vocab_size)
-  params = jax.tree.map(jnp.asarray, recursive_init.convert(
-      config.model, config.init, config.seed, source.model, source.variables)["params"])
-  state = step_lib.TrainState(jnp.zeros((), jnp.int32), params, optim.make(config).init(params), {})
+  state = step_lib.start(config, jax.tree.map(jnp.asarray, recursive_init.convert(
+      config.model, config.init, config.seed, source.model, source.variables)))
   teacher = None
   if config.distill.teacher:
     teacher = step_lib.Teacher(jax.tree.map(jnp.asarray, source.variables["params"]), {}, source.model)

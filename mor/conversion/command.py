@@ -27,7 +27,6 @@ from mor.conversion import hf_export
 from mor.conversion import recursive_init
 from mor.conversion import source as source_lib
 from mor.data import text
-from mor.train import optim
 from mor.train import step as step_lib
 
 TARGETS = {"hf": hf_export.write, "llama": hf_export.write_llama}
@@ -70,9 +69,7 @@ def convert(config: config_lib.Config, spec: str, workdir: str | os.PathLike) ->
     _replace(directory / "tokenizer.json", given.tokenizer)
   if given.about is not None:
     _replace(directory / "pretrained.json", json.dumps(given.about, indent=1))
-  params = jax.tree.map(jnp.asarray, variables["params"])
-  state = step_lib.TrainState(jnp.zeros((), jnp.int32), params, optim.make(config).init(params),
-                              jax.tree.map(jnp.asarray, dict(variables.get("balance", {}))))
+  state = step_lib.start(config, jax.tree.map(jnp.asarray, variables))
   with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
     checkpoints.save(0, state, config)
     checkpoints.wait()

@@ -29,6 +29,7 @@ from mor import fields as fields_lib
 from mor import model_config
 from mor.conversion import hf_names
 from mor.conversion import names
+from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
 from mor.model import schedule as schedule_lib
 from mor.model.kv import table as kv_table
@@ -41,8 +42,6 @@ _SIZES = {  # Hugging Face's field -> ours
     "tie_word_embeddings": "tie_embeddings",
 }
 _OWN = ("sharing", "num_recursions", "kv_plan")  # fields that Llama has not
-_NO_SCALING = dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-_RUN = dict(execution="masked", cross_documents=False, compute_dtype="float32", remat="none", scan_layers=True)
 _FLOAT32 = ("model.router.", "model.aux_router.", "model.balance_bias")
 
 
@@ -151,7 +150,7 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
   directory = pathlib.Path(directory)
   fields = read_fields(directory / "config.json")
   try:
-    model = fields_lib.build(model_config.ModelConfig, fields | _RUN, "model")
+    model = fields_lib.build(model_config.ModelConfig, fields | pretrained.EXECUTION, "model")
   except ValueError as error:
     raise ValueError(f"{directory / 'config.json'} is no config of `write` ({error}); export again") from error
   tensors = tensors_lib.open_path(directory / "model.safetensors")
@@ -183,7 +182,9 @@ def read_fields(path: pathlib.Path) -> dict[str, Any]:
   if missing:
     raise ValueError(f"{path} misses {', '.join(missing)}; export again")
   ranks = {_short(weight.ours): config["lora"].get(_short(weight.hf), 0) for weight in names.LAYER if weight.ins}
-  scaling = {ours: (config["rotary_scaling"] or _NO_SCALING)[theirs] for theirs, ours in names.ROPE_SCALING.items()}
+  said = config["rotary_scaling"]
+  scaling = ({ours: said[theirs] for theirs, ours in names.ROPE_SCALING.items()} if said
+             else dataclasses.asdict(pretrained.NO_SCALING))
   return {**{ours: config[theirs] for theirs, ours in _SIZES.items()}, **{field: config[field] for field in _OWN},
           "rope_scaling": scaling, "lora": ranks, "router": config["router"]}
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from mor import model_config
 from mor.conversion import names
-from mor.model import lora as lora_lib
 from mor.model import schedule as schedule_lib
 from mor.model.routers import scores
 
@@ -62,7 +61,7 @@ def entries(model: model_config.ModelConfig) -> Iterator[Entry]:
         theirs, ours = f"model.{group}.{i}.{weight.hf}.weight", f"params/{group}/{weight.ours}"
         yield Entry(theirs, ours, (i,), *weight.shape(model))
   yield from _router_entries(model)
-  widths = lora_lib.widths(model)
+  widths = model.projections
   for r in range(schedule.num_steps):
     for i in range(schedule.depth):
       for weight in names.LAYER:

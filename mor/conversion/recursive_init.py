@@ -145,7 +145,7 @@ class _Init:
                         *(layer for step in steps for layer in step))
 
   def _layer_deltas(self, source: Mapping[str, Any], shared: Mapping[str, Any]) -> dict:
-    deltas, widths = {}, lora_lib.widths(self.model)
+    deltas, widths = {}, self.model.projections
     for part, projections in lora_lib.PARTS.items():
       for name in projections:
         rank = self.model.lora.ranks.get(name)

@@ -9,6 +9,7 @@ writes `eos_id`. Decoding byte-level tokens gives the text back exactly.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+import functools
 import hashlib
 import json
 import pathlib
@@ -96,12 +97,15 @@ class ByteTokenizer:
 
   def __init__(self):
     self.num_bytes_V = np.array([1] * 256 + [0], np.int32)
+
+  @functools.cached_property
+  def serialized(self) -> str:
     level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     same = tokenizers.Tokenizer(tokenizers.models.BPE(
         {character: byte for byte, character in _byte_characters().items()} | {END_OF_TEXT[0]: self.eos_id}, []))
     same.pre_tokenizer, same.decoder = level, tokenizers.decoders.ByteLevel()
     same.add_special_tokens([END_OF_TEXT[0]])
-    self.serialized = same.to_str()
+    return same.to_str()
 
   def encode(self, text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)

@@ -174,7 +174,7 @@ class Decoder:
           buffers[i] = self.tables.storage.write(buffers[i], page_B, offset_B, k_BKH, v_BKH)
         return self.tables.storage.attend(q_BNH, list(zip((buffers[source], buffers[i]), rule_rows)))
 
-      h_1BD = self.layer(weights.stack[parameters], h_1BD, rotation, attend, weights.deltas[i] if weights.deltas else None,
+      h_1BD = self.layer(weights.stack[parameters], h_1BD, rotation, attend, weights.deltas[i],
                          step_B if static_step is None else static_step)
     return cache.replace(stack=tuple(buffers)), jnp.zeros_like(h_BD).at[order_B].set(h_1BD[0], unique_indices=True)
 

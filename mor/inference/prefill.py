@@ -130,7 +130,7 @@ class _Chunk:
           shared.setdefault((own, i), fresh)
         return out
 
-      h_BTD = self._layer(weights.stack[parameters], h_BTD, attend, weights.deltas[i] if weights.deltas else None, r)
+      h_BTD = self._layer(weights.stack[parameters], h_BTD, attend, weights.deltas[i], r)
     return cache.replace(stack=tuple(buffers)), h_BTD
 
   def _store(self, cache, row: int, run_BT):

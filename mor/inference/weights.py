@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from mor import config as config_lib
-from mor.model import lora as lora_lib
+from mor.model import schedule as schedule_lib
 from mor.model import transformer
 
 FORMATS = ("float32", "bfloat16", "int8")
@@ -179,9 +179,10 @@ _MERGED = {"qkv": ("attention", "qkv"), "o": ("attention", "o"), "gate_up": ("ff
 def _deltas(model: config_lib.ModelConfig, lora: Mapping[str, Any] | None,
             weight_format: str) -> tuple[Mapping[str, Delta], ...]:
   """Of each layer of a step; int8 weights have bfloat16 deltas."""
+  depth = schedule_lib.make(model).depth
   if lora is None:
-    return ()
-  outs, steps = {name: wide[1] for name, wide in lora_lib.widths(model).items()}, model.num_recursions
+    return ({},) * depth
+  outs, steps = {name: wide[1] for name, wide in model.projections.items()}, model.num_recursions
   low_format = "bfloat16" if weight_format == "int8" else weight_format
   matrix = lambda w_OI: _matrix(jnp.asarray(w_OI, jnp.float32), low_format)
 
@@ -194,7 +195,6 @@ def _deltas(model: config_lib.ModelConfig, lora: Mapping[str, Any] | None,
         b=tuple(matrix(flat(jnp.asarray(group[name]["b"])[:, i])) if name in group else None for name in names),
         outs=tuple(outs[name] for name in names), num_steps=steps)
 
-  depth = jax.tree.leaves(lora)[0].shape[1]
   return tuple(
       {merged: one(lora[part], tuple(names), i) for merged, (part, names) in _MERGED.items()
        if any(name in lora.get(part, {}) for name in names)} for i in range(depth))

@@ -23,16 +23,9 @@ from mor.model import schedule as schedule_lib
 PARTS = {"attention": ("q", "k", "v", "o"), "ffw": ("gate", "up", "down")}
 
 
-def widths(config: config_lib.ModelConfig) -> dict[str, tuple[int, int]]:
-  """Inputs and outputs of each projection."""
-  d, f = config.d_model, config.d_ff
-  queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-  return dict(q=(d, queries), k=(d, keys), v=(d, keys), o=(queries, d), gate=(d, f), up=(d, f), down=(f, d))
-
-
 def init(key: jax.Array, config: config_lib.ModelConfig) -> dict:
   """Parameters; {} where every rank is 0."""
-  schedule, ranks, wide = schedule_lib.make(config), config.lora.ranks, widths(config)
+  schedule, ranks, wide = schedule_lib.make(config), config.lora.ranks, config.projections
   lead = (schedule.num_steps, schedule.depth)
   params = {}
   for part, names in PARTS.items():

@@ -68,26 +68,51 @@ def cross_entropy(hidden_BTD: types.Activations, head_VD: types.Embedding, targe
   return jnp.sum(token_nll(head_VD, hidden_BTD, target_BT, block) * weight_BT)
 
 
-def _cross_entropy_forward(hidden_BTD, head_VD, target_BT, weight_BT, block):
-  length = block_len(*target_BT.shape, block)
-  dtype = hidden_BTD.dtype
+def _blocked_gradient(student, others, block, terms):
+  """Sums over blocks of logits, and their gradient in the same pass.
+
+  Args:
+    student: hidden states and head.
+    others: arrays `[B, T, …]` that `terms` needs beside the logits.
+    block: tokens whose logits exist at once.
+    terms: from logits and a block of `others` to a tuple of sums, the gradient of the
+      first with respect to the logits, and what is to be kept of every token.
+
+  Returns:
+    The sums; the gradients with respect to hidden states and head; what was kept.
+  """
+  hidden_BTD, head_VD = student
+  length, dtype = block_len(*hidden_BTD.shape[:2], block), hidden_BTD.dtype
 
   def body(carry, xs):
-    loss, d_head_VD = carry
-    hidden, target, weight = xs
-    logits_BTV = _logits(hidden, head_VD)
-    nll_BT, lse_BT = _nll(logits_BTV, target)
-    hit_BTV = jax.lax.broadcasted_iota(target.dtype, logits_BTV.shape, 2) == target[:, :, None]
-    d_logits_BTV = (jnp.exp(logits_BTV - lse_BT[:, :, None]) - hit_BTV) * weight[:, :, None]
+    sums, d_head_VD = carry
+    hidden, rest = xs
+    added, d_logits_BTV, kept = terms(_logits(hidden, head_VD), *rest)
     d_logits_BTV = d_logits_BTV.astype(dtype)
     d_hidden = jnp.einsum("BTV,VD->BTD", d_logits_BTV, head_VD.astype(dtype))
     d_head_VD += jnp.einsum("BTV,BTD->VD", d_logits_BTV, hidden, preferred_element_type=jnp.float32)
-    return (loss + jnp.sum(nll_BT * weight), d_head_VD), (d_hidden, nll_BT)
+    return (tuple(total + term for total, term in zip(sums, added, strict=True)), d_head_VD), (d_hidden, kept)
 
-  start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
-  xs = tuple(_blocks(x, length) for x in (hidden_BTD, target_BT, weight_BT))
-  (loss, d_head_VD), (d_hidden, nll) = jax.lax.scan(body, start, xs)
-  return loss, (_unblock(d_hidden), d_head_VD.astype(head_VD.dtype), _unblock(nll))
+  xs = jax.tree.map(lambda x: _blocks(x, length), (hidden_BTD, others))
+  sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
+      lambda hidden, rest: terms(_logits(hidden, head_VD), *rest)[0], *jax.tree.map(lambda x: x[0], xs)))
+  (sums, d_head_VD), (d_hidden, kept) = jax.lax.scan(
+      body, (sums, jnp.zeros(head_VD.shape, jnp.float32)), xs)
+  return sums, (_unblock(d_hidden), d_head_VD.astype(head_VD.dtype)), jax.tree.map(_unblock, kept)
+
+
+def _hit(target_BT, logits_BTV):
+  return jax.lax.broadcasted_iota(target_BT.dtype, logits_BTV.shape, 2) == target_BT[:, :, None]
+
+
+def _cross_entropy_forward(hidden_BTD, head_VD, target_BT, weight_BT, block):
+  def terms(logits_BTV, target, weight):
+    nll_BT, lse_BT = _nll(logits_BTV, target)
+    d_logits_BTV = (jnp.exp(logits_BTV - lse_BT[:, :, None]) - _hit(target, logits_BTV)) * weight[:, :, None]
+    return (jnp.sum(nll_BT * weight),), d_logits_BTV, nll_BT
+
+  (loss,), gradient, nll_BT = _blocked_gradient((hidden_BTD, head_VD), (target_BT, weight_BT), block, terms)
+  return loss, (*gradient, nll_BT)
 
 
 def _cross_entropy_backward(block, residuals, d_loss):
@@ -123,32 +148,18 @@ def distilled(student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, ja
 
 
 def _distilled_forward(student, teacher, target_BT, weight_BT, block, share, temperature):
-  length = block_len(*target_BT.shape, block)
-  dtype, head_VD = student[0].dtype, student[1]
-
-  def body(carry, xs):
-    sums, d_head_VD = carry
-    hidden, taught, target, weight = xs
-    logits_BTV = _logits(hidden, head_VD)
+  def terms(logits_BTV, taught, target, weight):
     nll_BT, lse_BT = _nll(logits_BTV, target)
     log_q_BTV = jax.nn.log_softmax(logits_BTV / temperature)
     log_p_BTV = jax.nn.log_softmax(_logits(taught, teacher[1]) / temperature)
     kl_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
     loss_BT = (1.0 - share) * nll_BT + share * temperature**2 * kl_BT
-    hit_BTV = jax.lax.broadcasted_iota(target.dtype, logits_BTV.shape, 2) == target[:, :, None]
-    d_logits_BTV = ((1.0 - share) * (jnp.exp(logits_BTV - lse_BT[:, :, None]) - hit_BTV)
+    d_logits_BTV = ((1.0 - share) * (jnp.exp(logits_BTV - lse_BT[:, :, None]) - _hit(target, logits_BTV))
                     + share * temperature * (jnp.exp(log_q_BTV) - jnp.exp(log_p_BTV))) * weight[:, :, None]
-    d_logits_BTV = d_logits_BTV.astype(dtype)
-    d_hidden = jnp.einsum("BTV,VD->BTD", d_logits_BTV, head_VD.astype(dtype))
-    d_head_VD += jnp.einsum("BTV,BTD->VD", d_logits_BTV, hidden, preferred_element_type=jnp.float32)
-    sums = tuple(total + jnp.sum(x_BT * weight) for total, x_BT in zip(sums, (loss_BT, nll_BT, kl_BT)))
-    return (sums, d_head_VD), d_hidden
+    return tuple(jnp.sum(x_BT * weight) for x_BT in (loss_BT, nll_BT, kl_BT)), d_logits_BTV, ()
 
-  zero = jnp.zeros((), jnp.float32)
-  xs = tuple(_blocks(x, length) for x in (student[0], teacher[0], target_BT, weight_BT))
-  (sums, d_head_VD), d_hidden = jax.lax.scan(
-      body, ((zero, zero, zero), jnp.zeros(head_VD.shape, jnp.float32)), xs)
-  return sums, (_unblock(d_hidden), d_head_VD.astype(head_VD.dtype))
+  sums, gradient, _ = _blocked_gradient(student, (teacher[0], target_BT, weight_BT), block, terms)
+  return sums, gradient
 
 
 def _distilled_backward(block, share, temperature, residuals, d_sums):

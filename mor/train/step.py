@@ -54,9 +54,14 @@ def state_shardings(config: config_lib.Config, mesh: Mesh) -> TrainState:
 
 def _init(config: config_lib.Config) -> TrainState:
   tokens_BT = jnp.zeros((1, 2), jnp.int32)
-  variables = transformer.Transformer(config.model).init(jax.random.key(config.seed), tokens_BT)
+  return start(config, transformer.Transformer(config.model).init(jax.random.key(config.seed), tokens_BT))
+
+
+def start(config: config_lib.Config, variables: Mapping[str, Any]) -> TrainState:
+  """The state at step 0 of given variables."""
   params = variables["params"]
-  return TrainState(jnp.zeros((), jnp.int32), params, optim.make(config).init(params), dict(variables.get("balance", {})))
+  balance = dict(variables.get("balance", {}))
+  return TrainState(jnp.zeros((), jnp.int32), params, optim.make(config).init(params), balance)
 
 
 @struct.dataclass
@@ -166,7 +171,8 @@ def update(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax
 
 
 def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch: Mapping[str, jax.Array],
-               teacher: Teacher | None, targets: jax.Array, norms: Mapping[str, jax.Array] | None, bucket: int | None, part):
+               teacher: Teacher | None, targets: jax.Array, norms: Mapping[str, jax.Array] | None,
+               bucket: int | None, part):
   """Loss of a micro-batch, as its share of the whole batch's.
 
   Args:
