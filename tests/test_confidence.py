@@ -138,7 +138,7 @@ def test_restricted_head_is_the_heads_columns():
   hidden_BD, head_VD = heads()
   logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD)
   candidate_BE = jax.lax.top_k(logits_BV, E)[1][:, ::-1]
-  logits_BE, token_B = jax.jit(confidence.restrict)(hidden_BD, head_VD, candidate_BE)
+  logits_BE, token_B = jax.jit(confidence.restrict)(hidden_BD, head_VD[candidate_BE], candidate_BE)
   np.testing.assert_allclose(logits_BE, np.take_along_axis(np.asarray(logits_BV), candidate_BE, axis=1), atol=1e-5)
   np.testing.assert_array_equal(token_B, np.argmax(logits_BV, axis=-1))
   for name in OF_LOGITS:
@@ -154,7 +154,7 @@ def test_restricted_head_over_all_tokens_is_the_head():
   hidden_BD = hidden_BD.at[0].set(head_VD[11] * 9)  # rows 11 and 40 tie
   rng = np.random.default_rng(1)
   candidate_BE = jnp.asarray(np.stack([np.arange(V)[::-1], rng.permutation(V), np.arange(V)]))
-  _, token_B = confidence.restrict(hidden_BD, head_VD, candidate_BE)
+  _, token_B = confidence.restrict(hidden_BD, head_VD[candidate_BE], candidate_BE)
   logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD)
   np.testing.assert_array_equal(token_B, np.argmax(logits_BV, axis=-1))
   assert token_B[0] == 11 and token_B.dtype == jnp.int32
@@ -164,7 +164,7 @@ def test_restricted_head_without_candidates():
   """Negative ids are none: the rest decides; a row of none has no token and confidence 0."""
   hidden_BD, head_VD = heads()
   candidate_BE = jnp.array([[3, -1, 8, -1], [-5, -5, -5, -5], [-1, 50, -1, -1]])
-  logits_BE, token_B = confidence.restrict(hidden_BD, head_VD, candidate_BE)
+  logits_BE, token_B = confidence.restrict(hidden_BD, head_VD[candidate_BE], candidate_BE)
   own_E = np.asarray(hidden_BD[0] @ head_VD[jnp.array([3, 8])].T)
   assert list(token_B) == [[3, 8][int(np.argmax(own_E))], -1, 50]
   np.testing.assert_allclose(logits_BE[0], [own_E[0], -np.inf, own_E[1], -np.inf], atol=1e-5)
@@ -172,13 +172,13 @@ def test_restricted_head_without_candidates():
     confidence_B = of_logits(name, logits_BE)
     assert confidence_B[1] == 0 and confidence_B[2] == 1
   with pytest.raises(ValueError, match="1 candidate tokens a row"):
-    confidence.restrict(hidden_BD, head_VD, candidate_BE[:, :1])
+    confidence.restrict(hidden_BD, head_VD[candidate_BE[:, :1]], candidate_BE[:, :1])
 
 
 def test_restricted_head_sums_in_float32():
   hidden_BD, head_VD = (a.astype(jnp.bfloat16) for a in heads())
   candidate_BE = jnp.tile(jnp.arange(V)[None, :], (B, 1))
-  logits_BE, _ = confidence.restrict(hidden_BD, head_VD, candidate_BE)
+  logits_BE, _ = confidence.restrict(hidden_BD, head_VD[candidate_BE], candidate_BE)
   np.testing.assert_allclose(logits_BE, hidden_BD.astype(jnp.float32) @ head_VD.astype(jnp.float32).T, atol=1e-5)
 
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mor.inference import cache as cache_lib
 from mor.inference import weights as weights_lib
 from mor.model.kv import pages as pages_lib
 from mor.model.kv import table as kv_table
@@ -98,7 +99,7 @@ def test_steps_with_layers_of_their_own_share_no_batch():
   weights = weights_lib.prepare(config, decoding.draw(config), "float32")
   h_BD, cache = decoder.embed(weights, step_B), decoding.make_cache(decoder, 2)
   with pytest.raises(ValueError, match="sharing='sequence' gives each step its own layers.*use a cyclic scheme"):
-    decoder.run_pass(weights, cache, h_BD, step_B, step_B, step_B == 0)
+    decoder.run_pass(weights, cache, h_BD, cache_lib.one_each(step_B, step_B, step_B == 0))
 
 
 @pytest.mark.parametrize("plan, storage", [("recursion_wise", "dense"), ("hybrid", "paged")])

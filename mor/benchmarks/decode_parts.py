@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor.inference import cache as cache_lib
 from mor.inference import engine as engine_lib
 from mor.inference import request as request_lib
 from mor.inference import slots as slots_lib
@@ -72,7 +73,7 @@ def _pass(engine, steps_KB):
 
     def body(carry, step_B):
       cache, h_BD = carry
-      new, y_BD = decoder.run_pass(weights, cache, h_BD, slots.position_B, step_B, run_B)
+      new, y_BD = decoder.run_pass(weights, cache, h_BD, cache_lib.one_each(slots.position_B, step_B, run_B))
       return (cache.replace(stack=new.stack), h_BD + 1e-3 * y_BD), None
 
     (cache, h_BD), _ = jax.lax.scan(body, (slots.cache, slots.h_BD), steps_KB)
@@ -107,12 +108,13 @@ def _edge(engine, num: int):
 
   def run(edge, slots):
     all_B = jnp.ones(num, bool)
+    tokens = cache_lib.one_each(slots.position_B, jnp.zeros(num, jnp.int32), all_B)
 
     def body(carry, _):
       edge, token_B = carry
       cache = slots.cache.replace(edge=edge)
-      cache, h_BD = decoder.edge("prelude", weights, cache, decoder.embed(weights, token_B), slots.position_B, all_B)
-      cache, h_BD = decoder.edge("coda", weights, cache, h_BD, slots.position_B, all_B)
+      cache, h_BD = decoder.edge("prelude", weights, cache, decoder.embed(weights, token_B), tokens)
+      cache, h_BD = decoder.edge("coda", weights, cache, h_BD, tokens)
       token_B, _ = tick.next_tokens(decoder, weights, slots, h_BD, all_B, engine.model.vocab_size)
       return (cache.edge, token_B), None
 

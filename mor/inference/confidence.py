@@ -117,7 +117,7 @@ MEASURES: dict[str, Callable[[Exit], jax.Array]] = {
 }
 
 
-def restrict(hidden_BD: jax.Array, head_VD: types.Embedding, candidate_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
+def restrict(hidden_BD: jax.Array, rows_BED: jax.Array, candidate_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Logits of a few tokens of each row, for a confidence without the whole head.
 
   A token outside the candidates cannot be chosen, and its probability is left out of
@@ -125,7 +125,7 @@ def restrict(hidden_BD: jax.Array, head_VD: types.Embedding, candidate_BE: jax.A
 
   Args:
     hidden_BD: after the final norm.
-    head_VD: output embedding.
+    rows_BED: the candidates' rows of the output embedding.
     candidate_BE: ids, E >= 2, each once a row; negative ones are none. For example
       `jax.lax.top_k(deep_BV, E)[1]` of the row's last deep logits.
 
@@ -139,7 +139,6 @@ def restrict(hidden_BD: jax.Array, head_VD: types.Embedding, candidate_BE: jax.A
   if candidate_BE.shape[1] < 2:
     raise ValueError(f"{candidate_BE.shape[1]} candidate tokens a row make every confidence 1; use 2 or more")
   present_BE = candidate_BE >= 0
-  rows_BED = jnp.take(head_VD, candidate_BE, axis=0)
   logits_BE = jnp.einsum("BD,BED->BE", hidden_BD, rows_BED, preferred_element_type=jnp.float32)
   logits_BE = jnp.where(present_BE, logits_BE, -jnp.inf)
   best_BE = (logits_BE == jnp.max(logits_BE, axis=-1, keepdims=True)) & present_BE

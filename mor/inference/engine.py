@@ -12,36 +12,17 @@ request alone: not on its neighbours, the order of arrival, or a preemption.
 
 from collections.abc import Iterator, Sequence
 import collections
-import dataclasses
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from mor.inference import decoder as decoder_lib
-from mor.inference import meter
+from mor.inference import exit_host
+from mor.inference import loop
 from mor.inference import request as request_lib
-from mor.inference import slots as slots_lib
 from mor.inference import scheduler as scheduler_lib
-from mor.inference import tick
-from mor.inference import weights as weights_lib
-from mor.model.kv import storage as storage_lib
-
-_LEAST_CHUNK = 16  # tokens of the smallest prefill bucket
-_STORAGES = {"paged": storage_lib.Paged, "dense": storage_lib.Dense}
 
 
-@dataclasses.dataclass
-class _Flight:
-  """A dispatch whose results have not been read."""
-
-  out: slots_lib.Out
-  jobs: list[scheduler_lib.Job | None]  # by slot
-
-
-class Engine:
+class Engine(loop.Loop):
   """Serves one model; see the module docstring.
 
   Args:
@@ -61,47 +42,11 @@ class Engine:
     prefill_chunk: prompt tokens prefilled at most between two dispatches.
     router: in place of the model's own.
     storage: of keys and values; "dense" is the reference, one page a row.
+    exits: where tokens may leave early, for requests with exit="trust" or "verify".
+    classifier: of the measure of that name.
+    calibrator: gives a request the threshold it does not state; learns from every exit
+      where `exits.monitor`.
   """
-
-  def __init__(self, model: Any, *, num_slots: int = 16, batching: str = "depth", context: int | None = None,
-               page_size: int = 64, num_pages: int | None = None, num_edge_pages: int | None = None,
-               weight_format: str = "float32", kv_format: str = "float32", ticks: int | None = None,
-               prefill_chunk: int = 256, router: Any = None, storage: str = "paged"):
-    context = model.context if context is None else context
-    for name, value, choices in (("batching", batching, ("depth", "sequence")), ("storage", storage, _STORAGES),
-                                 ("kv_format", kv_format, storage_lib.FORMATS)):
-      if value not in choices:
-        raise ValueError(f"{name}={value!r}; use one of {', '.join(choices)}")
-    for name, value in dict(num_slots=num_slots, page_size=page_size, prefill_chunk=prefill_chunk, ticks=ticks,
-                            context=context, num_pages=num_pages, num_edge_pages=num_edge_pages).items():
-      if value is not None and value < 1:
-        raise ValueError(f"{name}={value}; use a count >= 1")
-    page_size = context if storage == "dense" else page_size
-    kind, config = _STORAGES[storage], model.config
-    self.decoder = decoder_lib.Decoder(
-        config, kind(page_size, config.num_kv_heads, config.head_dim, kv_format), router)
-    if not self.decoder.tables.schedule.cyclic:
-      raise ValueError(f"sharing={config.sharing!r} gives each step its own layers, so tokens at different steps "
-                       "cannot share a batch; use generate() (--batching=none), or train with a cyclic scheme")
-    self.model, self.context, self.num_slots = model, context, num_slots
-    self.weights = weights_lib.prepare(config, model.variables, weight_format)
-    self._together = batching == "sequence"
-    steps = self.decoder.num_steps
-    self._ticks = ticks or steps * -(-4 // steps)
-    self._chunk = max(_LEAST_CHUNK, prefill_chunk)
-    pages_per_row = -(-context // page_size)
-    whole = num_slots * pages_per_row
-    pool = scheduler_lib.Pool(
-        page_size, self.decoder.tables.num_rows, num_pages or whole * self.decoder.tables.num_rows,
-        (num_edge_pages or whole) if self.decoder.tables.num_edges else 0)
-    self.scheduler = scheduler_lib.Scheduler(num_slots, pool, self._ticks, self._chunk)
-    slots = slots_lib.make(self.decoder, self.weights, num_slots, pool.num_pages, pool.num_edge_pages, pages_per_row)
-    self.slots = jax.device_put(slots, *self.weights.lookup_VD.devices())  # committed, as a dispatch returns it
-    self._flights: collections.deque[_Flight] = collections.deque()
-    self._jobs: dict[int, scheduler_lib.Job] = {}
-    self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
-    self._starved = False  # a row waits and no page is free
-    self.meter = meter.Meter(num_slots, pool)
 
   def submit(self, prompt: str | Sequence[int], **options: Any) -> int:
     """Queues a prompt; returns the request's number.
@@ -110,7 +55,7 @@ class Engine:
       prompt: text, or token ids.
       **options: of `request.Request` and `sampling.Sampling`: max_tokens,
         temperature, top_k, top_p, min_p, repetition_penalty, seed, stop_tokens,
-        stop_strings, logprobs.
+        stop_strings, logprobs, exit, threshold.
 
     Raises:
       ValueError: this request is wrong; the others go on.
@@ -120,6 +65,7 @@ class Engine:
   def submit_request(self, request: request_lib.Request) -> int:
     """`submit` of a ready request."""
     request.check(self.model.config.vocab_size, self.context)
+    request = exit_host.resolve(self.decoder.exits, request, self.calibrator)
     follower = request_lib.Follower(request, self.model.tokenizer)
     job = self.scheduler.submit(request.prompt, request.limit(self.context), follower)
     self._jobs[job.id] = job
@@ -188,111 +134,6 @@ class Engine:
   def wait(self) -> None:
     """Blocks until the device has done what was dispatched."""
     jax.block_until_ready(self.slots.phase_B)
-
-  @property
-  def idle(self) -> bool:
-    """Whether no request waits or runs, and all results have been read."""
-    return self.scheduler.idle and not self._flights
-
-  def step(self) -> list[tuple[int, request_lib.Event]]:
-    """Admits, prefills, dispatches, and reads the dispatch before; returns what is new."""
-    with self.meter.busy():
-      while self.scheduler.admit():
-        pass
-      self._prefill()
-      dispatched = not self._starved and any(job.started for job in self.scheduler.held)
-      if dispatched:
-        self._dispatch()
-      events = []
-      while len(self._flights) > (1 if dispatched else 0):
-        events += self._harvest(self._flights.popleft())
-      if self._starved and not self._flights:
-        self._relieve()
-      return events
-
-  def _prefill(self) -> None:
-    """Prompts into their slots, oldest first, by chunks; all of them where nobody decodes yet."""
-    held = self.scheduler.held
-    budget = self._chunk if any(job.started for job in held) else sum(len(job.tokens) for job in held)
-    for job in held:
-      while not job.started and budget > 0:
-        left = len(job.tokens) - 1 - job.stored
-        if left:
-          size = min(left, self._chunk)
-          self._store(job, size)
-          budget -= size
-        if job.stored == len(job.tokens) - 1:
-          self._start(job)
-
-  def _store(self, job: scheduler_lib.Job, size: int) -> None:
-    width = max(_LEAST_CHUNK, 1 << (size - 1).bit_length())
-    tokens_1T = np.zeros((1, width), np.int32)
-    tokens_1T[0, :size] = job.tokens[job.stored:job.stored + size]
-    self.slots, ok = tick.store(
-        self.decoder, self.weights, self.slots, jnp.int32(job.slot), jnp.asarray(tokens_1T), jnp.int32(job.stored),
-        jnp.int32(size), context=job.stored > 0)
-    job.stored += size
-    self.meter.prefilled(size)
-    self._sufficed.append(ok)
-
-  def _start(self, job: scheduler_lib.Job) -> None:
-    left = job.limit - (len(job.tokens) - len(job.prompt))
-    self.slots = slots_lib.admit(self.slots, slots_lib.admission(
-        job.slot, job.payload.request, job.tokens, left, self.model.config.vocab_size))
-    job.started = True
-
-  def _dispatch(self) -> None:
-    self.slots, out = tick.run(self.decoder, self.weights, self.slots, num_ticks=self._ticks,
-                                vocab_size=self.model.vocab_size, together=self._together)
-    jobs = [job if job and job.started else None for job in self.scheduler.slots]
-    self._flights.append(_Flight(out, jobs))
-
-  def _harvest(self, flight: _Flight) -> list[tuple[int, request_lib.Event]]:
-    out, sufficed = jax.device_get((flight.out, self._sufficed))
-    assert all(sufficed), "a prefill was admitted without room for it"
-    self._sufficed = []
-    num = int(out.num_ticks)
-    self.meter.harvested(out, num)
-    self.scheduler.learn(int(out.free), int(out.edge_free), [job for job in flight.jobs if job], len(self._flights))
-    events = []
-    for k in range(num):
-      for slot, job in enumerate(flight.jobs):
-        if job is None or job.finished or job.slot != slot or out.token_KB[k, slot] < 0:
-          continue
-        events.append((job.id, self._take_token(job, out, k, slot)))
-    self.scheduler.pressed = bool(num) and bool(out.stalled_KB[num - 1].any())
-    none_left = out.free == 0 or (self.decoder.tables.num_edges and out.edge_free == 0)
-    self._starved = self.scheduler.pressed and bool(none_left)
-    return events
-
-  def _take_token(self, job, out, k, slot) -> request_lib.Event:
-    token, finish = int(out.token_KB[k, slot]), request_lib.FINISH[out.finish_KB[k, slot]]
-    event = job.payload.add(token, int(out.depth_KB[k, slot]), float(out.logprob_KB[k, slot]), finish)
-    job.tokens.append(token)
-    self.meter.token(job.id)
-    if event.finish:
-      self._end(job, freed=bool(finish))
-    return event
-
-  def _relieve(self) -> None:
-    """Preempts the youngest request, so that the others find pages."""
-    job = self.scheduler.youngest()
-    if job:
-      self._free(self.scheduler.preempt(job))
-      self.meter.preempted()
-    self._starved = False
-
-  def _end(self, job: scheduler_lib.Job, freed: bool = False) -> None:
-    """Ends a job; its slot and pages go back unless the device has freed them itself."""
-    slot = self.scheduler.finish(job)
-    if slot is not None and not freed:
-      self._free(slot)
-    self.meter.finished(job.id)
-
-  def _free(self, slot: int) -> None:
-    done_B = np.zeros(self.num_slots, bool)
-    done_B[slot] = True
-    self.slots = slots_lib.release(self.decoder, self.slots, jnp.asarray(done_B))
 
   def _find(self, number: int) -> scheduler_lib.Job:
     if number not in self._jobs:

@@ -56,6 +56,8 @@ def generate(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, request
   vocab_size = vocab_size or decoder.model.vocab_size
   for request in requests:
     request.check(decoder.model.vocab_size, context)
+    if request.exit != "none":
+      raise ValueError(f"exit={request.exit!r}; generate() runs the full depth, use an Engine with exits")
   followers = [request_lib.Follower(request, tokenizer) for request in requests]
   if not requests:
     return []
@@ -117,17 +119,19 @@ def advance(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: c
     The cache, logits `[B, V]` and the depth of each token.
   """
   cache, _ = decoder.tables.reserve_edge(cache, live_B)
-  cache, h_BD = decoder.edge("prelude", weights, cache, decoder.embed(weights, token_B), position_B, live_B)
+  tokens = cache_lib.one_each(position_B, jnp.zeros_like(token_B), live_B)
+  cache, h_BD = decoder.edge("prelude", weights, cache, decoder.embed(weights, token_B), tokens)
   entry_BD, alive_B, depth_B = h_BD, live_B, jnp.zeros_like(token_B)
   for r in range(decoder.num_steps):
     step_B = jnp.full_like(token_B, r)
     routed = decoder.decide(weights, h_BD, entry_BD, alive_B, position_B, step_B, (r,))
     run_B = decoder.runs(routed.keep_BT[:, 0], alive_B, step_B)
     cache, _ = decoder.tables.reserve_stack(cache, step_B, run_B)
-    cache, y_BD = decoder.run_pass(weights, cache, h_BD, position_B, step_B, run_B, static_step=r)
+    cache, y_BD = decoder.run_pass(
+        weights, cache, h_BD, cache_lib.one_each(position_B, step_B, run_B), static_step=r)
     h_BD, alive_B = decoder.merge(h_BD, y_BD, entry_BD, routed), routed.keep_BT[:, 0]
     depth_B += alive_B.astype(jnp.int32)
-  cache, h_BD = decoder.edge("coda", weights, cache, h_BD, position_B, live_B)
+  cache, h_BD = decoder.edge("coda", weights, cache, h_BD, tokens)
   return cache, decoder.head(weights, h_BD), depth_B
 
 

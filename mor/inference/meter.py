@@ -5,7 +5,9 @@
   slot_utilisation             fraction of slot-ticks in which a slot ran the stack
   mean_depth                   recursion steps of a new token
   pool_peak, edge_pool_peak    largest fraction of the pages in use at the end of a dispatch
-  stalled                      slot-ticks that waited for a page
+  stalled, crowded             slot-ticks that waited for a page; for room in a pass
+  exit_rate                    fraction of new tokens that an exit chose
+  acceptance                   fraction of judged drafts that the full depth confirmed
   preemptions                  requests sent back to the queue
 """
 
@@ -30,7 +32,8 @@ class Meter:
     self._ttft: list[float] = []
     self._tpot: list[float] = []
     self._seconds = 0.0
-    self._counts = dict(requests=0, prompt_tokens=0, tokens=0, ticks=0, ran=0, depth=0, stalled=0, preemptions=0)
+    self._counts = dict(requests=0, prompt_tokens=0, tokens=0, ticks=0, ran=0, depth=0, stalled=0, crowded=0,
+                        early=0, drafts=0, kept=0, preemptions=0)
     self._peak, self._edge_peak = 0.0, 0.0
 
   @contextlib.contextmanager
@@ -68,10 +71,13 @@ class Meter:
 
   def harvested(self, out: Any, num_ticks: int) -> None:
     """Results of a dispatch, as numpy arrays."""
-    emitted_KB = out.token_KB[:num_ticks] >= 0
-    for name, value in (("ticks", num_ticks), ("tokens", emitted_KB.sum()), ("ran", out.ran_KB[:num_ticks].sum()),
+    new, emitted_KBW = out.new, out.new.token_BW[:num_ticks] >= 0
+    for name, value in (("ticks", num_ticks), ("tokens", emitted_KBW.sum()), ("ran", out.ran_KB[:num_ticks].sum()),
                         ("stalled", out.stalled_KB[:num_ticks].sum()),
-                        ("depth", out.depth_KB[:num_ticks][emitted_KB].sum())):
+                        ("crowded", out.crowded_KB[:num_ticks].sum()),
+                        ("depth", new.depth_BW[:num_ticks][emitted_KBW].sum()),
+                        ("early", new.early_BW[:num_ticks][emitted_KBW].sum()),
+                        ("drafts", new.drafts_B[:num_ticks].sum()), ("kept", new.kept_B[:num_ticks].sum())):
       self._counts[name] += int(value)
     self._peak = max(self._peak, 1 - int(out.free) / self._pool.num_pages)
     if self._pool.num_edge_pages:
@@ -87,6 +93,8 @@ class Meter:
         "slot_utilisation": ratio(counts["ran"], counts["ticks"] * self._num_slots),
         "mean_depth": ratio(counts["depth"], counts["tokens"]), "ticks": counts["ticks"],
         "pool_peak": self._peak, "edge_pool_peak": self._edge_peak, "stalled": counts["stalled"],
+        "crowded": counts["crowded"], "exit_rate": ratio(counts["early"], counts["tokens"]),
+        "acceptance": ratio(counts["kept"], counts["drafts"]),
         "preemptions": counts["preemptions"],
     }
     for name, values in (("ttft", self._ttft), ("tpot", self._tpot)):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+from mor.inference import exits as exits_lib
 from mor.inference import sampling as sampling_lib
 
 STOP_TOKENS = 8  # that a request may name
@@ -25,6 +26,8 @@ class Request:
     stop_tokens: ids that end the text; they are not part of it.
     stop_strings: texts that end the text; they are not part of it.
     logprobs: whether to compute each token's log-probability.
+    exit: what an early exit means, one of `exits.MODES`; needs an engine with exits.
+    threshold: a confidence above it exits, in [0, 1]; None is the engine's.
   """
 
   prompt: tuple[int, ...]
@@ -33,6 +36,8 @@ class Request:
   stop_tokens: tuple[int, ...] = ()
   stop_strings: tuple[str, ...] = ()
   logprobs: bool = False
+  exit: str = "none"
+  threshold: float | None = None
 
   def check(self, vocab_size: int, context: int) -> None:
     """Refuses what cannot be run.
@@ -59,6 +64,13 @@ class Request:
       raise ValueError(f"stop_strings={self.stop_strings!r}; use non-empty strings")
     if not isinstance(self.logprobs, bool):
       raise ValueError(f"logprobs={self.logprobs!r}; use True or False")
+    if self.exit not in exits_lib.MODES:
+      raise ValueError(f"exit={self.exit!r}; use one of {', '.join(exits_lib.MODES)}")
+    is_number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+    if self.threshold is not None and not (is_number and 0 <= self.threshold <= 1):
+      raise ValueError(f"threshold={self.threshold!r}; use None, or a confidence in [0, 1]")
+    if self.threshold is not None and self.exit == "none":
+      raise ValueError(f"threshold={self.threshold!r} with exit='none'; use exit='trust' or 'verify', or leave it out")
 
   def limit(self, context: int) -> int:
     """New tokens at most: the last one need not be read, so it may lie past the context."""
@@ -73,6 +85,8 @@ class Completion:
     tokens: new tokens, the stopping one left out.
     depths: recursion steps taken to predict each new token, that is of the token
       before it.
+    early: whether an exit chose each new token; never of a request that is verified, whose
+      tokens and depths are the full depth's.
     logprobs: of each new token, where asked for.
     text: the new text, up to a stop string; "" without a tokenizer.
     finish: "" while it goes on, "stop", "length" or "aborted".
@@ -80,6 +94,7 @@ class Completion:
 
   tokens: list[int] = dataclasses.field(default_factory=list)
   depths: list[int] = dataclasses.field(default_factory=list)
+  early: list[bool] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
   text: str = ""
   finish: str = ""
@@ -95,6 +110,7 @@ class Event:
     depth: recursion steps taken to predict it.
     logprob: where asked for.
     finish: as in `Completion`.
+    early: the same.
   """
 
   token: int | None
@@ -102,6 +118,7 @@ class Event:
   depth: int
   logprob: float | None
   finish: str
+  early: bool = False
 
 
 class Follower:
@@ -117,13 +134,14 @@ class Follower:
     self._decoded = ""
     self._sent = 0
 
-  def add(self, token: int, depth: int, logprob: float, finish: str) -> Event:
+  def add(self, token: int, depth: int, logprob: float, finish: str, early: bool = False) -> Event:
     """Takes the next token; `finish` is what the device says of it."""
     done = self.completion
     stopped = finish == "stop" and token in self.request.stop_tokens
     if not stopped:
       done.tokens.append(token)
       done.depths.append(depth)
+      done.early.append(early)
       if self.request.logprobs:
         done.logprobs.append(logprob)
       if self._tokenizer is not None:
@@ -133,7 +151,7 @@ class Follower:
     if hit is not None:
       self._decoded, done.finish = self._decoded[:hit], "stop"
     return self._tell(Event(None if stopped else token, self._release(), depth,
-                            logprob if self.request.logprobs else None, done.finish))
+                            logprob if self.request.logprobs else None, done.finish, early))
 
   def end(self, finish: str) -> Event:
     """Ends the request from outside."""

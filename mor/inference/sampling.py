@@ -96,14 +96,14 @@ def sample(logits_MV: jax.Array, rows_M: Rows, seen_MV: jax.Array, index_M: jax.
   logits_MV = mask(logits_MV, vocab_size)
   penalised_MV = jax.lax.cond(
       jnp.any(rows_M.penalty_B != 1.0), lambda: _penalise(logits_MV, rows_M.penalty_B, seen_MV), lambda: logits_MV)
-  greedy_M = _most_likely(penalised_MV)
+  greedy_M = most_likely(penalised_MV)
   drawn_M = rows_M.temperature_B > 0
   return jax.lax.cond(jnp.any(drawn_M), lambda: jnp.where(drawn_M, _draw(penalised_MV, rows_M, index_M), greedy_M),
                       lambda: greedy_M)
 
 
-def _most_likely(logits_MV):
-  """The first greatest logit of each row; 3x faster than `argmax` on XLA:CPU, which does not vectorise it."""
+def most_likely(logits_MV):
+  """The first greatest logit of each row: `[M]`; 3x faster than `argmax` on XLA:CPU, which does not vectorise it."""
   index_1V = jnp.arange(logits_MV.shape[1], dtype=jnp.int32)[None, :]
   best_M1 = jnp.max(logits_MV, axis=-1, keepdims=True)
   return jnp.min(jnp.where(logits_MV == best_M1, index_1V, logits_MV.shape[1] - 1), axis=-1)
@@ -129,15 +129,61 @@ def _penalise(logits_MV, penalty_M, seen_MV):
 
 
 def _draw(logits_MV, rows_M, index_M):
+  return _invert(_weigh(logits_MV, rows_M), _uniform(rows_M, index_M))
+
+
+def _weigh(logits_MV, rows_M):
+  """Of each token, relative to the likeliest one of its row; 0 where a filter drops it."""
   tempered_MV = logits_MV / jnp.maximum(rows_M.temperature_B, 1e-6)[:, None]
   weight_MV = jnp.exp(tempered_MV - jnp.max(tempered_MV, axis=-1, keepdims=True))
   filtered = (rows_M.top_k_B > 0) | (rows_M.top_p_B < 1) | (rows_M.min_p_B > 0)
-  weight_MV = jax.lax.cond(jnp.any(filtered), lambda: _filter(weight_MV, rows_M), lambda: weight_MV)
-  key = lambda seed, index: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), index))
-  uniform_M1 = jax.vmap(key)(rows_M.seed_B, index_M)[:, None]
+  return jax.lax.cond(jnp.any(filtered), lambda: _filter(weight_MV, rows_M), lambda: weight_MV)
+
+
+def _uniform(rows_M, index_M, stream: int | None = None):
+  """A number of [0, 1) of each request's token; streams are independent."""
+  def draw(seed, index):
+    key = jax.random.fold_in(jax.random.key(seed), index)
+    return jax.random.uniform(key if stream is None else jax.random.fold_in(key, stream))
+  return jax.vmap(draw)(rows_M.seed_B, index_M)
+
+
+def _invert(weight_MV, uniform_M):
+  """The token at which the cumulative weight passes a share of the whole."""
   cumulative_MV = jnp.cumsum(weight_MV, axis=-1)
-  reached_MV = (cumulative_MV > uniform_M1 * cumulative_MV[:, -1:]) & (weight_MV > 0)
+  reached_MV = (cumulative_MV > uniform_M[:, None] * cumulative_MV[:, -1:]) & (weight_MV > 0)
   return jnp.argmax(reached_MV, axis=-1).astype(jnp.int32)
+
+
+def confirm(logits_MV: jax.Array, draft_MV: jax.Array, token_M: jax.Array, rows_M: Rows, seen_MV: jax.Array,
+            index_M: jax.Array, vocab_size: int) -> jax.Array:
+  """Keeps drawn tokens, or replaces them, so that what comes is drawn from the logits' distribution.
+
+  A token x drawn from q is kept with probability min(1, p(x) / q(x)), else a token is
+  drawn from max(p - q, 0): what comes is a function of p, q, seed and index, whatever
+  was drafted before or after it.
+
+  Args:
+    logits_MV: of p.
+    draft_MV: logits of q.
+    token_M: what `sample` drew from q.
+    rows_M, seen_MV, index_M, vocab_size: as `sample` had them.
+
+  Source: Leviathan et al. 2023, section 2.3; Chen et al. 2023.
+  """
+  p_MV, q_MV = (_probabilities(x_MV, rows_M, seen_MV, vocab_size) for x_MV in (logits_MV, draft_MV))
+  chance = lambda x_MV: jnp.take_along_axis(x_MV, token_M[:, None], axis=1)[:, 0]
+  kept_M = _uniform(rows_M, index_M, 1) * chance(q_MV) < chance(p_MV)
+  rest_MV = jnp.maximum(p_MV - q_MV, 0.0)
+  rest_MV = jnp.where(jnp.sum(rest_MV, axis=-1, keepdims=True) > 0, rest_MV, p_MV)  # p = q, up to rounding
+  return jnp.where(kept_M, token_M, _invert(rest_MV, _uniform(rows_M, index_M, 2)))
+
+
+def _probabilities(logits_MV, rows_M, seen_MV, vocab_size):
+  logits_MV = mask(logits_MV, vocab_size)
+  logits_MV = jnp.where((rows_M.penalty_B != 1.0)[:, None], _penalise(logits_MV, rows_M.penalty_B, seen_MV), logits_MV)
+  weight_MV = _weigh(logits_MV, rows_M)
+  return weight_MV / jnp.sum(weight_MV, axis=-1, keepdims=True)
 
 
 def _filter(weight_MV, rows_M):

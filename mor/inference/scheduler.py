@@ -29,6 +29,7 @@ class Job:
     stored: tokens of it that have been prefilled.
     started: whether it is being decoded.
     finished: whether its last token is known, or it was aborted.
+    resume: what a preempted request has to start again with, beside its tokens.
   """
 
   id: int
@@ -40,6 +41,7 @@ class Job:
   stored: int = 0
   started: bool = False
   finished: bool = False
+  resume: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +53,14 @@ class Pool:
     num_rows: rows of a sequence in the stack's pool.
     num_pages: pages of the stack's pool.
     num_edge_pages: pages of the edges' pool, 0 where the model has no edges.
+    entries: of a sequence in the stack's pool, in one tick at most.
   """
 
   page_size: int
   num_rows: int
   num_pages: int
   num_edge_pages: int
+  entries: int = 1
 
   def most(self, num_tokens: int) -> tuple[int, int]:
     """Pages that a sequence may take: every token at every storing step."""
@@ -64,9 +68,10 @@ class Pool:
     return self.num_rows * pages, pages if self.num_edge_pages else 0
 
   def growth(self, ticks: int) -> tuple[int, int]:
-    """Pages that a sequence may take in some ticks: at most an entry a tick in each pool."""
-    pages = -(-ticks // self.page_size) + 1
-    return min(ticks, self.num_rows * pages), min(ticks, pages) if self.num_edge_pages else 0
+    """Pages that a sequence may take in some ticks: at most an entry a tick in the edges."""
+    pages = lambda entries: -(-entries // self.page_size) + 1
+    entries = ticks * self.entries
+    return min(entries, self.num_rows * pages(entries)), min(ticks, pages(ticks)) if self.num_edge_pages else 0
 
 
 class Scheduler:

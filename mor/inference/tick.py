@@ -9,27 +9,37 @@ token at step 0 in the next tick, while the others go one step deeper:
   finish   coda, head, sampling                       (slots whose token leaves)
 
 All parameters are shared over steps, so one batch serves all depths. With R = 1 the
-tick is a decoding step and this is continuous sequence-wise batching.
+tick is a decoding step and this is continuous sequence-wise batching. A plain model
+that is cut into steps at its exits has a pass for each of them, in order, which
+nobody runs who has left before.
 
 A slot that finds no free page waits, untouched, and tries again in the next tick.
 The edges and the head take all slots at full width where that is as fast (matrix
 products do not grow with rows there), sorted so that attention reads active slots
 only; the head runs on the smallest of a few widths that holds the leavers.
+
+With exits (`ring.py`, `early_exit.py`) a slot's pending tokens take part in its
+passes as further rows of the same batch.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mor.inference import cache as cache_lib
 from mor.inference import decoder as decoder_lib
+from mor.inference import early_exit
 from mor.inference import prefill
+from mor.inference import ring as ring_lib
 from mor.inference import sampling
 from mor.inference import slots as slots_lib
 from mor.inference import weights as weights_lib
 
+
 def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, vocab_size: int,
-         together: bool) -> tuple[slots_lib.Slots, tuple[jax.Array, ...]]:
+         together: bool, context: early_exit.Context | None = None) -> tuple[slots_lib.Slots, tuple[Any, ...]]:
   """See the module docstring.
 
   Args:
@@ -39,75 +49,149 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
     vocab_size: tokens beyond it are never drawn.
     together: whether a token that is done waits for all others (a batch that waits
       for its deepest row), static.
+    context: what exits need beside the slots.
 
   Returns:
-    The slots after it, and a row of `Out`'s arrays.
+    The slots after it, and `Out`'s new tokens, who ran, and who waited for what.
   """
-  slots, stalled_B = _start(decoder, weights, slots)
-  slots, ran_B, no_page_B = _pass(decoder, weights, slots)
-  leave_B = slots.phase_B == slots_lib.LEAVE
-  if together:
-    leave_B &= ~jnp.any((slots.phase_B == slots_lib.RUN) | (slots.phase_B == slots_lib.START))
-  slots, (token_B, finish_B, logprob_B) = _finish(decoder, weights, slots, leave_B, vocab_size)
-  out = (jnp.where(leave_B, token_B, -1), slots.depth_B, finish_B, logprob_B, ran_B, stalled_B | no_page_B)
-  return slots, out
+  slots, stalled_B = _start(decoder, weights, slots, context)
+  if decoder.exits is None:
+    slots, ran_B, waits_B, crowded_B = _pass(decoder, weights, slots)
+    leave_B = slots.phase_B == slots_lib.LEAVE
+    if together:
+      leave_B &= ~jnp.any((slots.phase_B == slots_lib.RUN) | (slots.phase_B == slots_lib.START))
+    slots, new = _finish(decoder, weights, slots, leave_B, vocab_size)
+    return slots, (new, ran_B, stalled_B | waits_B, crowded_B)
+
+  def part(slots, step=None):
+    slots, ran_B, waits_B, crowded_B = _pass(decoder, weights, slots, step)
+    slots, new, pages_B, room_B = early_exit.finish(decoder, weights, slots, vocab_size, context)
+    return slots, (new, ran_B, waits_B | pages_B, crowded_B | room_B)
+
+  slots, out = part(slots, None if decoder.tables.schedule.cyclic else 0)
+  for step in range(1, 1 if decoder.tables.schedule.cyclic else decoder.num_steps):
+    slots, out = _if_any(
+        lambda slots, step=step: (slots.phase_B == slots_lib.RUN) & (slots.step_B == step),
+        functools.partial(part, step=step), slots, out)
+  new, ran_B, waits_B, crowded_B = out
+  return slots, (new, ran_B, stalled_B | waits_B, crowded_B)
 
 
-def _start(decoder, weights, slots):
+def _if_any(wants, part, slots, out):
+  """`part` where a slot wants it; a loop of one turn, because a branch would copy the cache."""
+  def body(carry):
+    _, slots, old = carry
+    slots, new = part(slots)
+    # A slot gets its tokens in one part of a tick only; a number of the others is 0.
+    got_B = new[0].token_BW[:, 0] >= 0
+    pick = lambda new, old: jnp.where(got_B.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    merged = jax.tree.map(pick, new[0], old[0])
+    return jnp.bool_(False), slots, (merged, *(a | b for a, b in zip(new[1:], old[1:])))
+
+  return jax.lax.while_loop(lambda carry: carry[0], body, (jnp.any(wants(slots)), slots, out))[1:]
+
+
+def _start(decoder, weights, slots, context):
   """New tokens enter the recursion."""
   wants_B = slots.phase_B == slots_lib.START
   cache, start_B = decoder.tables.reserve_edge(slots.cache, wants_B)
   h_BD = decoder.embed(weights, slots.token_B)
-  cache, h_BD = decoder.edge("prelude", weights, cache, h_BD, slots.position_B, start_B)
+  zero_B = jnp.zeros_like(slots.step_B)
+  cache, h_BD = decoder.edge(
+      "prelude", weights, cache, h_BD, cache_lib.one_each(slots.position_B, zero_B, start_B))
   step_B = jnp.where(start_B, 0, slots.step_B)
-  routed = decoder.decide(weights, h_BD, h_BD, start_B, slots.position_B, jnp.zeros_like(step_B), (0,))
-  runs_B = decoder.runs(routed.keep_BT[:, 0], start_B, jnp.zeros_like(step_B))
+  routed = decoder.decide(weights, h_BD, h_BD, start_B, slots.position_B, zero_B, (0,))
+  runs_B = decoder.runs(routed.keep_BT[:, 0], start_B, zero_B)
   start_B1 = start_B[:, None]
-  return slots.replace(
+  slots = slots.replace(
       cache=cache, step_B=step_B, depth_B=jnp.where(start_B, 0, slots.depth_B),
       h_BD=jnp.where(start_B1, h_BD, slots.h_BD), entry_BD=jnp.where(start_B1, h_BD, slots.entry_BD),
       routed=jax.tree.map(lambda new, old: jnp.where(start_B1, new, old), routed, slots.routed),
-      phase_B=jnp.where(start_B, jnp.where(runs_B, slots_lib.RUN, slots_lib.LEAVE), slots.phase_B),
-  ), wants_B & ~start_B
+      phase_B=jnp.where(start_B, jnp.where(runs_B, slots_lib.RUN, slots_lib.LEAVE), slots.phase_B))
+  if decoder.exits:
+    slots = early_exit.start(slots, start_B, context)
+  return slots, wants_B & ~start_B
 
 
-def _pass(decoder, weights, slots):
-  """The shared stack, and each token's next decision."""
-  wants_B, num_steps = slots.phase_B == slots_lib.RUN, decoder.num_steps
-  cache, run_B = decoder.tables.reserve_stack(slots.cache, slots.step_B, wants_B)
-  cache, y_BD = decoder.run_pass(weights, cache, slots.h_BD, slots.position_B, slots.step_B, run_B)
-  run_B1 = run_B[:, None]
-  h_BD = jnp.where(run_B1, decoder.merge(slots.h_BD, y_BD, slots.entry_BD, slots.routed), slots.h_BD)
-  kept_B = run_B & slots.routed.keep_BT[:, 0]
-  step_B = slots.step_B + run_B.astype(jnp.int32)
-  alive_B = kept_B & (step_B < num_steps)
+def _pass(decoder, weights, slots, static_step=None):
+  """The shared stack for newest and pending tokens, and each one's next decision."""
+  ring, num_steps, num_slots = slots.ring, decoder.num_steps, slots.phase_B.shape[0]
+  room = decoder.exits.room(num_slots) if decoder.exits else 0
+  wants_B = fits_B = newest_B = slots.phase_B == slots_lib.RUN
+  if static_step is not None:
+    wants_B = fits_B = newest_B = wants_B & (slots.step_B == static_step)
+  step_B, count_B = slots.step_B, 1
+  if room:
+    drain_B = slots.phase_B == slots_lib.DRAIN
+    least_B = jnp.min(jnp.where(ring.behind(), ring.step_BS, num_steps), axis=1)
+    wants_B, step_B = wants_B | drain_B, jnp.where(drain_B, least_B, step_B)
+    along_BS = ring.behind() & (ring.step_BS == step_B[:, None])
+    num_B = jnp.sum(along_BS, axis=1, dtype=jnp.int32)
+    fits_B, count_B = ring_lib.fit(num_B, wants_B, ring.wait_B, room), num_B + newest_B
+  cache, run_B = decoder.tables.reserve_stack(slots.cache, step_B, fits_B, count_B)
+  newest_B &= run_B
+  state = (slots.h_BD, slots.entry_BD, ring_lib.arrays(slots.routed), slots.position_B)
+  tokens = cache_lib.one_each(slots.position_B, slots.step_B, newest_B)
+  if room:
+    packed = ring_lib.pack(along_BS & run_B[:, None], room)
+    waiting = (ring.h_BSD, ring.entry_BSD, ring.routed, ring.position(slots.position_B))
+    state = jax.tree.map(lambda new, old: jnp.concatenate([new, packed.take(old)]), state, waiting)
+    tokens = cache_lib.Tokens(
+        jnp.concatenate([tokens.slot_M, packed.slot_P]), state[3],
+        jnp.concatenate([slots.step_B, packed.take(ring.step_BS)]), jnp.concatenate([newest_B, packed.run_P]))
+  h_MD, entry_MD, routed = *state[:2], slots.routed.replace(**state[2])
+  cache, y_MD = decoder.run_pass(weights, cache, h_MD, tokens, static_step)
+  run_M1 = tokens.run_M[:, None]
+  h_MD = jnp.where(run_M1, decoder.merge(h_MD, y_MD, entry_MD, routed), h_MD)
+  kept_M = tokens.run_M & routed.keep_BT[:, 0]
+  step_M = tokens.step_M + tokens.run_M.astype(jnp.int32)
+  alive_M = kept_M & (step_M < num_steps)
   if num_steps == 1:
-    go_B, routed = jnp.zeros_like(alive_B), slots.routed
+    go_M = jnp.zeros_like(alive_M)
   else:
     steps = tuple(range(1, num_steps))
-    routed = decoder.decide(weights, h_BD, slots.entry_BD, alive_B, slots.position_B, step_B, steps)
-    go_B = alive_B & routed.keep_BT[:, 0]
-    routed = jax.tree.map(lambda new, old: jnp.where(run_B1, new, old), routed, slots.routed)
+    decided = decoder.decide(weights, h_MD, entry_MD, alive_M, tokens.position_M, step_M, steps)
+    go_M = alive_M & decided.keep_BT[:, 0]
+    routed = jax.tree.map(lambda new, old: jnp.where(run_M1, new, old), decided, routed)
+  first = lambda a: a[:num_slots]
   slots = slots.replace(
-      cache=cache, h_BD=h_BD, step_B=step_B, routed=routed, depth_B=slots.depth_B + kept_B.astype(jnp.int32),
-      phase_B=jnp.where(run_B, jnp.where(go_B, slots_lib.RUN, slots_lib.LEAVE), slots.phase_B))
-  return slots, run_B, wants_B & ~run_B
+      cache=cache, h_BD=first(h_MD), step_B=first(step_M), routed=jax.tree.map(first, routed),
+      depth_B=slots.depth_B + first(kept_M).astype(jnp.int32),
+      phase_B=jnp.where(newest_B, jnp.where(first(go_M), slots_lib.RUN, slots_lib.LEAVE), slots.phase_B))
+  if decoder.exits:
+    stored_MR = early_exit.stored(decoder, tokens)
+    waits_B = jnp.where(run_B, 0, ring.wait_B + wants_B.astype(jnp.int32))
+    ring = ring.replace(wait_B=waits_B, stored_BR=ring.stored_BR | first(stored_MR))
+    if room:
+      rest = lambda a: a[num_slots:]
+      routed = routed.replace(keep_BT=routed.keep_BT & go_M[:, None])  # the last step keeps nobody
+      ring = ring.replace(
+          h_BSD=packed.put(ring.h_BSD, rest(h_MD)), step_BS=packed.put(ring.step_BS, rest(step_M)),
+          routed=jax.tree.map(lambda old, new: packed.put(old, rest(new)), ring.routed, ring_lib.arrays(routed)),
+          depth_BS=packed.put(ring.depth_BS, packed.take(ring.depth_BS) + rest(kept_M).astype(jnp.int32)),
+          stored_BSR=packed.put(ring.stored_BSR, packed.take(ring.stored_BSR) | rest(stored_MR)))
+    slots = early_exit.arrive(decoder, slots.replace(ring=ring), newest_B)
+  return slots, run_B, fits_B & ~run_B, wants_B & ~fits_B
 
 
 def _finish(decoder, weights, slots, leave_B, vocab_size):
   """Coda, head and sampling of the slots that leave."""
-  cache, h_BD = decoder.edge("coda", weights, slots.cache, slots.h_BD, slots.position_B, leave_B)
+  tokens = cache_lib.one_each(slots.position_B, slots.step_B, leave_B)
+  cache, h_BD = decoder.edge("coda", weights, slots.cache, slots.h_BD, tokens)
   token_B, logprob_B = next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size)
   stop_B = jnp.any(token_B[:, None] == slots.stop_BE, axis=1)
   finish_B = jnp.where(leave_B, jnp.where(stop_B, 1, jnp.where(slots.left_B == 1, 2, 0)), 0)
   one_B = leave_B.astype(jnp.int32)
+  new = slots_lib.nothing_new(token_B.shape[0], 1, 0).replace(
+      token_BW=jnp.where(leave_B, token_B, -1)[:, None], depth_BW=slots.depth_B[:, None],
+      logprob_BW=logprob_B[:, None], finish_B=finish_B)
   return slots.replace(
       cache=cache,
       token_B=jnp.where(leave_B, token_B, slots.token_B), position_B=slots.position_B + one_B,
       index_B=slots.index_B + one_B, left_B=slots.left_B - one_B,
       seen_BV=slots.seen_BV.at[jnp.arange(token_B.shape[0]), token_B].max(leave_B),
       phase_B=jnp.where(leave_B, jnp.where(finish_B > 0, slots_lib.DONE, slots_lib.START), slots.phase_B),
-  ), (token_B, finish_B, logprob_B)
+  ), new
 
 
 def next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size):
@@ -138,11 +222,14 @@ def next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size):
 
 @functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together"), donate_argnums=2)
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, num_ticks: int,
-        vocab_size: int, together: bool) -> tuple[slots_lib.Slots, slots_lib.Out]:
+        vocab_size: int, together: bool,
+        context: early_exit.Context | None = None) -> tuple[slots_lib.Slots, slots_lib.Out]:
   """Several ticks, fewer where no slot is occupied; then done slots are freed."""
-  num_slots = slots.phase_B.shape[0]
-  blank = lambda dtype: jnp.zeros((num_ticks, num_slots), dtype)
-  outs = (blank(jnp.int32) - 1, blank(jnp.int32), blank(jnp.int32), blank(jnp.float32), blank(bool), blank(bool))
+  num_slots, exits = slots.phase_B.shape[0], decoder.exits
+  width = 1 + slots.ring.step_BS.shape[1] if exits else 1
+  one = slots_lib.nothing_new(num_slots, width, width if exits and exits.monitor else 0)
+  flag_B = jnp.zeros(num_slots, bool)
+  outs = jax.tree.map(lambda a: jnp.repeat(a[None], num_ticks, axis=0), (one, flag_B, flag_B, flag_B))
 
   def busy(carry):
     k, slots, _ = carry
@@ -150,8 +237,8 @@ def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots
 
   def body(carry):
     k, slots, outs = carry
-    slots, out = tick(decoder, weights, slots, vocab_size=vocab_size, together=together)
-    return k + 1, slots, tuple(old.at[k].set(new) for old, new in zip(outs, out))
+    slots, out = tick(decoder, weights, slots, vocab_size=vocab_size, together=together, context=context)
+    return k + 1, slots, jax.tree.map(lambda old, new: old.at[k].set(new), outs, out)
 
   k, slots, outs = jax.lax.while_loop(busy, body, (jnp.int32(0), slots, outs))
   slots = slots_lib.free(decoder, slots, slots.phase_B == slots_lib.DONE)

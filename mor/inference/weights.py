@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from mor import config as config_lib
 from mor.model import schedule as schedule_lib
 from mor.model import transformer
+from mor.model.kv import storage as storage_lib
 
 FORMATS = ("float32", "bfloat16", "int8")
 _LEAST_ROWS = {"bfloat16": 4, "int8": 16}  # XLA:CPU multiplies fewer rows more slowly (5x for one)
@@ -77,6 +78,7 @@ class Weights:
     head: the output matrix.
     lookup_VD: the embedding for single rows; bfloat16 as its bits in uint16,
       because XLA:CPU gathers bfloat16 from a table widened to float32.
+    head_lookup_VD: the same of the output matrix; the same array where they are tied.
     prelude, stack, coda: layers.
     deltas: of each layer of a step, by the name of the projection in `Layer`.
     final_norm_D: before the head.
@@ -86,6 +88,7 @@ class Weights:
 
   head: Matrix
   lookup_VD: jax.Array
+  head_lookup_VD: jax.Array
   prelude: tuple[Layer, ...]
   stack: tuple[Layer, ...]
   coda: tuple[Layer, ...]
@@ -111,17 +114,22 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
   params, balance = variables["params"], variables.get("balance") or {}
   embedding_VD = jnp.asarray(params["embedding"], jnp.float32)
   head_VD = jnp.asarray(transformer.head(params), jnp.float32)
-  lookup_VD = embedding_VD
-  if weight_format != "float32":
-    lookup_VD = jax.lax.bitcast_convert_type(embedding_VD.astype(jnp.bfloat16), jnp.uint16)
+  bits = lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) if weight_format != "float32" else x
+  lookup_VD = bits(embedding_VD)
   return Weights(
       head=_matrix(head_VD, weight_format),
       lookup_VD=lookup_VD,
+      head_lookup_VD=lookup_VD if model.tie_embeddings else bits(head_VD),
       **{group: _layers(model, params.get(group), weight_format) for group in ("prelude", "stack", "coda")},
       deltas=_deltas(model, params.get("lora"), weight_format),
       final_norm_D=jnp.asarray(params["final_norm"], jnp.float32),
       router={name: params[name] for name in ("router", "aux_router") if name in params},
       bias_R=balance.get("bias_R") if model.router.balancing == "loss_free" else None)
+
+
+def head_rows(weights: Weights, token_BE: jax.Array) -> jax.Array:
+  """Rows `[B, E, D]` of the output matrix, float32."""
+  return storage_lib.decode(weights.head_lookup_VD.at[token_BE].get(mode="clip")).astype(jnp.float32)
 
 
 def project(x_MI: jax.Array, matrix: Matrix) -> jax.Array:

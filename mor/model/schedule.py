@@ -16,6 +16,7 @@ model/sharing_strategy/llama.py.
 """
 
 import dataclasses
+import itertools
 
 from mor import config as config_lib
 
@@ -40,8 +41,8 @@ class LayerSchedule:
 
   @property
   def depth(self) -> int:
-    """Layers in one step."""
-    return len(self.rows[0])
+    """Layers in one step, or in the longest one of a `cut` schedule."""
+    return max(len(row) for row in self.rows)
 
   @property
   def num_stack_rows(self) -> int:
@@ -50,7 +51,7 @@ class LayerSchedule:
 
   @property
   def num_unrolled(self) -> int:
-    return self.prelude + self.num_steps * self.depth + self.coda
+    return self.prelude + sum(len(row) for row in self.rows) + self.coda
 
   @property
   def num_unique(self) -> int:
@@ -60,6 +61,16 @@ class LayerSchedule:
   def cyclic(self) -> bool:
     """True where every step runs the whole stack in order."""
     return all(row == tuple(range(self.depth)) for row in self.rows)
+
+  def boundaries(self) -> tuple[int, ...]:
+    """Unrolled layers after each step but the last."""
+    return tuple(self.prelude + n for n in itertools.accumulate(len(row) for row in self.rows[:-1]))
+
+  def cut(self, after: tuple[int, ...]) -> "LayerSchedule":
+    """One step's layers as several, the first of which ends after `after[0]` unrolled layers."""
+    (row,), ends = self.rows, tuple(n - self.prelude for n in after)
+    starts, ends = (0, *ends), (*ends, len(row))
+    return dataclasses.replace(self, rows=tuple(row[i:j] for i, j in zip(starts, ends)))
 
   def unrolled(self) -> tuple[tuple[str, int], ...]:
     """(group, row) of every unrolled layer; groups: prelude, stack, coda."""

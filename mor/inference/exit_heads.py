@@ -1,0 +1,163 @@
+"""The head over tokens at an exit and at the full depth: what each token's successor is, and how sure an exit is."""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from mor.inference import confidence
+from mor.inference import decoder as decoder_lib
+from mor.inference import exits as exits_lib
+from mor.inference import ring as ring_lib
+from mor.inference import sampling
+from mor.inference import slots as slots_lib
+from mor.inference import weights as weights_lib
+from mor.model import layers
+
+
+@struct.dataclass
+class Flat:
+  """The newest token of each slot, then P pending ones, before a head."""
+
+  slot_M: jax.Array
+  need_M: jax.Array
+  offset_M: jax.Array  # unconfirmed drafts of the request before it
+  check_M: jax.Array  # at an exit, not at the full depth
+  hidden_MD: jax.Array
+  draft: ring_lib.Draft
+  previous: tuple[jax.Array, jax.Array]  # likeliest token and state of the exit before
+
+
+@struct.dataclass
+class Read:
+  """What a head says of each token: the next token, and what an exit wants to know."""
+
+  token: jax.Array
+  logprob: jax.Array
+  sure: jax.Array
+  top: jax.Array
+  candidate_ME: jax.Array
+
+
+def bound(slots: slots_lib.Slots) -> jax.Array:
+  """Requests whose every token has a draft, so that what is drawn depends on no choice of ours."""
+  return (slots.ring.mode_B == ring_lib.VERIFY) & (slots.rows.temperature_B > 0)
+
+
+def previous(slots: slots_lib.Slots) -> tuple[jax.Array, jax.Array]:
+  """The likeliest token (-1 for none) and the state of the exit before this one, or of the entrance."""
+  draft = slots.ring.draft
+  seen_B = draft.depth > 0
+  return jnp.where(seen_B, draft.top, -1), jnp.where(seen_B[:, None], draft.hidden, slots.entry_BD)
+
+
+def measure(decoder: decoder_lib.Decoder, slots: slots_lib.Slots,
+            classifier: confidence.Classifier | None) -> jax.Array:
+  """Confidence without logits."""
+  at = confidence.Exit(hidden_BD=slots.h_BD, previous_hidden_BD=previous(slots)[1], classifier=classifier)
+  return confidence.MEASURES[decoder.exits.measure](at)
+
+
+def read(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, flat: Flat,
+         vocab_size: int) -> Read:
+  """The whole head, on the smallest of a few widths that holds the tokens that need it."""
+  num_slots, size = slots.phase_B.shape[0], flat.slot_M.shape[0]
+  widths = sorted({0, -(-num_slots // 2), num_slots, (num_slots + size) // 2, size})
+  order_M = jnp.argsort(~flat.need_M, stable=True)
+
+  def head(width):
+    def run():
+      index_W = order_M[:width]
+      out = _heads(decoder, weights, slots, jax.tree.map(lambda a: a[index_W], flat), vocab_size)
+      put = lambda old, new: old.at[index_W].set(new, unique_indices=True)
+      return jax.tree.map(put, _unread(decoder, size), out)
+    return run if width else lambda: _unread(decoder, size)
+
+  which = jnp.sum(jnp.sum(flat.need_M) > jnp.asarray(widths[:-1]))
+  return jax.lax.switch(which, [head(width) for width in widths])
+
+
+def _unread(decoder, size) -> Read:
+  whole, real = jnp.full(size, -1, jnp.int32), jnp.zeros(size, jnp.float32)
+  return Read(whole, real, real, whole, jnp.full((size, decoder.exits.candidates), -1, jnp.int32))
+
+
+def _heads(decoder, weights, slots, flat, vocab_size) -> Read:
+  exits = decoder.exits
+  logits_MV = decoder.head(weights, flat.hidden_MD)
+  rows_M = jax.tree.map(lambda a: a[flat.slot_M], slots.rows)
+  seen_MV = _seen(slots, flat.slot_M, flat.offset_M)
+  index_M = slots.index_B[flat.slot_M] + flat.offset_M
+  token_M = sampling.sample(logits_MV, rows_M, seen_MV, index_M, vocab_size)
+
+  drawn_M = bound(slots)[flat.slot_M] & ~flat.check_M & flat.need_M & (flat.draft.token >= 0)
+  def confirm():
+    draft_MV = decoder.head(weights, flat.draft.hidden)
+    kept_M = sampling.confirm(logits_MV, draft_MV, jnp.maximum(flat.draft.token, 0), rows_M, seen_MV, index_M,
+                              vocab_size)
+    return jnp.where(drawn_M, kept_M, token_M)
+  token_M = jax.lax.cond(jnp.any(drawn_M), confirm, lambda: token_M)
+
+  logits_MV = sampling.mask(logits_MV, vocab_size)
+  top_M = token_M
+  if exits.monitor or exits.measure == "agreement":
+    top_M = sampling.most_likely(logits_MV)
+  sure_M = jnp.zeros(token_M.shape, jnp.float32)
+  if exits.measure not in exits_lib.NO_LOGITS:
+    at = confidence.Exit(logits_BV=logits_MV, token_B=top_M, hidden_BD=flat.hidden_MD, previous_token_B=flat.previous[0],
+                         previous_hidden_BD=flat.previous[1])
+    sure_M = jax.lax.cond(jnp.any(flat.check_M & flat.need_M),
+                          lambda: confidence.MEASURES[exits.measure](at), lambda: sure_M)
+  candidate_ME = jnp.zeros((token_M.shape[0], 0), jnp.int32)
+  if exits.candidates:
+    candidate_ME = jax.lax.cond(
+        jnp.any(~flat.check_M & flat.need_M),
+        lambda: jax.lax.top_k(logits_MV, exits.candidates)[1].astype(jnp.int32),
+        lambda: jnp.full((token_M.shape[0], exits.candidates), -1, jnp.int32))
+  logprob_M = jax.lax.cond(
+      jnp.any(slots.logprob_B), lambda: sampling.log_probability(logits_MV, token_M, vocab_size),
+      lambda: jnp.zeros(token_M.shape, jnp.float32))
+  return Read(token_M, logprob_M, sure_M, top_M, candidate_ME)
+
+
+def _seen(slots, slot_M, offset_M):
+  """Tokens of the request before each token, its unconfirmed drafts among them."""
+  seen_MV, drafts_MS = slots.seen_BV[slot_M], slots.ring.drafts.token[slot_M]
+  on_MS = jnp.arange(drafts_MS.shape[1])[None, :] < offset_M[:, None]
+
+  def add():
+    column_MS = jnp.where(on_MS, drafts_MS, seen_MV.shape[1])
+    return seen_MV.at[jnp.arange(drafts_MS.shape[0])[:, None], column_MS].set(True, mode="drop")
+  return jax.lax.cond(jnp.any(slots.rows.penalty_B != 1.0), add, lambda: seen_MV)
+
+
+def read_few(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, few_B: jax.Array,
+             vocab_size: int) -> Read:
+  """Of each slot's candidates alone."""
+  exits, ring, num_slots = decoder.exits, slots.ring, slots.phase_B.shape[0]
+  normed_BD = layers.rms_norm(slots.h_BD[None], weights.final_norm_D, decoder.model.norm_eps)[0]
+
+  def run():
+    rows_BED = weights_lib.head_rows(weights, ring.candidate_BE)
+    logits_BE, token_B = confidence.restrict(normed_BD, rows_BED, ring.candidate_BE)
+    top_B, row_B1 = token_B, jnp.arange(num_slots)[:, None]
+    logprob_B = jnp.max(logits_BE, axis=-1) - jax.nn.logsumexp(logits_BE, axis=-1)
+
+    def draw():
+      column_BE = jnp.where(ring.candidate_BE >= 0, ring.candidate_BE, decoder.model.vocab_size)
+      logits_BV = jnp.full((num_slots, decoder.model.vocab_size), -jnp.inf).at[row_B1, column_BE].set(
+          logits_BE, mode="drop")
+      offset_B = jnp.where(ring.mode_B == ring_lib.VERIFY, ring.count_B, 0)
+      drawn_B = sampling.sample(logits_BV, slots.rows, _seen(slots, row_B1[:, 0], offset_B), slots.index_B + offset_B, vocab_size)
+      logprob_B = sampling.log_probability(logits_BV, drawn_B, vocab_size)
+      return jnp.where(top_B >= 0, drawn_B, -1), logprob_B
+    other_B = few_B & ((slots.rows.temperature_B > 0) | (slots.rows.penalty_B != 1.0))
+    token_B, logprob_B = jax.lax.cond(jnp.any(other_B), draw, lambda: (top_B, logprob_B))
+    sure_B = jnp.zeros(num_slots, jnp.float32)
+    if exits.measure not in exits_lib.NO_LOGITS:
+      previous_B, previous_BD = previous(slots)
+      sure_B = confidence.MEASURES[exits.measure](confidence.Exit(
+          logits_BV=logits_BE, token_B=top_B, hidden_BD=slots.h_BD, previous_token_B=previous_B,
+          previous_hidden_BD=previous_BD))
+    return _unread(decoder, num_slots).replace(token=token_B, logprob=logprob_B, sure=sure_B, top=top_B)
+
+  return jax.lax.cond(jnp.any(few_B), run, lambda: _unread(decoder, num_slots))

@@ -1,0 +1,90 @@
+"""Models whose exits agree with the full depth now and then, and what their exits say."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mor.inference import exits as exits_lib
+from mor.inference import model as model_lib
+from mor.model import transformer
+from mor.model.kv import storage as storage_lib
+from tests import decoding
+from tests import serving
+from tests import tiny
+
+# Fields of a model, and the layers of its exits.
+KINDS = {
+    "plain": (dict(tiny.VANILLA, num_layers=6), (2, 4)),
+    "cycle": (dict(sharing="cycle", num_layers=6, router=tiny.FIXED), (2, 4)),
+    "middle": (dict(router=tiny.FIXED), (2, 3)),
+    "expert_choice": (dict(), (2, 3)),
+    "token_choice": (dict(router=tiny.TOKEN_CHOICE), (2, 3)),
+    "shared": (dict(kv_plan="shared"), (2, 3)),
+    "hybrid": (dict(kv_plan="hybrid"), (2, 3)),
+}
+
+
+# Each compiles its own programs; two of them show what the others vary.
+QUICK = ("plain", "middle", "expert_choice")
+ALL = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS]
+
+
+def model(kind: str, seed: int = 1, **fields: Any) -> model_lib.Model:
+  """Its output matrix is not its embedding, which an exit would copy its input from."""
+  config = tiny.config(model=dict(num_layers=5, tie_embeddings=False) | KINDS[kind][0] | fields).model
+  return model_lib.Model(config, decoding.draw(config, seed), None, serving.CONTEXT)
+
+
+def exits(kind: str, **fields: Any) -> exits_lib.Exits:
+  return exits_lib.Exits(**dict(after=KINDS[kind][1], pending=3, worth=0.0) | fields)
+
+
+def states(model: model_lib.Model, tokens_T: list[int], after: int) -> np.ndarray:
+  """States `[T, D]` after some layers, of unit mean square: of the model that ends there (no edges, no router)."""
+  config, params = model.config, dict(model.variables["params"])
+  layers = params["stack"]["attention_norm"].shape[0]
+  recursions = after // layers if after >= layers else 1
+  params["stack"] = jax.tree.map(lambda a: a[:after], params["stack"])
+  params["final_norm"] = jnp.ones_like(params["final_norm"])
+  cut = transformer.Transformer(dataclasses.replace(config, num_layers=after, num_recursions=recursions))
+  padded_1T = np.zeros((1, serving.CONTEXT), np.int32)
+  padded_1T[0, :len(tokens_T)] = tokens_T
+  return np.asarray(cut.apply({"params": params}, padded_1T, routing="decide").hidden_BTD[0, :len(tokens_T)])
+
+
+def logits(model: model_lib.Model, states_TD: np.ndarray) -> np.ndarray:
+  """What head and final norm make of `states`."""
+  params = model.variables["params"]
+  return states_TD * np.asarray(params["final_norm"])[None, :] @ np.asarray(transformer.head(params)).T
+
+
+def entries(decoder: Any, cache: Any, slot: int) -> dict[tuple, np.ndarray]:
+  """A sequence's keys and values, by (edge layer) or (row, layer of a step)."""
+  storage, found = decoder.tables.storage, {}
+  def read(buffer, page_P, length):
+    rows = storage_lib.Rows(page_P[None], length[None])
+    k_SKH, v_SKH = (np.asarray(x[0, :int(length)]) for x in storage.read(buffer, rows)[:2])
+    return np.stack([k_SKH, v_SKH])
+  for i, buffer in enumerate(cache.edge):
+    found[i,] = read(buffer, cache.edge_page_BP[slot], cache.edge_length_B[slot])
+  for i, rule in enumerate(decoder.tables.rules):
+    for row in set(rule.own_R) - {-1}:
+      found[row, i] = read(cache.stack[i], cache.page_BRP[slot, row], cache.length_BR[slot, row])
+  return found
+
+
+def prefilled(engine: Any, tokens_T: list[int]) -> dict[tuple, np.ndarray]:
+  """The entries that the full forward of the tokens leaves."""
+  decoder, size = engine.decoder, engine.decoder.tables.storage.page_size
+  pages = -(-serving.CONTEXT // size)
+  cache = decoder.tables.make_cache(1, decoder.tables.num_rows * pages, pages, pages)
+  padded_1T = np.zeros((1, serving.CONTEXT), np.int32)
+  padded_1T[0, :len(tokens_T)] = tokens_T
+  cache, _, ok = decoding.prefill(decoder, engine.weights, cache, padded_1T, jnp.zeros(1, jnp.int32),
+                                  jnp.array([len(tokens_T)]), False)
+  assert ok
+  return entries(decoder, cache, 0)
