@@ -156,7 +156,7 @@ class Decoder:
     for i, layer in enumerate(group_layers, start=first):
       def attend(q_MNH, k_MKH, v_MKH, i=i):
         buffers[i] = self.tables.storage.write(buffers[i], page_M, offset_M, k_MKH, v_MKH)
-        return self.tables.storage.attend(q_MNH, [(buffers[i], rows)])
+        return self.tables.storage.attend(q_MNH, [(buffers[i], rows)], narrow.widths if narrow else ())
       x_1MD = self.layer(layer, x_1MD, rotation, attend, narrow=narrow)
     return cache.replace(edge=tuple(buffers)), jnp.zeros_like(h_MD).at[order_M].set(x_1MD[0], unique_indices=True)
 
@@ -229,7 +229,8 @@ class Decoder:
       def attend(q_MNH, k_MKH, v_MKH, i=i, rule=rule, rule_rows=rule_rows, source=source):
         if any(own >= 0 for own in rule.own_R):
           buffers[i] = self.tables.storage.write(buffers[i], page_M, offset_M, k_MKH, v_MKH)
-        return self.tables.storage.attend(q_MNH, list(zip((buffers[source], buffers[i]), rule_rows)))
+        parts = list(zip((buffers[source], buffers[i]), rule_rows))
+        return self.tables.storage.attend(q_MNH, parts, narrow.widths if narrow else ())
 
       h_1MD = self.layer(weights.stack[parameters], h_1MD, rotation, attend, weights.deltas[i],
                          step_M if static_step is None else static_step, narrow)

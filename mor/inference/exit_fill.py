@@ -11,43 +11,55 @@ from mor.inference import slots as slots_lib
 from mor.inference import weights as weights_lib
 
 
-def fill(decoder, weights, slots, exit_B):
-  """Entries of tokens that leave, in the deeper steps and the coda; who finds no page does not leave."""
-  tables, exits = decoder.tables, decoder.exits
-  schedule, size = tables.schedule, tables.storage.page_size
-  num_slots, position_B = exit_B.shape[0], slots.position_B
-  shared = exits.kv == "shared"
-  rows = range(tables.num_rows)
-  own_R = [max(rule.own_R[r] for rule in tables.rules) for r in range(schedule.num_steps)]
-  fills = [r for r in range(1, schedule.num_steps) if own_R[r] >= 0 and not (shared and tables.plan.shares)]
-  writes_BR = jnp.stack([jnp.any(jnp.stack([exit_B & (slots.step_B <= r) for r in fills if own_R[r] == row]), axis=0)
-                         if any(own_R[r] == row for r in fills) else jnp.zeros_like(exit_B) for row in rows], axis=1)
+def fill(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots,
+         exit_B: jax.Array) -> tuple[cache_lib.Cache, jax.Array]:
+  """Entries of tokens that leave, in the deeper steps and the coda.
+
+  Returns:
+    The cache, and True for the tokens that found their pages: the others do not leave yet.
+  """
+  tables = decoder.tables
+  writes_BR = jnp.zeros((exit_B.shape[0], tables.num_rows), bool)
+  for r, row in _deeper(decoder):
+    writes_BR = writes_BR.at[:, row].max(exit_B & (slots.step_B <= r))
   cache, exit_B = tables.reserve_rows(slots.cache, writes_BR, exit_B)
   writes_BR &= exit_B[:, None]
+
+  def body(carry):  # a loop of one turn, because a branch would copy the cache
+    return jnp.bool_(False), _write(decoder, weights, slots, carry[1], exit_B, writes_BR)
+  return jax.lax.while_loop(lambda carry: carry[0], body, (jnp.any(exit_B), cache))[1], exit_B
+
+
+def _deeper(decoder):
+  """Steps after the first, and the row in which each stores."""
+  tables = decoder.tables
+  if decoder.exits.kv == "shared" and tables.plan.shares:
+    return []
+  rows = [max(rule.own_R[r] for rule in tables.rules) for r in range(decoder.num_steps)]
+  return [(r, row) for r, row in enumerate(rows) if r > 0 and row >= 0]
+
+
+def _write(decoder, weights, slots, cache, exit_B, writes_BR):
+  tables, position_B = decoder.tables, slots.position_B
   rotation = decoder.rotation(position_B)
   stack, edge = list(cache.stack), list(cache.edge)
-  from_B = jnp.maximum(slots.step_B - 1, 0)
-  for r in fills:
-    row = own_R[r]
-    on_B = writes_BR[:, row]
-    page_B, offset_B = tables.place(cache.page_BRP[:, row], cache.length_BR[:, row], on_B, cache.stack[0])
-    for i, parameters in enumerate(schedule.rows[r]):
-      if tables.rules[i].own_R[r] < 0:
-        continue
-      if shared:
-        k_BKH, v_BKH = _last_entry(tables, cache, stack[i], from_B)
+  for r, row in _deeper(decoder):
+    page_B, offset_B = tables.place(cache.page_BRP[:, row], cache.length_BR[:, row], writes_BR[:, row], cache.stack[0])
+    for i, parameters in enumerate(tables.schedule.rows[r]):
+      if decoder.exits.kv == "shared":
+        k_BKH, v_BKH = _last_entry(tables, cache, stack[i], jnp.maximum(slots.step_B - 1, 0))
       else:
         k_BKH, v_BKH = decoder.keys(weights.stack[parameters], slots.h_BD, rotation, weights.deltas[i], r)
       stack[i] = tables.storage.write(stack[i], page_B, offset_B, k_BKH, v_BKH)
-  page_B, offset_B = (tables.place(cache.edge_page_BP, position_B, exit_B, cache.edge[0]) if edge else (None, None))
-  for i, layer in enumerate(weights.coda, start=schedule.prelude):
+  for i, layer in enumerate(weights.coda, start=tables.schedule.prelude):
+    page_B, offset_B = tables.place(cache.edge_page_BP, position_B, exit_B, cache.edge[i])
     edge[i] = tables.storage.write(edge[i], page_B, offset_B, *decoder.keys(layer, slots.h_BD, rotation))
-  length_BR = cache.length_BR + writes_BR.astype(jnp.int32)
   hidden_BRS = cache.hidden_BRS
   if tables.overlays:
-    hidden_BRS = hidden_BRS.at[jnp.arange(num_slots)[:, None], jnp.arange(tables.num_rows)[None, :],
-                               position_B[:, None]].max(writes_BR & (size > 0), mode="drop")
-  return cache.replace(stack=tuple(stack), edge=tuple(edge), length_BR=length_BR, hidden_BRS=hidden_BRS), exit_B
+    batch_B1, row_1R = jnp.arange(exit_B.shape[0])[:, None], jnp.arange(tables.num_rows)[None, :]
+    hidden_BRS = hidden_BRS.at[batch_B1, row_1R, position_B[:, None]].max(writes_BR, mode="drop")
+  return cache.replace(stack=tuple(stack), edge=tuple(edge), hidden_BRS=hidden_BRS,
+                       length_BR=cache.length_BR + writes_BR.astype(jnp.int32))
 
 
 def _last_entry(tables: Any, cache: cache_lib.Cache, buffer: Any, step_B: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -92,7 +92,7 @@ class Dense:
     v = buffer.v.at[page_M, offset_M].set(encode(v_MKH, buffer.v), mode="drop")
     return Buffer(k, v)
 
-  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, Rows]]) -> jax.Array:
+  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, Rows]], cuts: Sequence[int] = ()) -> jax.Array:
     """Softmax attention over all entries of the rows, hidden ones masked."""
     pages = [self.read(buffer, row) for buffer, row in parts]
     k_MSKH, v_MSKH, seen_MS = (jnp.concatenate(parts, axis=1) for parts in zip(*pages))
@@ -141,11 +141,12 @@ class Paged:
 
     return Buffer(put(buffer.k, k_MKH), put(buffer.v, v_MKH))
 
-  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, Rows]]) -> jax.Array:
-    """Softmax attention that reads the pages in use only."""
-    out = []
-    for start in range(0, q_MNH.shape[0], _GROUP):
-      take = lambda a, at=start: a[at:at + _GROUP]
+  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, Rows]], cuts: Sequence[int] = ()) -> jax.Array:
+    """Softmax attention that reads the pages in use only; `cuts` are rows at which groups end."""
+    out, ends = [], sorted({*cuts, q_MNH.shape[0]})
+    groups = [(at, min(at + _GROUP, end)) for start, end in zip((0, *ends), ends) for at in range(start, end, _GROUP)]
+    for start, end in groups:
+      take = lambda a, start=start, end=end: a[start:end]
       out.append(self._attend(take(q_MNH), [(buffer, jax.tree.map(take, rows)) for buffer, rows in parts]))
     return jnp.concatenate(out)
 
