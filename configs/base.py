@@ -99,6 +99,16 @@ def get_config() -> ml_collections.ConfigDict:
       weight=0.5,
       temperature=1.0,
   ))
+  config.exit = ml_collections.ConfigDict(dict(  # early exits
+      layers=(),  # after which there is one: of a recursive model the ends of its loops; () is off
+      weighting="constant",  # constant (end 1, exits coef), depth
+      coef=0.1,
+      kl=1.0,  # share of an exit's loss that is learnt from the end's logits
+      hidden="none",  # none, last, uniform, dynamic
+      hidden_coef=0.5,
+      layer_dropout=0.0,  # of the last layer
+      curriculum="none",  # none, rotational, gradual
+  ))
   config.mesh = ml_collections.ConfigDict(dict(data=-1, model=1))
   config.lock()
   return config

@@ -26,6 +26,8 @@ _require = fields.require
 _ADDED = {
     "init": dict(method="stepwise", lora="svd"),
     "distill": dict(teacher="", weight=0.5, temperature=1.0),
+    "exit": dict(layers=[], weighting="constant", coef=0.1, kl=1.0, hidden="none", hidden_coef=0.5, layer_dropout=0.0,
+                 curriculum="none"),
     "model.tie_embeddings": True,
     "model.rope_scaling": dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
     "model.lora": dict(q=0, k=0, v=0, o=0, gate=0, up=0, down=0),
@@ -130,6 +132,42 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExitConfig:
+  """Training of early exits; see `train/exits.py`."""
+
+  layers: tuple[int, ...]  # unrolled layers after which there is one, ascending; () is off
+  weighting: Literal["depth", "constant"]  # layers / their sum; 1 for the end and `coef` for an exit
+  coef: float
+  kl: float  # share of an exit's loss that is the divergence from the end's logits, detached
+  hidden: Literal["none", "last", "uniform", "dynamic"]  # which states imitate which, by mean squares
+  hidden_coef: float
+  layer_dropout: float  # of the last layer, for a row; earlier ones have less
+  curriculum: Literal["none", "rotational", "gradual"]  # which exits a step trains
+
+  def __post_init__(self):
+    _require(list(self.layers) == sorted(set(self.layers)), f"exit.layers={self.layers}", "use ascending layers")
+    _require(self.coef > 0, f"exit.coef={self.coef}", "use a value > 0, or exit.layers=() for no exits")
+    _require(0 <= self.kl <= 1, f"exit.kl={self.kl}", "use a share in [0, 1]")
+    _require(self.hidden_coef > 0, f"exit.hidden_coef={self.hidden_coef}", "use a value > 0, or exit.hidden='none'")
+    _require(0 <= self.layer_dropout < 1, f"exit.layer_dropout={self.layer_dropout}", "use a probability in [0, 1)")
+    _require(self.hidden == "none" or len(self.layers) == 1, f"exit.hidden={self.hidden!r} with exit.layers={self.layers}",
+             "use one exit, or exit.hidden='none'")
+    _require(self.curriculum == "none" or len(self.layers) > 1,
+             f"exit.curriculum={self.curriculum!r} with exit.layers={self.layers}", "use several exits, or 'none'")
+
+  def check(self, model: ModelConfig) -> None:
+    """Refuses exits that a model does not have."""
+    if not self.layers:
+      return
+    plain = model.num_recursions == 1
+    valid = tuple(range(1, model.num_layers)) if plain else model.boundaries
+    _require(set(self.layers) <= set(valid), f"exit.layers={self.layers}",
+             f"choose from the model's layers {', '.join(map(str, valid))}")
+    _require(plain or self.hidden in ("none", "last"), f"exit.hidden={self.hidden!r} with model.num_recursions="
+             f"{model.num_recursions}", "use 'none' or 'last': between the loops' ends a recursive model has no states")
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices along each mesh axis; -1 takes what is left (one axis only)."""
 
@@ -152,6 +190,7 @@ class Config:
   train: TrainConfig
   init: InitConfig
   distill: DistillConfig
+  exit: ExitConfig
   mesh: MeshConfig
 
   def __post_init__(self):
@@ -161,6 +200,7 @@ class Config:
     _require(self.optim.warmup_steps <= self.train.steps,
              f"optim.warmup_steps={self.optim.warmup_steps} exceeds train.steps={self.train.steps}",
              "shorten the warm-up or train longer")
+    self.exit.check(self.model)
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:

@@ -187,6 +187,13 @@ class ModelConfig:
     return dict(q=(d, queries), k=(d, keys), v=(d, keys), o=(queries, d), gate=(d, f), up=(d, f), down=(f, d))
 
   @property
+  def boundaries(self) -> tuple[int, ...]:
+    """Unrolled layers after each recursion step but the last."""
+    edge = 1 if self.sharing.startswith("middle") else 0
+    depth = (self.num_layers - 2 * edge) // self.num_recursions
+    return tuple(edge + r * depth for r in range(1, self.num_recursions))
+
+  @property
   def capacity(self) -> tuple[float, ...]:
     """Fraction of the sequence each step may process (§2.2.1: (R-r)/R)."""
     r = self.num_recursions

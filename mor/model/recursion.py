@@ -24,29 +24,24 @@ import jax.numpy as jnp
 
 from mor import config as config_lib
 from mor import types
-from mor.model import block as block_lib
 from mor.model import layers
 from mor.model import lora as lora_lib
 from mor.model import schedule as schedule_lib
+from mor.model import stacked
 from mor.model.kv import base as kv_base
 from mor.model.kv import table as kv_table
 from mor.model.routers import base as router_base
 from mor.model.routers import table as router_table
 
-_REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
 
 @struct.dataclass
 class Trace:
-  """What the routers did: per step, kept tokens, raw logits, summed statistics."""
+  """What the routers did: per step, kept tokens, raw logits, summed statistics; and states at exits."""
 
   keep_RBT: jax.Array
   score_RBT: jax.Array
   sums: Mapping[str, jax.Array]
+  exits: tuple[jax.Array, ...] = ()
 
 
 def take(x: jax.Array, index_BC: jax.Array) -> jax.Array:
@@ -62,39 +57,6 @@ def compact(keep_BT: types.Mask, width: int) -> jax.Array:
   return jnp.sort(position_BT, axis=1)[:, :width]
 
 
-def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activations, view: kv_base.KVView,
-               base: kv_base.KV | None = None, own: bool = True, keep: bool = False,
-               lora: Mapping[str, Any] | None = None) -> tuple[types.Activations, kv_base.KV | None]:
-  """A scan over layers stacked on the leading axis of `params` (of `base`, of `lora`).
-
-  Returns:
-    Hidden states, and with `keep` the layers' fresh keys, stacked.
-  """
-  apply = layer_fn(config, own)
-
-  def body(x_BTD, layer):
-    params, base, lora = layer
-    x_BTD, fresh = apply(params, x_BTD, view, base, lora)
-    return x_BTD, fresh if keep else None
-
-  if config.scan_layers:
-    return jax.lax.scan(body, x_BTD, (params, base, lora))
-  kept = []
-  for i in range(jax.tree.leaves(params)[0].shape[0]):
-    x_BTD, fresh = body(x_BTD, jax.tree.map(lambda a: a[i], (params, base, lora)))
-    kept.append(fresh)
-  return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *kept) if keep else None
-
-
-def layer_fn(config: config_lib.ModelConfig, own: bool):
-  """One layer as a function of its parameters, rematerialised as configured."""
-  block = block_lib.Block(config)
-  apply = lambda params, x_BTD, view, base, lora: block.apply({"params": params}, x_BTD, view, base, own, lora)
-  if config.remat == "none":
-    return apply
-  return jax.checkpoint(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan_layers)
-
-
 class Recursion:
   """The static tables of one model's recursion, and the pass over them."""
 
@@ -106,7 +68,8 @@ class Recursion:
 
   def run(self, params: dict, h_BTD: types.Activations, segment_BT: types.Segments, *, routing: str,
           bias_R: jax.Array | None = None, train_step: jax.Array | None = None, bucket: int | None = None,
-          key: jax.Array | None = None) -> tuple[types.Activations, Trace]:
+          key: jax.Array | None = None, exits: tuple[int, ...] = (),
+          drop_UB: jax.Array | None = None) -> tuple[types.Activations, Trace]:
     """Runs all steps.
 
     Args:
@@ -118,6 +81,8 @@ class Recursion:
       train_step: for capacity and balance warm-up; None once trained.
       bucket: static part of `train_step`; see `ExpertChoice.widths`.
       key: for random scores.
+      exits: unrolled layers after which the states are wanted.
+      drop_UB: rows that an unrolled layer leaves as they are.
     """
     valid_BT = segment_BT != 0
     plan = self.router.enter(params, h_BTD, valid_BT, bias_R=bias_R, train_step=train_step, key=key)
@@ -125,14 +90,16 @@ class Recursion:
     seq_len = h_BTD.shape[1]
     gathered = self.config.execution == "gathered" and (routing == "select" or self.router.decide == self.router.select)
     widths = self.router.widths(seq_len, bucket) if gathered else (seq_len,) * self.schedule.num_steps
-    advance = _Pass(self, params["stack"], params.get("lora", {}), segment_BT, entry_BTD=h_BTD)
+    advance = _Pass(self, params["stack"], params.get("lora", {}), segment_BT, entry_BTD=h_BTD,
+                    exits=exits if self.schedule.num_steps == 1 else (), drop_UB=drop_UB)
 
-    state, alive_BT, store, traces = h_BTD, valid_BT, {}, []
+    state, alive_BT, store, traces, ends = h_BTD, valid_BT, {}, [], []
     first_scanned = self._first_scanned(widths, seq_len)
     for r in range(first_scanned):
       routed = route(plan, state, alive_BT, r)
       state = advance(r, r, state, routed, store, widths[r])
       alive_BT = routed.keep_BT
+      ends.append(state)
       traces.append((routed.keep_BT, routed.score_BT, routed.sums))
     traces = [jax.tree.map(lambda *a: jnp.stack(a), *traces)] if traces else []
 
@@ -141,11 +108,12 @@ class Recursion:
         state, alive_BT = carry
         routed = route(plan, state, alive_BT, r)
         state = advance(1 if store else 0, r, state, routed, store, seq_len)
-        return (state, routed.keep_BT), (routed.keep_BT, routed.score_BT, routed.sums)
+        return (state, routed.keep_BT), ((routed.keep_BT, routed.score_BT, routed.sums), state if exits else None)
 
       steps_R = jnp.arange(first_scanned, self.schedule.num_steps)
-      (state, _), scanned = jax.lax.scan(body, (state, alive_BT), steps_R)
+      (state, _), (scanned, states) = jax.lax.scan(body, (state, alive_BT), steps_R)
       traces.append(scanned)
+      ends += [] if states is None else list(states)
 
     keep_RBT, score_RBT, sums = jax.tree.map(lambda *a: jnp.concatenate(a), *traces)
     tokens = router_base.count(valid_BT)
@@ -153,7 +121,9 @@ class Recursion:
     sums = {**sums, **getattr(plan, "sums", {}), "tokens": tokens, "kept": kept_R,
             "candidates": jnp.concatenate([tokens[None], kept_R[:-1]]),
             "last_T": jnp.sum(keep_RBT[-1], axis=0, dtype=jnp.float32)}
-    return state, Trace(keep_RBT, score_RBT, sums)
+    boundaries = self.schedule.boundaries()
+    found = tuple(advance.exits[n] if n in advance.exits else ends[boundaries.index(n)] for n in exits)
+    return state, Trace(keep_RBT, score_RBT, sums, found)
 
   def _first_scanned(self, widths: tuple[int, ...], seq_len: int) -> int:
     """The first step from which on all steps have one shape and one KV rule."""
@@ -168,8 +138,10 @@ class _Pass:
   """One pass of the stack over the kept tokens of one step, merged into the state."""
 
   def __init__(self, recursion: Recursion, stack: dict, lora: dict, segment_BT: types.Segments,
-               entry_BTD: types.Activations):
+               entry_BTD: types.Activations, exits: tuple[int, ...] = (), drop_UB: jax.Array | None = None):
     self.recursion = recursion
+    self.exits = dict.fromkeys(exits)  # states after layers of a step
+    self.drop_UB, self.drop_LB = drop_UB, None  # of all layers, and of the step that runs
     self.config = recursion.config
     self.stack = stack
     self.lora = lora
@@ -192,6 +164,10 @@ class _Pass:
     """
     seq_len = state_BTD.shape[1]
     lora = lora_lib.at_step(self.lora, lora_step)
+    if self.drop_UB is not None:
+      schedule = self.recursion.schedule
+      self.drop_LB = jax.lax.dynamic_slice_in_dim(
+          self.drop_UB, schedule.prelude + lora_step * schedule.depth, schedule.depth)
     shared_first = step == 0 and self.recursion.plan.shares
     if width == seq_len or shared_first:
       return self._full(step, lora, state_BTD, routed, store)
@@ -255,17 +231,32 @@ class _Pass:
     start = step * schedule.depth
     own = plan.own[start:start + schedule.depth]
     base = plan.base[start:start + schedule.depth]
+    if self.exits:
+      return self._parts(x, view, lora)
     if schedule.cyclic:  # the whole stack in order, one rule for all its layers
       keep = plan.shares and step == 0
-      x, fresh = run_layers(self.config, self.stack, x, view, store.get("step_0") if base[0] >= 0 else None,
-                            own=own[0] >= 0, keep=keep, lora=lora)
+      x, fresh = stacked.run_layers(self.config, self.stack, x, view, store.get("step_0") if base[0] >= 0 else None,
+                            own=own[0] >= 0, keep=keep, lora=lora, drop_LB=self.drop_LB)
       if keep:
         store["step_0"] = fresh
       return x
     for i, row in enumerate(schedule.rows[step]):
-      apply = layer_fn(self.config, own[i] >= 0)
-      x, fresh = apply(jax.tree.map(lambda a: a[row], self.stack), x, view, store.get(base[i]),
+      apply = stacked.layer_fn(self.config, own[i] >= 0)
+      y, fresh = apply(jax.tree.map(lambda a: a[row], self.stack), x, view, store.get(base[i]),
                        jax.tree.map(lambda a, i=i: a[i], lora))
+      x = y if self.drop_LB is None else jnp.where(self.drop_LB[i][:, None, None], x, y)
       if own[i] >= 0:
         store[own[i]] = fresh
+    return x
+
+  def _parts(self, x, view, lora):
+    """A plain model's layers, from exit to exit."""
+    start = 0
+    for end in (*self.exits, self.recursion.schedule.depth):
+      cut = lambda a, start=start, end=end: a[start:end]
+      x, _ = stacked.run_layers(self.config, jax.tree.map(cut, self.stack), x, view, lora=jax.tree.map(cut, lora),
+                        drop_LB=jax.tree.map(cut, self.drop_LB))
+      if end in self.exits:
+        self.exits[end] = x
+      start = end
     return x

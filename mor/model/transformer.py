@@ -26,6 +26,7 @@ from mor.model import layers
 from mor.model import lora as lora_lib
 from mor.model import recursion as recursion_lib
 from mor.model import schedule as schedule_lib
+from mor.model import stacked
 from mor.model.kv import base as kv_base
 
 
@@ -39,12 +40,14 @@ class Output:
     score_RBT: raw router logits, float32.
     sums: auxiliary losses and statistics, summed over tokens; per step where
       they are of a step. `train/loss.py` normalises them.
+    exits: hidden states after the layers that were asked for, after the final norm.
   """
 
   hidden_BTD: types.Activations
   keep_RBT: jax.Array
   score_RBT: jax.Array
   sums: Mapping[str, jax.Array]
+  exits: tuple[types.Activations, ...] = ()
 
 
 class Transformer(nn.Module):
@@ -55,7 +58,7 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, tokens_BT: types.Tokens, segment_BT: types.Segments | None = None, *, routing: str = "select",
                train_step: jax.Array | None = None, bucket: int | None = None,
-               key: jax.Array | None = None) -> Output:
+               key: jax.Array | None = None, exits: tuple[int, ...] = (), drop: float = 0.0) -> Output:
     """Runs the whole sequence.
 
     Args:
@@ -67,20 +70,26 @@ class Transformer(nn.Module):
       train_step: current step, for warm-ups; None once trained.
       bucket: static capacity bucket of `train_step`, see
         `ExpertChoice.widths`.
-      key: for random routers.
+      key: for random routers and dropped layers.
+      exits: unrolled layers after which the states are wanted, ascending: a plain
+        model's any, a recursive one's ends of steps but the last.
+      drop: probability that a row skips the last layer; the earlier, the less.
     """
     config = self.config
     tokens_BT = jnp.asarray(tokens_BT)
+    drop_UB = _dropped(config.num_layers, tokens_BT.shape[0], drop, key) if drop else None
     segment_BT = jnp.ones_like(tokens_BT) if segment_BT is None else jnp.asarray(segment_BT)
-    h_BTD, segment_BT, params, recursion = self._enter(tokens_BT, segment_BT)
+    h_BTD, segment_BT, params, recursion = self._enter(tokens_BT, segment_BT, drop_UB)
     with jax.named_scope("recursion"):
       h_BTD, trace = recursion.run(
-          params, h_BTD, segment_BT, routing=routing, bias_R=self._bias(), train_step=train_step, bucket=bucket, key=key)
-    h_BTD = self._edge("coda", h_BTD, segment_BT)
+          params, h_BTD, segment_BT, routing=routing, bias_R=self._bias(), train_step=train_step, bucket=bucket, key=key,
+          exits=exits, drop_UB=drop_UB)
+    h_BTD = self._edge("coda", h_BTD, segment_BT, drop_UB)
     final_norm_D = self.param("final_norm", nn.initializers.ones_init(), (config.d_model,), jnp.float32)
     if not config.tie_embeddings:
       self.param("head", nn.initializers.normal(config.init_std), (config.vocab_size, config.d_model), jnp.float32)
-    return Output(layers.rms_norm(h_BTD, final_norm_D, config.norm_eps), trace.keep_RBT, trace.score_RBT, trace.sums)
+    norm = lambda h_BTD: layers.rms_norm(h_BTD, final_norm_D, config.norm_eps)
+    return Output(norm(h_BTD), trace.keep_RBT, trace.score_RBT, trace.sums, tuple(norm(h) for h in trace.exits))
 
   @nn.compact
   def depth_sums(self, tokens_BT: types.Tokens, segment_BT: types.Segments, *,
@@ -95,7 +104,7 @@ class Transformer(nn.Module):
       return None
     return self.variable("balance", "bias_R", jnp.zeros, (self.config.num_recursions,), jnp.float32).value
 
-  def _enter(self, tokens_BT, segment_BT):
+  def _enter(self, tokens_BT, segment_BT, drop_UB=None):
     """Embedding and prelude, and the segments that attention keeps apart.
 
     Also declares the recursion's parameters.
@@ -107,7 +116,7 @@ class Transformer(nn.Module):
     embedding_VD = self.param("embedding", init, (config.vocab_size, config.d_model), jnp.float32)
     with jax.named_scope("embed"):
       h_BTD = embedding_VD.astype(jnp.dtype(config.compute_dtype))[tokens_BT]
-    h_BTD = self._edge("prelude", h_BTD, segment_BT)
+    h_BTD = self._edge("prelude", h_BTD, segment_BT, drop_UB)
     recursion = recursion_lib.Recursion(config)
     params = {"stack": self._layers("stack", recursion.schedule.num_stack_rows)}
     for name in jax.eval_shape(recursion.router.init, jax.random.key(0)):
@@ -116,7 +125,7 @@ class Transformer(nn.Module):
       params["lora"] = self.param("lora", lambda key: lora_lib.init(key, config))
     return h_BTD, segment_BT, params, recursion
 
-  def _edge(self, group: str, h_BTD, segment_BT):
+  def _edge(self, group: str, h_BTD, segment_BT, drop_UB=None):
     """The unshared layers of `group`, over every token."""
     num_layers = getattr(schedule_lib.make(self.config), group)
     if not num_layers:
@@ -127,7 +136,9 @@ class Transformer(nn.Module):
         rotation=layers.rotation(position_BT, self.config),
         mask_BTS=kv_base.visible(position_BT, segment_BT, position_BT, segment_BT))
     with jax.named_scope(group):
-      return recursion_lib.run_layers(self.config, self._layers(group, num_layers), h_BTD, view)[0]
+      drop_LB = jax.tree.map(lambda a: a[:num_layers] if group == "prelude" else a[-num_layers:], drop_UB)
+      return stacked.run_layers(
+          self.config, self._layers(group, num_layers), h_BTD, view, drop_LB=drop_LB)[0]
 
   def _layers(self, group: str, num_layers: int) -> dict:
     """Parameters of `num_layers` blocks, stacked."""
@@ -139,6 +150,16 @@ class Transformer(nn.Module):
           mask_BTS=jnp.ones((1, 1, 1), bool))
       return jax.vmap(lambda k: block.init(k, x_BTD, view)["params"])(jax.random.split(key, num_layers))
     return self.param(group, init)
+
+
+def _dropped(num_layers: int, batch: int, most: float, key: jax.Array) -> jax.Array:
+  """Rows `[U, B]` that each unrolled layer leaves alone: none the first, a share of `most` the last.
+
+  Source: LayerSkip, arXiv:2404.16710, equation 1 (exponential in depth, by row, unscaled).
+  """
+  depth_U = jnp.arange(num_layers) / max(num_layers - 1, 1)
+  chance_U = most * (jnp.exp(depth_U * jnp.log(2.0)) - 1.0)
+  return jax.random.bernoulli(jax.random.fold_in(key, 1), chance_U[:, None], (num_layers, batch))
 
 
 def head(params: Mapping[str, Any]) -> types.Embedding:

@@ -39,7 +39,8 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
   Returns:
     A function whose metrics are nll_, bpb_ and load_ (fraction of tokens that
     step r processes, r from 1) for "causal" and, of routed models, "oracle";
-    `agreement`, the fraction of (token, step) that both route alike, over steps
+    nll_exit_n and agreement_exit_n of each early exit, the latter the fraction of targets
+    for which its likeliest token is the end's; `agreement`, the fraction of (token, step) that both route alike, over steps
     that may drop tokens; and the counts `targets` and `bytes`.
   """
   num_bytes_V = jnp.asarray(num_bytes_V, jnp.int32)
@@ -48,11 +49,11 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
     total, pending = {}, None
     for batch in batches:
       with jax.set_mesh(mesh):
-        sums = _sums(config.model, config.train.loss_block, params, balance, num_bytes_V, batches_lib.put(mesh, batch),
+        sums = _sums(config.model, config.exit.layers, config.train.loss_block, params, balance, num_bytes_V, batches_lib.put(mesh, batch),
                      jax.random.key(config.seed))
       total = _add(total, pending)  # the batch before, while this one runs
       pending = sums
-    return _metrics(config.model, _add(total, pending))
+    return _metrics(config.model, config.exit.layers, _add(total, pending))
 
   return evaluate
 
@@ -69,8 +70,8 @@ def compressed_bits_per_byte(text: str) -> dict[str, float]:
   return {f"bpb_{name}": 8 * len(out) / max(len(data), 1) for name, out in packed.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _sums(model: config_lib.ModelConfig, loss_block: int, params: dict, balance: dict, num_bytes_V: jax.Array,
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sums(model: config_lib.ModelConfig, exits: tuple[int, ...], loss_block: int, params: dict, balance: dict, num_bytes_V: jax.Array,
           batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
   """What a batch adds to each sum."""
   valid_BT, mask_BT = batch["segment_BT"] != 0, batch["loss_mask_BT"]
@@ -80,11 +81,16 @@ def _sums(model: config_lib.ModelConfig, loss_block: int, params: dict, balance:
   for name, routing in routings(model).items():
     out = transformer.Transformer(model).apply(
         {"params": params, "balance": balance}, batch["tokens_BT"], batch["segment_BT"], routing=routing,
-        key=key)
+        key=key, exits=exits if name == "causal" else ())
     nll_BT = loss_lib.token_nll(transformer.head(params), out.hidden_BTD, batch["target_BT"], loss_block)
     keep[name] = out.keep_RBT & valid_BT[None]
     sums[f"nll_{name}"] = jnp.sum(jnp.where(mask_BT, nll_BT, 0.0))
     sums[f"kept_{name}"] = jnp.sum(keep[name], axis=(1, 2))
+    for n, exit_BTD in zip(exits, out.exits):
+      exit_nll_BT, same_BT = loss_lib.compared(
+          transformer.head(params), exit_BTD, out.hidden_BTD, batch["target_BT"], loss_block)
+      sums[f"nll_exit_{n}"] = jnp.sum(jnp.where(mask_BT, exit_nll_BT, 0.0))
+      sums[f"agreement_exit_{n}"] = jnp.sum(same_BT & mask_BT)
   if "oracle" in keep:
     same_RBT = (keep["causal"] == keep["oracle"]) & valid_BT[None]
     sums["same"] = jnp.sum(same_RBT, axis=(1, 2))
@@ -98,7 +104,7 @@ def _add(total: dict[str, Any], sums: Mapping[str, jax.Array] | None) -> dict[st
   return {k: total.get(k, 0.0) + np.asarray(v, np.float64) for k, v in jax.device_get(sums).items()}
 
 
-def _metrics(model: config_lib.ModelConfig, total: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(model: config_lib.ModelConfig, exits: tuple[int, ...], total: Mapping[str, Any]) -> dict[str, float]:
   if not total or not total["targets"]:
     raise ValueError("there are no held-out tokens to evaluate; use a larger data.validation_fraction, "
                      "or name a data.validation_source")
@@ -109,6 +115,8 @@ def _metrics(model: config_lib.ModelConfig, total: Mapping[str, Any]) -> dict[st
     if model.num_recursions > 1:
       for r, kept in enumerate(total[f"kept_{name}"]):
         metrics[f"load_{name}_{r + 1}"] = kept / total["tokens"]
+  for name in (f"{figure}_exit_{n}" for n in exits for figure in ("nll", "agreement")):
+    metrics[name] = total[name] / total["targets"]
   if "same" in total:
     dropping = [r for r, fraction in enumerate(model.capacity) if fraction < 1] or range(model.num_recursions)
     metrics["agreement"] = np.mean([total["same"][r] for r in dropping]) / total["tokens"]

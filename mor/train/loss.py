@@ -56,6 +56,18 @@ def token_nll(head_VD: types.Embedding, hidden_BTD: types.Activations, target_BT
   return _unblock(jax.lax.map(one, (_blocks(hidden_BTD, length), _blocks(target_BT, length))))
 
 
+def compared(head_VD: types.Embedding, exit_BTD: types.Activations, hidden_BTD: types.Activations,
+             target_BT: types.Tokens, block: int) -> tuple[jax.Array, jax.Array]:
+  """`token_nll` of an exit, and whether its likeliest token is that of the end's hidden states."""
+  length = block_len(*target_BT.shape, block)
+
+  def one(xs):
+    logits_BTV, end_BTV = _logits(xs[0], head_VD), _logits(xs[1], head_VD)
+    return _nll(logits_BTV, xs[2])[0], jnp.argmax(logits_BTV, axis=-1) == jnp.argmax(end_BTV, axis=-1)
+  blocks = tuple(_blocks(x, length) for x in (exit_BTD, hidden_BTD, target_BT))
+  return jax.tree.map(_unblock, jax.lax.map(one, blocks))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(hidden_BTD: types.Activations, head_VD: types.Embedding, target_BT: types.Tokens,
                   weight_BT: jax.Array, block: int) -> jax.Array:

@@ -14,6 +14,7 @@ from mor import restore
 from mor import sharding
 from mor.model import transformer
 from mor.model.routers import expert_choice
+from mor.train import exits
 from mor.train import loss as loss_lib
 from mor.train import optim
 
@@ -189,7 +190,8 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), part)
   out = transformer.Transformer(config.model).apply(
       {"params": params, "balance": state.balance}, batch["tokens_BT"], batch["segment_BT"], routing="select",
-      train_step=state.step, bucket=bucket, key=key)
+      train_step=state.step, bucket=bucket, key=key, exits=exits.wanted(config.exit, config.model),
+      drop=config.exit.layer_dropout)
   weight_BT = batch["loss_mask_BT"] / jnp.maximum(targets, 1.0)
   student, block = (out.hidden_BTD, transformer.head(params)), config.train.loss_block
   if teacher is None:
@@ -204,8 +206,9 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
     taught = {"kl": kl}
   norms = loss_lib.normalizers(out.sums) if norms is None else norms
   aux = loss_lib.auxiliary(config.model, out.sums, norms)
+  main, early = exits.losses(config, out, main, params, batch["target_BT"], weight_BT, state.step)
   loss = main + loss_lib.weighted(config.model.router, aux)
-  terms = {"loss": loss, "nll": nll, **taught, **{f"{name}_loss": term for name, term in aux.items()}}
+  terms = {"loss": loss, "nll": nll, **taught, **early, **{f"{name}_loss": term for name, term in aux.items()}}
   return loss, (terms, dict(out.sums))
 
 

@@ -1,0 +1,34 @@
+"""SmolLM2-135M-Instruct, post-trained for early exit: `--config=configs/exit_smollm2.py:MODEL`.
+
+MODEL  full        30 layers, exits after 6 and 10
+       r3          10 layers three times, an exit after the first loop
+
+The start is a converted or uptrained run of the same MODEL; see configs/uptrain_smollm2.py:
+
+  M="python -m mor.main --source=gguf:SmolLM2-135M-Instruct.Q4_1.gguf --mode=convert"
+  $M --config=configs/uptrain_smollm2.py:full --workdir=runs/smollm2
+  $M --config=configs/exit_smollm2.py:full --workdir=runs/smollm2-exit
+  python -m mor.main --config=configs/exit_smollm2.py:full --workdir=runs/smollm2-exit
+
+The exit learns the end's distribution (exit.kl=1, detached), at the weight of the end's
+own loss: a small budget has to be spent where it is needed.
+
+Hardware: 2 CPU cores, 128 steps of 4 x 256 tokens, 20 to 30 minutes and 5 GB.
+"""
+
+import ml_collections
+
+from configs import uptrain_smollm2
+
+_EXITS = {"full": (6, 10), "r3": (10,)}
+
+
+def get_config(model: str = "full") -> ml_collections.ConfigDict:
+  if model not in _EXITS:
+    raise ValueError(f"model {model!r}; use one of {', '.join(_EXITS)}")
+  config = uptrain_smollm2.get_config(model)
+  config.distill.update(teacher="")
+  config.exit.update(layers=_EXITS[model], weighting="constant", coef=1.0, kl=1.0)
+  config.optim.update(learning_rate=3e-4, warmup_steps=6)
+  config.train.update(steps=128, eval_every=32, checkpoint_every=32, log_every=4, eval_rows=16)
+  return config

@@ -1,0 +1,56 @@
+"""A scan over stacked layers, rematerialised as configured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mor import config as config_lib
+from mor import types
+from mor.model import block as block_lib
+from mor.model.kv import base as kv_base
+
+_REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activations, view: kv_base.KVView,
+               base: kv_base.KV | None = None, own: bool = True, keep: bool = False,
+               lora: Mapping[str, Any] | None = None,
+               drop_LB: jax.Array | None = None) -> tuple[types.Activations, kv_base.KV | None]:
+  """A scan over layers stacked on the leading axis of `params` (of `base`, of `lora`).
+
+  Where `drop_LB`, a layer leaves a row as it is.
+
+  Returns:
+    Hidden states, and with `keep` the layers' fresh keys, stacked.
+  """
+  apply = layer_fn(config, own)
+
+  def body(x_BTD, layer):
+    params, base, lora, drop_B = layer
+    y_BTD, fresh = apply(params, x_BTD, view, base, lora)
+    if drop_B is not None:
+      y_BTD = jnp.where(drop_B[:, None, None], x_BTD, y_BTD)
+    return y_BTD, fresh if keep else None
+
+  if config.scan_layers:
+    return jax.lax.scan(body, x_BTD, (params, base, lora, drop_LB))
+  kept = []
+  for i in range(jax.tree.leaves(params)[0].shape[0]):
+    x_BTD, fresh = body(x_BTD, jax.tree.map(lambda a: a[i], (params, base, lora, drop_LB)))
+    kept.append(fresh)
+  return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *kept) if keep else None
+
+
+def layer_fn(config: config_lib.ModelConfig, own: bool):
+  """One layer as a function of its parameters, rematerialised as configured."""
+  block = block_lib.Block(config)
+  apply = lambda params, x_BTD, view, base, lora: block.apply({"params": params}, x_BTD, view, base, own, lora)
+  if config.remat == "none":
+    return apply
+  return jax.checkpoint(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan_layers)
