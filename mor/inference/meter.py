@@ -7,7 +7,8 @@
   pool_peak, edge_pool_peak    largest fraction of the pages in use at the end of a dispatch
   stalled, crowded             slot-ticks that waited for a page; for room in a pass
   exit_rate                    fraction of new tokens that an exit chose
-  acceptance                   fraction of judged drafts that the full depth confirmed
+  drafts, confirmed            drafts that the full depth has judged; that it confirmed
+  acceptance                   the fraction of them
   preemptions                  requests sent back to the queue
 """
 
@@ -94,7 +95,7 @@ class Meter:
         "mean_depth": ratio(counts["depth"], counts["tokens"]), "ticks": counts["ticks"],
         "pool_peak": self._peak, "edge_pool_peak": self._edge_peak, "stalled": counts["stalled"],
         "crowded": counts["crowded"], "exit_rate": ratio(counts["early"], counts["tokens"]),
-        "acceptance": ratio(counts["kept"], counts["drafts"]),
+        "drafts": counts["drafts"], "confirmed": counts["kept"], "acceptance": ratio(counts["kept"], counts["drafts"]),
         "preemptions": counts["preemptions"],
     }
     for name, values in (("ttft", self._ttft), ("tpot", self._tpot)):
