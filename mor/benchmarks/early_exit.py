@@ -127,6 +127,7 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
+  """Measures and writes."""
   numbers = lambda kind: lambda text: tuple(kind(x) for x in text.split(","))
   parser = results.Parser(description=__doc__.partition("\n")[0])
   parser.add_argument("--workdir", default="", help="run whose newest checkpoint decodes; else random weights")
