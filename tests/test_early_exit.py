@@ -119,6 +119,12 @@ def test_requests_do_not_depend_on_their_neighbours(kind):
   full = serving.reference(model, without_exits(requests))
   for i in range(0, 36, 3):
     assert told(expected[i]) == told(full[i])
+  late, _ = together.submit(requests[1][0], **requests[1][1]), together.step()  # leaves its exits' flags in a slot
+  while not together.idle:
+    together.step()
+  together.take(late)
+  quiet = answers(together, without_exits(requests))  # dispatches without exits
+  assert [told(c) for c in quiet] == [told(c) for c in full]
 
 
 @pytest.mark.parametrize("kind", ["plain", "expert_choice"])

@@ -66,6 +66,7 @@ def arrive(decoder: decoder_lib.Decoder, slots: slots_lib.Slots, ran_B: jax.Arra
   ring = slots.ring
   at_exit_B = jnp.any(slots.step_B[:, None] == jnp.asarray(decoder.exit_steps)[None, :], axis=1)
   check_B = ran_B & (slots.phase_B == slots_lib.RUN) & at_exit_B & ring.look_B & ~ring.settled_B
+  check_B &= ring.mode_B != ring_lib.NONE  # whose `look_B` may be of the request before
   phase_B = jnp.where(check_B, slots_lib.CHECK, slots.phase_B)
   behind_B = jnp.any(ring.behind(), axis=1)
   phase_B = jnp.where((phase_B == slots_lib.LEAVE) & behind_B, slots_lib.DRAIN, phase_B)
@@ -231,7 +232,7 @@ def _judge(decoder, slots, leave_B, packed, read, context):
   kept_B = jnp.where(verify_B & leave_B, jnp.sum(jnp.cumprod(same_BW, axis=1), axis=1), 0)
   # A trusting request has given its pending tokens' successors out already.
   first_B, num_B = jnp.where(verify_B, 0, ring.count_B), jnp.where(leave_B, kept_B + 1, 0)
-  early_BW = jnp.broadcast_to((ring.settled_B & ~verify_B)[:, None], full_BW.shape)
+  early_BW = jnp.broadcast_to((ring.settled_B & (ring.mode_B == ring_lib.TRUST))[:, None], full_BW.shape)
   told = dict(token_BW=jnp.where(early_BW, draft.token, full_BW), early_BW=early_BW,
               depth_BW=jnp.where(early_BW, draft.depth, spread(slots.depth_B, ring.depth_BS)),
               logprob_BW=jnp.where(early_BW, draft.logprob, found("logprob")))

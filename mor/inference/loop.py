@@ -153,8 +153,10 @@ class Loop:
     if any(job and job.payload.request.exit == "verify" for job in jobs):
       drafted = self._pace.next()
       self._context = self._context.replace(draft=jnp.bool_(drafted))
-    self.slots, out = tick.run(self.decoder, self.weights, self.slots, num_ticks=self._ticks,
-                               vocab_size=self.model.vocab_size, together=self._together, context=self._context)
+    quiet = self.decoder.exits is not None and not any(job and job.payload.request.exit != "none" for job in jobs)
+    self.slots, out = tick.run(
+        self.decoder, self.weights, self.slots, num_ticks=self._ticks, vocab_size=self.model.vocab_size,
+        together=self._together, quiet=quiet, context=self._context)
     self._flights.append(_Flight(out, jobs, drafted, self._alone))
     self._alone = True
 

@@ -39,7 +39,8 @@ from mor.inference import weights as weights_lib
 
 
 def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, vocab_size: int,
-         together: bool, context: early_exit.Context | None = None) -> tuple[slots_lib.Slots, tuple[Any, ...]]:
+         together: bool, quiet: bool = False,
+         context: early_exit.Context | None = None) -> tuple[slots_lib.Slots, tuple[Any, ...]]:
   """See the module docstring.
 
   Args:
@@ -49,14 +50,20 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
     vocab_size: tokens beyond it are never drawn.
     together: whether a token that is done waits for all others (a batch that waits
       for its deepest row), static.
+    quiet: whether every request is at full depth, so that nothing of exits runs, static.
     context: what exits need beside the slots.
 
   Returns:
     The slots after it, and `Out`'s new tokens, who ran, and who waited for what.
   """
-  slots, stalled_B = _start(decoder, weights, slots, context)
-  if decoder.exits is None:
-    slots, ran_B, waits_B, crowded_B = _pass(decoder, weights, slots)
+  exits = None if quiet else decoder.exits
+  slots, stalled_B = _start(decoder, weights, slots, context if exits else None)
+  steps = (None,) if decoder.tables.schedule.cyclic else range(decoder.num_steps)
+  if exits is None:
+    ran_B, waits_B, crowded_B = (jnp.zeros_like(stalled_B) for _ in range(3))
+    for step in steps:
+      slots, ran, waits, _ = _pass(decoder, weights, slots, None, step)
+      ran_B, waits_B = ran_B | ran, waits_B | waits
     leave_B = slots.phase_B == slots_lib.LEAVE
     if together:
       leave_B &= ~jnp.any((slots.phase_B == slots_lib.RUN) | (slots.phase_B == slots_lib.START))
@@ -64,12 +71,12 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
     return slots, (new, ran_B, stalled_B | waits_B, crowded_B)
 
   def part(slots, step=None):
-    slots, ran_B, waits_B, crowded_B = _pass(decoder, weights, slots, step)
+    slots, ran_B, waits_B, crowded_B = _pass(decoder, weights, slots, exits, step)
     slots, new, pages_B, room_B = early_exit.finish(decoder, weights, slots, vocab_size, context)
     return slots, (new, ran_B, waits_B | pages_B, crowded_B | room_B)
 
-  slots, out = part(slots, None if decoder.tables.schedule.cyclic else 0)
-  for step in range(1, 1 if decoder.tables.schedule.cyclic else decoder.num_steps):
+  slots, out = part(slots, steps[0])
+  for step in steps[1:]:
     slots, out = _if_any(
         lambda slots, step=step: (slots.phase_B == slots_lib.RUN) & (slots.step_B == step),
         functools.partial(part, step=step), slots, out)
@@ -108,15 +115,15 @@ def _start(decoder, weights, slots, context):
       h_BD=jnp.where(start_B1, h_BD, slots.h_BD), entry_BD=jnp.where(start_B1, h_BD, slots.entry_BD),
       routed=jax.tree.map(lambda new, old: jnp.where(start_B1, new, old), routed, slots.routed),
       phase_B=jnp.where(start_B, jnp.where(runs_B, slots_lib.RUN, slots_lib.LEAVE), slots.phase_B))
-  if decoder.exits:
+  if context:
     slots = early_exit.start(slots, start_B, context)
   return slots, wants_B & ~start_B
 
 
-def _pass(decoder, weights, slots, static_step=None):
+def _pass(decoder, weights, slots, exits, static_step=None):
   """The shared stack for newest and pending tokens, and each one's next decision."""
   ring, num_steps, num_slots = slots.ring, decoder.num_steps, slots.phase_B.shape[0]
-  room = decoder.exits.room(num_slots) if decoder.exits else 0
+  room = exits.room(num_slots) if exits else 0
   wants_B = fits_B = newest_B = slots.phase_B == slots_lib.RUN
   if static_step is not None:
     wants_B = fits_B = newest_B = wants_B & (slots.step_B == static_step)
@@ -158,7 +165,7 @@ def _pass(decoder, weights, slots, static_step=None):
       cache=cache, h_BD=first(h_MD), step_B=first(step_M), routed=jax.tree.map(first, routed),
       depth_B=slots.depth_B + first(kept_M).astype(jnp.int32),
       phase_B=jnp.where(newest_B, jnp.where(first(go_M), slots_lib.RUN, slots_lib.LEAVE), slots.phase_B))
-  if decoder.exits:
+  if exits:
     stored_MR = early_exit.stored(decoder, tokens)
     waits_B = jnp.where(run_B, 0, ring.wait_B + wants_B.astype(jnp.int32))
     ring = ring.replace(wait_B=waits_B, stored_BR=ring.stored_BR | first(stored_MR))
@@ -220,12 +227,12 @@ def next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size):
   return jax.lax.switch(which, [head(width) for width in widths])
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together"), donate_argnums=2)
+@functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together", "quiet"), donate_argnums=2)
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, num_ticks: int,
-        vocab_size: int, together: bool,
+        vocab_size: int, together: bool, quiet: bool = False,
         context: early_exit.Context | None = None) -> tuple[slots_lib.Slots, slots_lib.Out]:
   """Several ticks, fewer where no slot is occupied; then done slots are freed."""
-  num_slots, exits = slots.phase_B.shape[0], decoder.exits
+  num_slots, exits = slots.phase_B.shape[0], None if quiet else decoder.exits
   width = 1 + slots.ring.step_BS.shape[1] if exits else 1
   one = slots_lib.nothing_new(num_slots, width, width if exits and exits.monitor else 0)
   flag_B = jnp.zeros(num_slots, bool)
@@ -237,7 +244,7 @@ def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots
 
   def body(carry):
     k, slots, outs = carry
-    slots, out = tick(decoder, weights, slots, vocab_size=vocab_size, together=together, context=context)
+    slots, out = tick(decoder, weights, slots, vocab_size=vocab_size, together=together, quiet=quiet, context=context)
     return k + 1, slots, jax.tree.map(lambda old, new: old.at[k].set(new), outs, out)
 
   k, slots, outs = jax.lax.while_loop(busy, body, (jnp.int32(0), slots, outs))
