@@ -18,8 +18,9 @@ HOMES = {
     "matplotlib": ("mor.analysis.plots", "mor.analysis.study_plot"),  # figures of a run; of many runs
     "ml_collections": ("mor.config", "mor.data.", "mor.main"),
     "tensorflow_datasets": "mor.data.",
-    # The exported model; pickled weights; another engine to race against.
-    "torch": ("mor.conversion.modeling_mor", "mor.conversion.tensors", "mor.benchmarks.peers"),
+    # The exported model; pickled weights; other engines to race against.
+    "torch": ("mor.conversion.modeling_mor", "mor.conversion.tensors", "mor.benchmarks.peers",
+              "mor.benchmarks.hf_early_exit"),
 }
 
 

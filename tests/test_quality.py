@@ -34,7 +34,7 @@ def folder(tmp_path):
     ("the cat the cat", ["cat"], 2 * 1 / (2 + 1), 0),  # a word counts as often as both have it
     ("cat cat dog", ["dog cat cat cat"], 2 * 3 / (3 + 4), 0),  # order does not
     ("theatre", ["atre"], 0, 0),  # articles are whole words
-    ("red\u2013the\u2013blue", ["red\u2013 \u2013blue"], 1, 1),  # an article leaves a space; only ASCII is punctuation
+    ("red\u2013the\u2013blue", ["red\u2013 \u2013blue"], 1, 1),  # an article leaves a space
     ("outdoors", ["indoors"], 0, 0),
     ("", ["outdoors"], 0, 0),
     ("A", ["the"], 1, 1),  # nothing is left of either
