@@ -119,6 +119,7 @@ def test_a_failed_draft_leaves_the_depth(peer, full, monkeypatch):
       peer.generate(PROMPTS[0], 4, draft=hf_early_exit.Draft(2))
   again = peer.generate(PROMPTS[0], NUM_TOKENS)
   assert dataclasses.replace(again, seconds=0) == dataclasses.replace(full[0], seconds=0)
+  assert not any(layer._forward_hooks for layer in peer._model.model.layers), "counters stay behind"
 
 
 def test_bad_requests_are_refused(peer):
