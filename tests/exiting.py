@@ -28,9 +28,32 @@ KINDS = {
 }
 
 
-# Each compiles its own programs; two of them show what the others vary.
-QUICK = ("plain", "middle", "expert_choice")
-ALL = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS]
+class Turns:
+  """Drafts in three dispatches of four, whatever they cost."""
+
+  def __init__(self):
+    self._turn = 0
+
+  def next(self) -> bool:
+    self._turn += 1
+    return self._turn % 4 > 0
+
+  def saw(self, drafted: bool, tokens: int, seconds: float) -> None:
+    pass
+
+
+def quick(*chosen: tuple) -> list:
+  """All kinds with each value of a second parameter, if any; those not chosen are slow: each compiles for long."""
+  values = sorted({tuple(value) for _, *value in chosen})
+  return [pytest.param(kind, *value, marks=() if (kind, *value) in chosen else pytest.mark.slow)
+          for kind in KINDS for value in values]
+
+
+def engine(model: model_lib.Model, kind: str, fields: dict[str, Any] | None = None, **options: Any) -> Any:
+  """One whose drafts do not depend on the clock; `fields` are of its exits."""
+  made = serving.engine(model, exits=exits(kind, **fields or {}), **options)
+  made._pace = Turns()
+  return made
 
 
 def model(kind: str, seed: int = 1, **fields: Any) -> model_lib.Model:

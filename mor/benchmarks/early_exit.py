@@ -90,7 +90,7 @@ def variants(args, model: model_lib.Model, num_slots: int) -> list[Variant]:
   make = lambda **options: engine_lib.Engine(
       model, num_slots=num_slots, context=CONTEXT, weight_format=args.format,
       kv_format="float32" if args.format == "float32" else "bfloat16", **options)
-  exits = exits_lib.Exits(after=args.after, pending=args.pending)
+  exits = exits_lib.Exits(after=args.after, pending=args.pending, first=args.first)
   shared, copied = make(exits=exits), make(exits=dataclasses.replace(exits, kv="copied"))
   made = [Variant("full", make(), [{}]), Variant("none", shared, [{}])]
   for threshold in args.thresholds:
@@ -137,6 +137,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--batches", type=numbers(int), default=(1,))
   parser.add_argument("--format", default="bfloat16", choices=("float32", "bfloat16", "int8"))
   parser.add_argument("--pending", type=int, default=7)
+  parser.add_argument("--first", type=int, default=0, help="tokens an exit chooses from; 0 is all")
   parser.add_argument("--prompts", type=int, default=8, help="at least; twice the batch where that is more")
   parser.add_argument("--prompt_tokens", type=int, default=24)
   parser.add_argument("--new_tokens", type=int, default=96)

@@ -49,14 +49,14 @@ class Cache:
 
 @struct.dataclass
 class Tokens:
-  """M tokens of a pass, several of a sequence perhaps.
+  """M tokens of a pass: one of each sequence, in order, then perhaps more of them.
 
   Attributes:
     slot_M: the sequence of each.
     position_M: ascending among those of a sequence.
     step_M: recursion step that it runs; the same for all running ones of a sequence.
     run_M: whether it runs at all; the others' results mean nothing.
-    alone: whether every sequence has one token, in order.
+    alone: whether there are no more, static.
   """
 
   slot_M: jax.Array

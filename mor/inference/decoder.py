@@ -152,7 +152,7 @@ class Decoder:
     x_1MD, position_M, page_M, offset_M, rows = jax.tree.map(
         lambda a: a[order_M], (h_MD, tokens.position_M, page_M, offset_M, rows))
     x_1MD, buffers, rotation = x_1MD[None], list(cache.edge), self.rotation(position_M)
-    narrow = self.narrow(tokens)
+    narrow = self.narrow(tokens, cache.edge_page_BP.shape[0])
     for i, layer in enumerate(group_layers, start=first):
       def attend(q_MNH, k_MKH, v_MKH, i=i):
         buffers[i] = self.tables.storage.write(buffers[i], page_M, offset_M, k_MKH, v_MKH)
@@ -160,12 +160,12 @@ class Decoder:
       x_1MD = self.layer(layer, x_1MD, rotation, attend, narrow=narrow)
     return cache.replace(edge=tuple(buffers)), jnp.zeros_like(h_MD).at[order_M].set(x_1MD[0], unique_indices=True)
 
-  def narrow(self, tokens: cache_lib.Tokens) -> Narrow | None:
-    """Products as wide as the running tokens need, where a pass has room for more than one a sequence."""
+  def narrow(self, tokens: cache_lib.Tokens, num: int) -> Narrow | None:
+    """Products as wide as the running tokens need, where a pass has room for more than one of each of `num` sequences."""
     if tokens.alone:
       return None
     size = tokens.run_M.shape[0]
-    return Narrow(jnp.sum(tokens.run_M), tuple(sorted({-(-size // 8), -(-size // 3), -(-2 * size // 3), size})))
+    return Narrow(jnp.sum(tokens.run_M), tuple(sorted({-(-num // 2), num, (num + size) // 2, size})))
 
   def decide(self, weights: weights_lib.Weights, h_BD: jax.Array, entry_BD: jax.Array, alive_B: jax.Array,
              position_B: jax.Array, step_B: jax.Array, steps: tuple[int, ...]) -> router_base.Routing:
@@ -220,7 +220,7 @@ class Decoder:
     (h_1MD, position_M, page_M, offset_M, step_M, rows) = jax.tree.map(
         lambda a: a[order_M], (h_MD, position_M, page_M, offset_M, step_M, rows))
     h_1MD, buffers, rotation = h_1MD[None], list(cache.stack), self.rotation(position_M)
-    narrow = self.narrow(tokens)
+    narrow = self.narrow(tokens, cache.page_BRP.shape[0])
     for i, parameters in enumerate(self.tables.schedule.rows[static]):
       rule = rules[i]
       rule_rows = rows[tables.index((rule.own_R, rule.base_R))]

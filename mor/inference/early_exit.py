@@ -61,6 +61,28 @@ def start(slots: slots_lib.Slots, start_B: jax.Array, context: Context) -> slots
                                depth=jnp.where(start_B, 0, ring.draft.depth))))
 
 
+def waiting(slots: slots_lib.Slots) -> jax.Array:
+  """Whether any token waits for the deeper layers."""
+  return jnp.any(_held(slots) & (slots.ring.count_B > 0))
+
+
+def used(decoder: decoder_lib.Decoder, slots: slots_lib.Slots) -> jax.Array:
+  """Whether any token waits, comes to an exit at which it looks, or is followed by what an exit has said."""
+  ring = slots.ring
+  comes_B = ring.look_B & (ring.mode_B != ring_lib.NONE) & (slots.step_B < decoder.exit_steps[-1])
+  comes_B &= slots.phase_B == slots_lib.RUN
+  follows_B = (ring.count_B > 0) | ring.settled_B | exit_heads.bound(slots)
+  if decoder.exits.candidates:
+    follows_B |= ring.mode_B != ring_lib.NONE
+  if decoder.exits.monitor:
+    follows_B |= ring.draft.depth > 0
+  return jnp.any((_held(slots) & follows_B) | comes_B | (slots.phase_B == slots_lib.CHECK))
+
+
+def _held(slots):
+  return (slots.phase_B != slots_lib.FREE) & (slots.phase_B != slots_lib.DONE)
+
+
 def arrive(decoder: decoder_lib.Decoder, slots: slots_lib.Slots, ran_B: jax.Array) -> slots_lib.Slots:
   """Stops newest tokens at exits that they look at, and lets those that leave wait for the ones behind."""
   ring = slots.ring
@@ -80,14 +102,13 @@ def stored(decoder: decoder_lib.Decoder, tokens: cache_lib.Tokens) -> jax.Array:
 
 
 def finish(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, vocab_size: int,
-           context: Context) -> tuple[slots_lib.Slots, slots_lib.New, jax.Array, jax.Array]:
-  """The slots at an exit or at the full depth.
+           context: Context, room: int) -> tuple[slots_lib.Slots, slots_lib.New, jax.Array, jax.Array]:
+  """The slots at an exit or at the full depth, and `room` pending tokens; without room there must be none.
 
   Returns:
     The slots, their new tokens, and True for those that found no page, and no room.
   """
   ring, num_slots = slots.ring, slots.phase_B.shape[0]
-  room = decoder.exits.room(num_slots)
   wants_B, check_B = slots.phase_B == slots_lib.LEAVE, slots.phase_B == slots_lib.CHECK
   read_BS = ring.pending() & ((ring.mode_B == ring_lib.VERIFY) | decoder.exits.monitor)[:, None]
   along_BS = ring.pending() if decoder.tables.schedule.coda else read_BS
@@ -122,20 +143,16 @@ def _read(decoder, weights, slots, flat, check_B, vocab_size, context):
   blind = exits.measure in exits_lib.NO_LOGITS
   sure_B = exit_heads.measure(decoder, slots, context.classifier) if blind else jnp.zeros(num_slots, jnp.float32)
   wants_B = check_B & ((sure_B > slots.ring.threshold_B) | bound_B | exits.monitor) if blind else check_B
-  head_B = wants_B & bound_B if exits.candidates else wants_B
+  head_B = wants_B & bound_B if exits.few else wants_B
   need_M = flat.need_M.at[:num_slots].max(head_B)
   read = exit_heads.read(decoder, weights, slots, flat.replace(need_M=need_M), vocab_size)
   at_exit = jax.tree.map(lambda a: a[:num_slots], read)
-  if exits.candidates:
+  if exits.few:
     few_B = wants_B & ~head_B
     at_exit = _choose(few_B, exit_heads.read_few(decoder, weights, slots, few_B, vocab_size), at_exit)
   if blind:
     at_exit = at_exit.replace(sure=sure_B, token=jnp.where(wants_B, at_exit.token, -1))
   return read, at_exit
-
-
-def _choose(on_B, new, old):
-  return jax.tree.map(lambda a, b: jnp.where(on_B.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
 
 
 def _choose(on_B, new, old):
@@ -171,7 +188,7 @@ def _look(decoder, weights, slots, check_B, read, context):
 
   told_B, one_B = leave_B & trust_B, leave_B.astype(jnp.int32)
   finish_B = jnp.where(told_B, jnp.where(stop_B, 1, jnp.where(last_B, 2, 0)), 0)
-  new = slots_lib.nothing_new(told_B.shape[0], 1 + size, 1 + size if exits.monitor else 0)
+  new = slots_lib.nothing_new(decoder, told_B.shape[0])
   first = lambda old, value: old.at[:, 0].set(jnp.where(told_B, value, old[:, 0]))
   new = new.replace(token_BW=first(new.token_BW, read.token), depth_BW=first(new.depth_BW, slots.depth_B),
                     early_BW=first(new.early_BW, True), logprob_BW=first(new.logprob_BW, read.logprob),
@@ -242,7 +259,7 @@ def _judge(decoder, slots, leave_B, packed, read, context):
   last_B = told["token_BW"][row_B, jnp.maximum(num_B - 1, 0)]
   stop_B = jnp.any(last_B[:, None] == slots.stop_BE, axis=1)
   finish_B = jnp.where(leave_B, jnp.where(stop_B, 1, jnp.where(slots.left_B == num_B, 2, 0)), 0)
-  new = slots_lib.nothing_new(num_slots, 1 + size, 1 + size if exits.monitor else 0).replace(
+  new = slots_lib.nothing_new(decoder, num_slots).replace(
       **told, finish_B=finish_B, kept_B=kept_B,
       drafts_B=jnp.where(leave_B & verify_B, jnp.minimum(ring.count_B, kept_B + 1), 0))
   if exits.monitor:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mor.inference import branch
 from mor.inference import cache as cache_lib
 from mor.inference import decoder as decoder_lib
 from mor.inference import slots as slots_lib
@@ -25,9 +26,8 @@ def fill(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   cache, exit_B = tables.reserve_rows(slots.cache, writes_BR, exit_B)
   writes_BR &= exit_B[:, None]
 
-  def body(carry):  # a loop of one turn, because a branch would copy the cache
-    return jnp.bool_(False), _write(decoder, weights, slots, carry[1], exit_B, writes_BR)
-  return jax.lax.while_loop(lambda carry: carry[0], body, (jnp.any(exit_B), cache))[1], exit_B
+  write = lambda cache: _write(decoder, weights, slots, cache, exit_B, writes_BR)
+  return branch.once(jnp.any(exit_B), write, cache), exit_B
 
 
 def _deeper(decoder):

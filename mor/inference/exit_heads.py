@@ -132,18 +132,24 @@ def _seen(slots, slot_M, offset_M):
 
 def read_few(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, few_B: jax.Array,
              vocab_size: int) -> Read:
-  """Of each slot's candidates alone."""
+  """Of the tokens alone that an exit chooses from: each slot's candidates, or the first ones."""
   exits, ring, num_slots = decoder.exits, slots.ring, slots.phase_B.shape[0]
   normed_BD = layers.rms_norm(slots.h_BD[None], weights.final_norm_D, decoder.model.norm_eps)[0]
 
   def run():
-    rows_BED = weights_lib.head_rows(weights, ring.candidate_BE)
-    logits_BE, token_B = confidence.restrict(normed_BD, rows_BED, ring.candidate_BE)
+    if exits.first:
+      logits_BE = sampling.mask(weights_lib.project(normed_BD, weights.draft_head), vocab_size)
+      token_B = sampling.most_likely(logits_BE)
+    else:
+      rows_BED = weights_lib.head_rows(weights, ring.candidate_BE)
+      logits_BE, token_B = confidence.restrict(normed_BD, rows_BED, ring.candidate_BE)
     top_B, row_B1 = token_B, jnp.arange(num_slots)[:, None]
     logprob_B = jnp.max(logits_BE, axis=-1) - jax.nn.logsumexp(logits_BE, axis=-1)
 
     def draw():
       column_BE = jnp.where(ring.candidate_BE >= 0, ring.candidate_BE, decoder.model.vocab_size)
+      if exits.first:
+        column_BE = jnp.arange(exits.first)[None, :]
       logits_BV = jnp.full((num_slots, decoder.model.vocab_size), -jnp.inf).at[row_B1, column_BE].set(
           logits_BE, mode="drop")
       offset_B = jnp.where(ring.mode_B == ring_lib.VERIFY, ring.count_B, 0)

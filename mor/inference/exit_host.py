@@ -1,5 +1,6 @@
 """The host's part of early exit: what an engine accepts, how a request starts, whether drafts pay."""
 
+import collections
 import dataclasses
 
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from mor.inference import exits as exits_lib
 from mor.inference import request as request_lib
 from mor.inference import ring as ring_lib
 
-_EXPLORE = 8  # dispatches of each trial
-_EXPLOIT = (128, 1024)  # dispatches between trials, least and most
+_TRIAL = 8  # dispatches of a trial, at most
+_FIRST, _MOST = 32, 8192  # dispatches between trials
 
 
 def check(exits: exits_lib.Exits | None, batching: str, classifier: confidence.Classifier | None,
@@ -79,38 +80,51 @@ def settings(decoder: decoder_lib.Decoder, worth: float, request: request_lib.Re
   return ring_lib.settings(decoder.exits.candidates, request.exit, request.threshold or 0.0, rate, skip, candidate_E)
 
 
-class Pace:
-  """Whether requests that are verified draft: trials of both, then what gave more tokens a second.
+def drafts_greedily(request: request_lib.Request) -> bool:
+  """Whether it has the same tokens with drafts and without; sampled ones depend on the drafts."""
+  return request.exit == "verify" and request.sampling.temperature == 0
 
-  Their tokens are the same either way. The longer one side keeps winning, the rarer the trials.
+
+class Pace:
+  """Whether greedy requests that are verified draft: what gave more tokens a second.
+
+  Their tokens are the same either way. The other side is tried now and then, the rarer
+  the longer one side keeps winning, and not for long where it is clearly worse.
   """
 
   def __init__(self):
-    self._turn, self._exploit, self._best = 0, _EXPLOIT[0], True
-    self._tokens = {True: 0, False: 0}
-    self._seconds = {True: 0.0, False: 0.0}
+    self._draft, self._left, self._exploit = False, _FIRST, _FIRST
+    self._trial = False  # of the other side
+    self._seen: dict[bool, collections.deque[tuple[int, float]]] = {
+        side: collections.deque(maxlen=_TRIAL) for side in (False, True)}
 
   def next(self) -> bool:
     """For the next dispatch."""
-    if self._turn == 2 * _EXPLORE + self._exploit:
-      self._turn = 0
-      self._tokens, self._seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}
-    turn, self._turn = self._turn, self._turn + 1
-    if turn < 2 * _EXPLORE:
-      return turn < _EXPLORE
-    if turn == 2 * _EXPLORE:
-      self._decide()
-    return self._best
+    if self._left == 0 or (self._trial and self._hopeless()):
+      self._turn()
+    self._left -= 1
+    return self._draft
 
   def saw(self, drafted: bool, tokens: int, seconds: float) -> None:
     """Results of a dispatch that had the device to itself."""
-    self._tokens[drafted] += tokens
-    self._seconds[drafted] += seconds
+    self._seen[drafted].append((tokens, seconds))
 
-  def _decide(self) -> None:
-    rate = {side: self._tokens[side] / self._seconds[side] if self._seconds[side] else 0.0 for side in (True, False)}
-    if not all(self._seconds.values()):
+  def _turn(self) -> None:
+    if not self._trial:  # time to try the other side
+      self._trial, self._left, self._draft = True, _TRIAL, not self._draft
+      self._seen[self._draft].clear()
       return
-    best = rate[True] >= rate[False]
-    self._exploit = min(2 * self._exploit, _EXPLOIT[1]) if best == self._best else _EXPLOIT[0]
-    self._best = best
+    self._trial = False
+    won = bool(self._seen[self._draft]) and self._rate(self._draft) > self._rate(not self._draft)
+    self._exploit = _FIRST if won else min(4 * self._exploit, _MOST)
+    self._left, self._draft = self._exploit, self._draft if won else not self._draft
+
+  def _rate(self, side: bool) -> float:
+    seen = self._seen[side]
+    if not seen:
+      return 0.0
+    tokens, seconds = zip(*seen)
+    return float(np.mean(tokens) / np.median(seconds))  # one that had to wait, or to compile, does not count
+
+  def _hopeless(self) -> bool:
+    return len(self._seen[self._draft]) >= 2 and self._rate(self._draft) < 0.8 * self._rate(not self._draft)

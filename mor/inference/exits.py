@@ -43,6 +43,9 @@ class Exits:
       `pending` for each request, `4 * pending` at most. What does not fit waits.
     candidates: tokens an exit chooses from, the likeliest of the last full depth's;
       0 is the whole vocabulary.
+    first: tokens an exit chooses from, those of the lowest ids, which a tokenizer of
+      merges gives to the most frequent; 0 is the whole vocabulary. An exit reads the
+      head that far only; sampled requests with exit="verify" read all of it.
     kv: one of POLICIES.
     monitor: whether to tell, of every exit, if its likeliest token was the full depth's.
     worth: share of exits (trust) below which a request looks for one at every 16th
@@ -54,6 +57,7 @@ class Exits:
   pending: int = 7
   carry: int = 0
   candidates: int = 0
+  first: int = 0
   kv: Literal["exact", "copied", "shared"] = "exact"
   monitor: bool = False
   worth: float | None = None
@@ -72,6 +76,9 @@ class Exits:
             f"0, or a count >= pending={self.pending}")
     require(integer(self.candidates) and (self.candidates == 0 or self.candidates >= 2), "candidates",
             "0 for the whole vocabulary, or 2 or more")
+    require(integer(self.first) and (self.first == 0 or self.first >= 2), "first",
+            "0 for the whole vocabulary, or 2 or more")
+    require(not (self.candidates and self.first), "first", f"0 with candidates={self.candidates}, or candidates=0")
     require(self.kv in POLICIES, "kv", f"one of {', '.join(POLICIES)}")
     require(not self.monitor or self.kv == "exact", "monitor", "False, or kv='exact', which runs the full depth")
     require(self.worth is None or 0 <= self.worth <= 1, "worth", "None, or a share in [0, 1]")
@@ -82,6 +89,8 @@ class Exits:
     Raises:
       ValueError: says what, the value and the remedy.
     """
+    if self.first > model.vocab_size:
+      raise ValueError(f"exits.first={self.first}: this model has {model.vocab_size} tokens; use fewer, or 0")
     plain = schedule_lib.make(model).num_steps == 1
     valid = tuple(range(1, model.num_layers)) if plain else schedule.boundaries()
     if not set(self.after) <= set(valid):
@@ -94,6 +103,16 @@ class Exits:
     if self.kv == "shared" and plain:
       raise ValueError("exits.kv='shared' in a model of one step, whose layers have nothing in common; use 'exact' or "
                        "'copied'")
+
+  @property
+  def few(self) -> int:
+    """Tokens an exit chooses from; 0 is the whole vocabulary."""
+    return self.candidates or self.first
+
+  @property
+  def places(self) -> int:
+    """Of a request's ring."""
+    return self.pending if self.kv == "exact" else 1
 
   def room(self, num_slots: int) -> int:
     """Pending tokens that one pass takes along."""
@@ -122,7 +141,7 @@ def costs(model: config_lib.ModelConfig, exits: Exits, num_slots: int) -> Costs:
   """Estimates: a pass of few rows is paid by the weights it reads, one of 32 by the row."""
   layer, head = sum(a * b for a, b in model.projections.values()), model.vocab_size * model.d_model
   shallow, deep = exits.after[0] * layer, (model.num_layers - exits.after[0]) * layer
-  look = 0 if exits.measure in NO_LOGITS else (exits.candidates or model.vocab_size) * model.d_model
+  look = 0 if exits.measure in NO_LOGITS else (exits.few or model.vocab_size) * model.d_model
   by_row = min(1.0, num_slots / 32)
   saved = head + (1.0 - by_row) * deep
   worth = min(look / saved, 0.9) if exits.worth is None else exits.worth

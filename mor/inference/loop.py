@@ -64,7 +64,7 @@ class Loop:
       raise ValueError(f"sharing={config.sharing!r} gives each step its own layers, so tokens at different steps "
                        "cannot share a batch; use generate() (--batching=none), or train with a cyclic scheme")
     self.model, self.context, self.num_slots = model, context, num_slots
-    self.weights = weights_lib.prepare(config, model.variables, weight_format)
+    self.weights = weights_lib.prepare(config, model.variables, weight_format, exits.first if exits else 0)
     self._together = batching == "sequence"
     steps = self.decoder.num_steps if cyclic else 1  # passes of a tick that may have something to do
     self._ticks = ticks or steps * -(-4 // steps)
@@ -150,13 +150,12 @@ class Loop:
   def _dispatch(self) -> None:
     jobs = [job if job and job.started else None for job in self.scheduler.slots]
     drafted = True
-    if any(job and job.payload.request.exit == "verify" for job in jobs):
+    if any(job and exit_host.drafts_greedily(job.payload.request) for job in jobs):
       drafted = self._pace.next()
       self._context = self._context.replace(draft=jnp.bool_(drafted))
-    quiet = self.decoder.exits is not None and not any(job and job.payload.request.exit != "none" for job in jobs)
     self.slots, out = tick.run(
         self.decoder, self.weights, self.slots, num_ticks=self._ticks, vocab_size=self.model.vocab_size,
-        together=self._together, quiet=quiet, context=self._context)
+        together=self._together, context=self._context)
     self._flights.append(_Flight(out, jobs, drafted, self._alone))
     self._alone = True
 
@@ -187,7 +186,7 @@ class Loop:
   def _learn(self, flight, out, num) -> None:
     """From a dispatch: whether drafts pay, and what the exits' confidence is worth."""
     now = time.monotonic()
-    if self._mark is not None and flight.alone:
+    if self._mark is not None and flight.alone and num:
       self._pace.saw(flight.drafted, int((out.new.token_BW[:num] >= 0).sum()), now - self._mark)
     self._mark = now
     if self.calibrator is not None and out.new.sure_BW.size:

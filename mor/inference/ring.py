@@ -15,7 +15,7 @@ from mor.inference import exits as exits_lib
 from mor.model.routers import base as router_base
 
 NONE, TRUST, VERIFY = range(len(exits_lib.MODES))
-FIRST_RATE = 0.75  # of a request that has not looked yet
+FIRST_RATE = 0.75  # of drafts that are confirmed, before any was judged
 PROBE = 16  # tokens between two looks for an exit that is not worth it
 _PAST = 16  # looks that the measured rates remember, about
 
@@ -98,8 +98,7 @@ class Ring:
 
 def make(decoder: decoder_lib.Decoder, num_slots: int, routed: router_base.Routing) -> Ring:
   """Empty rings; `routed` has the shapes of a routing of one token a slot."""
-  exits, width = decoder.exits, decoder.model.d_model
-  size = exits.pending if exits.kv == "exact" else 1
+  exits, width, size = decoder.exits, decoder.model.d_model, decoder.exits.places
   zeros = lambda dtype, *shape: jnp.zeros((num_slots, *shape), dtype)
   draft = lambda *shape: Draft(
       token=zeros(jnp.int32, *shape) - 1, depth=zeros(jnp.int32, *shape), hidden=zeros(jnp.float32, *shape, width),
@@ -168,12 +167,17 @@ def settings(num_candidates: int, mode: str, threshold: float, rate: float = FIR
               candidate_BE=candidate_E.astype(np.int32))
 
 
+def first_rate(worth: float) -> float:
+  """`rate_B` of a trusting request that has not looked yet: one that falls below `worth` after eight looks in vain."""
+  return worth * (1.0 - 1.0 / _PAST) ** -7.5
+
+
 def replay(exit_steps: tuple[int, ...], depths: list[int], early: list[bool], worth: float) -> tuple[float, int]:
   """`rate_B` and `skip_B` of a trusting request after the tokens that it has got.
 
   A token has looked at the exits before its depth, and has left at the last of them if it left early.
   """
-  rate, skip = np.float32(FIRST_RATE), 0
+  rate, skip = np.float32(first_rate(worth)), 0
   for depth, left in zip(depths, early):
     looks = skip == 0
     skip = max(skip - 1, 0)

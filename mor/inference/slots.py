@@ -90,9 +90,11 @@ class New:
   agreed_BW: types.Array
 
 
-def nothing_new(num_slots: int, width: int, monitored: int) -> New:
-  """No token for any slot."""
-  wide, many = (num_slots, width), (num_slots, monitored)
+def nothing_new(decoder: decoder_lib.Decoder, num_slots: int) -> New:
+  """No token for any slot; with exits one may get several at once."""
+  exits = decoder.exits
+  wide = num_slots, 1 + exits.places if exits else 1
+  many = num_slots, wide[1] if exits and exits.monitor else 0
   return New(jnp.full(wide, -1, jnp.int32), jnp.zeros(wide, jnp.int32), jnp.zeros(wide, bool),
              jnp.zeros(wide, jnp.float32), *(jnp.zeros(num_slots, jnp.int32) for _ in range(3)),
              jnp.full(many, -1, jnp.float32), jnp.zeros(many, bool))

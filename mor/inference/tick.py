@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mor.inference import branch
 from mor.inference import cache as cache_lib
 from mor.inference import decoder as decoder_lib
 from mor.inference import early_exit
@@ -39,8 +40,7 @@ from mor.inference import weights as weights_lib
 
 
 def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, vocab_size: int,
-         together: bool, quiet: bool = False,
-         context: early_exit.Context | None = None) -> tuple[slots_lib.Slots, tuple[Any, ...]]:
+         together: bool, context: early_exit.Context | None = None) -> tuple[slots_lib.Slots, tuple[Any, ...]]:
   """See the module docstring.
 
   Args:
@@ -50,17 +50,18 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
     vocab_size: tokens beyond it are never drawn.
     together: whether a token that is done waits for all others (a batch that waits
       for its deepest row), static.
-    quiet: whether every request is at full depth, so that nothing of exits runs, static.
     context: what exits need beside the slots.
 
   Returns:
     The slots after it, and `Out`'s new tokens, who ran, and who waited for what.
   """
-  exits = None if quiet else decoder.exits
-  slots, stalled_B = _start(decoder, weights, slots, context if exits else None)
+  exits = decoder.exits
+  slots, stalled_B = _start(decoder, weights, slots, context)
   steps = (None,) if decoder.tables.schedule.cyclic else range(decoder.num_steps)
-  if exits is None:
-    ran_B, waits_B, crowded_B = (jnp.zeros_like(stalled_B) for _ in range(3))
+  flag_B = jnp.zeros_like(stalled_B)
+
+  def plain(slots):
+    ran_B = waits_B = flag_B
     for step in steps:
       slots, ran, waits, _ = _pass(decoder, weights, slots, None, step)
       ran_B, waits_B = ran_B | ran, waits_B | waits
@@ -68,34 +69,54 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
     if together:
       leave_B &= ~jnp.any((slots.phase_B == slots_lib.RUN) | (slots.phase_B == slots_lib.START))
     slots, new = _finish(decoder, weights, slots, leave_B, vocab_size)
-    return slots, (new, ran_B, stalled_B | waits_B, crowded_B)
+    return slots, (new, ran_B, stalled_B | waits_B, flag_B)
 
-  def part(slots, step=None):
-    slots, ran_B, waits_B, crowded_B = _pass(decoder, weights, slots, exits, step)
-    slots, new, pages_B, room_B = early_exit.finish(decoder, weights, slots, vocab_size, context)
-    return slots, (new, ran_B, waits_B | pages_B, crowded_B | room_B)
+  if not exits:
+    return plain(slots)
 
-  slots, out = part(slots, steps[0])
-  for step in steps[1:]:
-    slots, out = _if_any(
-        lambda slots, step=step: (slots.phase_B == slots_lib.RUN) & (slots.step_B == step),
-        functools.partial(part, step=step), slots, out)
-  new, ran_B, waits_B, crowded_B = out
-  return slots, (new, ran_B, stalled_B | waits_B, crowded_B)
+  def part(slots, step=None, room=0):
+    slots, ran_B, waits_B, crowded_B = _pass(decoder, weights, slots, room, step)
+    slots, new, pages_B, room_B = early_exit.finish(decoder, weights, slots, vocab_size, context, room)
+    return slots, (new, ran_B, stalled_B | waits_B | pages_B, crowded_B | room_B)
+
+  nothing = slots_lib.nothing_new(decoder, flag_B.shape[0]), flag_B, flag_B, flag_B
+
+  def parts(slots):
+    slots, out = _at_need(part, exits, slots, steps[0], nothing)
+    for step in steps[1:]:
+      slots, out = _if_any(
+          lambda slots, step=step: (slots.phase_B == slots_lib.RUN) & (slots.step_B == step),
+          lambda slots, step=step: _at_need(part, exits, slots, step, nothing), slots, out)
+    return slots, out
+
+  # Tokens that look at no exit, and have nobody pending before them, pay nothing for exits.
+  used = early_exit.used(decoder, slots)
+  carry = branch.once(~used, lambda carry: plain(carry[0]), (slots, nothing))
+  return branch.once(used, lambda carry: parts(carry[0]), carry)
+
+
+def _at_need(part, exits, slots, step, nothing):
+  """`part` with room for pending tokens where there are any."""
+  room = exits.room(slots.phase_B.shape[0])
+  if not room:
+    return part(slots, step)
+  some = early_exit.waiting(slots)
+  carry = branch.once(~some, lambda carry: part(carry[0], step), (slots, nothing))
+  return branch.once(some, lambda carry: part(carry[0], step, room), carry)
 
 
 def _if_any(wants, part, slots, out):
-  """`part` where a slot wants it; a loop of one turn, because a branch would copy the cache."""
-  def body(carry):
-    _, slots, old = carry
+  """`part` where a slot wants it."""
+  def run(carry):
+    slots, old = carry
     slots, new = part(slots)
     # A slot gets its tokens in one part of a tick only; a number of the others is 0.
     got_B = new[0].token_BW[:, 0] >= 0
     pick = lambda new, old: jnp.where(got_B.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
     merged = jax.tree.map(pick, new[0], old[0])
-    return jnp.bool_(False), slots, (merged, *(a | b for a, b in zip(new[1:], old[1:])))
+    return slots, (merged, *(a | b for a, b in zip(new[1:], old[1:])))
 
-  return jax.lax.while_loop(lambda carry: carry[0], body, (jnp.any(wants(slots)), slots, out))[1:]
+  return branch.once(jnp.any(wants(slots)), run, (slots, out))
 
 
 def _start(decoder, weights, slots, context):
@@ -120,10 +141,9 @@ def _start(decoder, weights, slots, context):
   return slots, wants_B & ~start_B
 
 
-def _pass(decoder, weights, slots, exits, static_step=None):
-  """The shared stack for newest and pending tokens, and each one's next decision."""
+def _pass(decoder, weights, slots, room, static_step=None):
+  """The shared stack for newest and `room` pending tokens, and each one's next decision; None is without exits."""
   ring, num_steps, num_slots = slots.ring, decoder.num_steps, slots.phase_B.shape[0]
-  room = exits.room(num_slots) if exits else 0
   wants_B = fits_B = newest_B = slots.phase_B == slots_lib.RUN
   if static_step is not None:
     wants_B = fits_B = newest_B = wants_B & (slots.step_B == static_step)
@@ -165,7 +185,7 @@ def _pass(decoder, weights, slots, exits, static_step=None):
       cache=cache, h_BD=first(h_MD), step_B=first(step_M), routed=jax.tree.map(first, routed),
       depth_B=slots.depth_B + first(kept_M).astype(jnp.int32),
       phase_B=jnp.where(newest_B, jnp.where(first(go_M), slots_lib.RUN, slots_lib.LEAVE), slots.phase_B))
-  if exits:
+  if room is not None:
     stored_MR = early_exit.stored(decoder, tokens)
     waits_B = jnp.where(run_B, 0, ring.wait_B + wants_B.astype(jnp.int32))
     ring = ring.replace(wait_B=waits_B, stored_BR=ring.stored_BR | first(stored_MR))
@@ -189,9 +209,11 @@ def _finish(decoder, weights, slots, leave_B, vocab_size):
   stop_B = jnp.any(token_B[:, None] == slots.stop_BE, axis=1)
   finish_B = jnp.where(leave_B, jnp.where(stop_B, 1, jnp.where(slots.left_B == 1, 2, 0)), 0)
   one_B = leave_B.astype(jnp.int32)
-  new = slots_lib.nothing_new(token_B.shape[0], 1, 0).replace(
-      token_BW=jnp.where(leave_B, token_B, -1)[:, None], depth_BW=slots.depth_B[:, None],
-      logprob_BW=logprob_B[:, None], finish_B=finish_B)
+  new = slots_lib.nothing_new(decoder, token_B.shape[0])
+  first = lambda a_BW, a_B: a_BW.at[:, 0].set(a_B)
+  new = new.replace(
+      token_BW=first(new.token_BW, jnp.where(leave_B, token_B, -1)), depth_BW=first(new.depth_BW, slots.depth_B),
+      logprob_BW=first(new.logprob_BW, logprob_B), finish_B=finish_B)
   return slots.replace(
       cache=cache,
       token_B=jnp.where(leave_B, token_B, slots.token_B), position_B=slots.position_B + one_B,
@@ -227,14 +249,13 @@ def next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size):
   return jax.lax.switch(which, [head(width) for width in widths])
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together", "quiet"), donate_argnums=2)
+@functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together"), donate_argnums=2)
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, num_ticks: int,
-        vocab_size: int, together: bool, quiet: bool = False,
+        vocab_size: int, together: bool,
         context: early_exit.Context | None = None) -> tuple[slots_lib.Slots, slots_lib.Out]:
   """Several ticks, fewer where no slot is occupied; then done slots are freed."""
-  num_slots, exits = slots.phase_B.shape[0], None if quiet else decoder.exits
-  width = 1 + slots.ring.step_BS.shape[1] if exits else 1
-  one = slots_lib.nothing_new(num_slots, width, width if exits and exits.monitor else 0)
+  num_slots = slots.phase_B.shape[0]
+  one = slots_lib.nothing_new(decoder, num_slots)
   flag_B = jnp.zeros(num_slots, bool)
   outs = jax.tree.map(lambda a: jnp.repeat(a[None], num_ticks, axis=0), (one, flag_B, flag_B, flag_B))
 
@@ -244,7 +265,7 @@ def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots
 
   def body(carry):
     k, slots, outs = carry
-    slots, out = tick(decoder, weights, slots, vocab_size=vocab_size, together=together, quiet=quiet, context=context)
+    slots, out = tick(decoder, weights, slots, vocab_size=vocab_size, together=together, context=context)
     return k + 1, slots, jax.tree.map(lambda old, new: old.at[k].set(new), outs, out)
 
   k, slots, outs = jax.lax.while_loop(busy, body, (jnp.int32(0), slots, outs))

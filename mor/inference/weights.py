@@ -79,6 +79,7 @@ class Weights:
     lookup_VD: the embedding for single rows; bfloat16 as its bits in uint16,
       because XLA:CPU gathers bfloat16 from a table widened to float32.
     head_lookup_VD: the same of the output matrix; the same array where they are tied.
+    draft_head: its first rows, those that exits read; None is all.
     prelude, stack, coda: layers.
     deltas: of each layer of a step, by the name of the projection in `Layer`.
     final_norm_D: before the head.
@@ -89,6 +90,7 @@ class Weights:
   head: Matrix
   lookup_VD: jax.Array
   head_lookup_VD: jax.Array
+  draft_head: Matrix | None
   prelude: tuple[Layer, ...]
   stack: tuple[Layer, ...]
   coda: tuple[Layer, ...]
@@ -98,13 +100,14 @@ class Weights:
   bias_R: jax.Array | None
 
 
-def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_format: str) -> Weights:
+def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_format: str, first: int = 0) -> Weights:
   """Lays out trained variables for decoding.
 
   Args:
     model: the variables' config.
     variables: {"params": …} and, where the model has one, {"balance": …}.
     weight_format: one of FORMATS.
+    first: rows of the output matrix that exits read; 0 is all.
 
   Raises:
     ValueError: the format is unknown.
@@ -120,6 +123,7 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
       head=_matrix(head_VD, weight_format),
       lookup_VD=lookup_VD,
       head_lookup_VD=lookup_VD if model.tie_embeddings else bits(head_VD),
+      draft_head=_matrix(head_VD[:first], weight_format) if first else None,
       **{group: _layers(model, params.get(group), weight_format) for group in ("prelude", "stack", "coda")},
       deltas=_deltas(model, params.get("lora"), weight_format),
       final_norm_D=jnp.asarray(params["final_norm"], jnp.float32),
