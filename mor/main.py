@@ -66,6 +66,9 @@ _OPTIONS = {  # of a request; see mor/inference/request.py and sampling.py
     "seed": flags.DEFINE_integer("seed", 0, "generate: seed of the draws."),
     "stop_strings": flags.DEFINE_multi_string("stop", None, "generate: text that ends an answer; give several."),
     "logprobs": flags.DEFINE_bool("logprobs", None, "generate: also each token's log-probability."),
+    "exit": flags.DEFINE_enum("exit", None, ["none", "trust", "verify"],
+                              "generate: what an exit's token is: nothing, the next token, or a draft."),
+    "threshold": flags.DEFINE_float("threshold", None, "generate: confidence above which an exit is taken."),
 }
 _HOW = {  # of the engine; see mor/inference/engine.py
     "batching": flags.DEFINE_enum("batching", "depth", ["depth", "sequence", "none"],
@@ -74,6 +77,10 @@ _HOW = {  # of the engine; see mor/inference/engine.py
     "context": flags.DEFINE_integer("context", None, "generate: positions at most; default data.seq_len."),
     "weight_format": flags.DEFINE_string("weight_format", None, "generate: float32 (default), bfloat16 or int8."),
     "kv_format": flags.DEFINE_string("kv_format", None, "generate: of stored keys, float32 (default) or bfloat16."),
+}
+_EXITS = {  # see mor/inference/exits.py
+    "after": flags.DEFINE_list("exit_after", None, "generate: layers after which a token may leave, e.g. 10,20."),
+    "first": flags.DEFINE_integer("exit_first", 0, "generate: tokens that an exit chooses from; 0 is all."),
 }
 
 
@@ -98,6 +105,8 @@ def _generate() -> int:
     raise ValueError("--mode=generate needs either prompts or a file of them; give --prompt=TEXT or --prompt_file=FILE")
   options, how = ({name: flag.value for name, flag in group.items() if flag.value is not None}
                   for group in (_OPTIONS, _HOW))
+  if _EXITS["after"].value:
+    how["exits"] = command.exits(_EXITS["after"].value, _EXITS["first"].value)
   model = model_lib.load(workdir)
   if path:
     return 0 if command.answer(model, path, options, how) else WRONG

@@ -156,6 +156,11 @@ def test_answers_wait_for_those_before_them(capsys):
     (["--prompt=a", "--weight_format=int3"], "weight_format='int3'; use one of"),
     (["--prompt=a", "--batching=none", "--weight_format=int3"], "weight_format='int3'; use one of"),
     (["--prompt=a", "--batching=none", "--num_slots=3"], "--num_slots with --batching=none"),
+    (["--prompt=a", "--batching=none", "--exit_after=2"], "--exit_after with --batching=none"),
+    (["--prompt=a", "--exit_after=two"], "--exit_after=two; use numbers of layers"),
+    (["--prompt=a", "--exit_after=4"], "exits.after=(4,): this model has exits after layers 3, 5"),
+    (["--prompt=a", "--exit=verify"], "exit='verify', but the engine has no exits"),
+    (["--prompt=a", "--exit_after=3", "--exit=trust"], "exit='trust' without a threshold"),
     (["--prompt_file=nowhere.txt"], "nowhere.txt"),
     (["--prompt_file=tests"], "tests"),
     (["--prompt_file=docs/depth.png"], "'utf-8' codec can't decode"),
@@ -178,6 +183,19 @@ def test_flags_reach_the_engine(run, capsys, monkeypatch):
   assert run("--prompt=a", "--prompt=b", "--batching=sequence", "--context=9", "--weight_format=bfloat16",
              "--kv_format=bfloat16") == 2
   assert seen == dict(batching="sequence", context=9, weight_format="bfloat16", kv_format="bfloat16", num_slots=2)
+
+
+def test_exits_of_the_command_line(run, model, capsys):
+  """Verified text is the full depth's; a trusting prompt's tokens leave where the flags say, as one of the first."""
+  common = ("--prompt=Un", "--temperature=0", "--num_slots=1")
+  at_exit = ("--exit_after=3", "--exit_first=2", "--threshold=0")
+  told = {}
+  for mode in ("verify", "trust"):
+    assert run(*common, *at_exit, f"--exit={mode}") == 0
+    told[mode] = parts(capsys.readouterr().out)
+  wanted, = model.generate(["Un"], **OPTIONS | dict(temperature=0.0))
+  assert told["verify"][0] == "Un" + wanted.text
+  assert "mean depth 1.00 of 3" in told["trust"][2] and set(told["trust"][0][2:]) <= {"\x00", "\x01"}
 
 
 def test_a_scheme_without_a_common_stack_is_decoded_in_a_plain_batch(run, capsys, monkeypatch):

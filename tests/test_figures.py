@@ -22,6 +22,31 @@ def test_depth_picture_shows_the_depths():
   assert picture.startswith(b"\x89PNG") and picture != flat
 
 
+def exits_row(variant, speed, equal):
+  spread = dict(min=speed - 0.125, median=speed, max=speed + 0.125)
+  return dict(variant=variant, tokens_per_second=dict(spread, median=30 * speed), to_full=spread, exit_rate=0.5,
+              acceptance=None, confirmed_per_token=0.25, agreement=dict(equal=equal, prefix=0.1), nll=2.5,
+              scores=dict(squad=dict(num=10, f1=0.3125, exact=0.25)))
+
+
+EXITS = RECORD | dict(benchmark="early_exit", model="runs/some", sizes=dict(
+    after=[10], prompt_tokens=24, new_tokens=96, rounds=5), batches=[dict(batch=1, variants=[
+        exits_row("full", 1.0, 1.0), exits_row("trust-0.3", 1.5, 0.5), exits_row("trust-0.6", 1.25, 0.75)])])
+
+
+def test_early_exit_is_drawn_by_speed_and_agreement():
+  picture = figures.early_exit(EXITS)
+  slower = EXITS | dict(batches=[dict(batch=1, variants=[exits_row("full", 1.0, 1.0), exits_row("trust-0.3", 1.2, 0.5)])])
+  assert picture.startswith(b"\x89PNG") and picture != figures.early_exit(slower)
+
+
+def test_table_of_early_exit(tmp_path):
+  (tmp_path / "exits.json").write_text(json.dumps(EXITS))
+  text = tables.table("exits", tmp_path)
+  assert "| 1 | trust-0.3 | 45.0 | 1.50 (1.38–1.62) | 0.50 |  | 0.25 | 0.50 | 2.50 | 0.312 |  |" in text
+  assert "runs/some, exits after [10]; 24 prompt and 96 new tokens, medians of 5 rounds in turn." in text
+
+
 def test_a_missing_result_is_named(monkeypatch, tmp_path):
   monkeypatch.setattr(results, "DIRECTORY", tmp_path)
   monkeypatch.setattr(figures, "DOCS", tmp_path / "docs")

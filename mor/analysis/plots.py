@@ -73,6 +73,27 @@ def bars(panels: Mapping[str, Mapping[str, float]]) -> bytes:
   return out.getvalue()
 
 
+def trade(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> bytes:
+  """Points of several methods, each joined in order, with the best of all marked, as PNG.
+
+  Args:
+    lines: (x, y) of each method; more is better of both.
+    x_label, y_label: of the axes.
+  """
+  fig = figure.Figure(figsize=(7.5, 4.2), layout="constrained")
+  axes = fig.subplots()
+  for (name, points), shade in zip(lines.items(), (_BLUE, _ORANGE, "#16a34a", "#9333ea", _GREY, "#0891b2")):
+    axes.plot(*zip(*points), marker="o", linewidth=1.5, color=shade, label=name)
+  every = [point for points in lines.values() for point in points]
+  best = sorted(p for p in every if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in every))
+  axes.plot(*zip(*best), linestyle=":", color="black", linewidth=1.0, label="best of all", zorder=0)
+  _style(axes, "", x_label)
+  axes.set_ylabel(y_label, fontsize=9)
+  out = io.BytesIO()
+  fig.savefig(out, format="png", dpi=110)
+  return out.getvalue()
+
+
 def _series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
   """Steps and values of a metric."""
   found = [(row["step"], row[name]) for row in rows if name in row]

@@ -1,10 +1,11 @@
 """Times early exit against the full depth: what leaving early gains, and what it changes.
 
-  python -m mor.benchmarks.early_exit --workdir=runs/smollm2-exit --after=10 --pin=0
-  python -m mor.benchmarks.early_exit --shape=135m --after=10 --batches=1,16 --pin=0
+  python -m mor.benchmarks.early_exit --workdir=runs/smollm2-exit --after=10 --first=8192 --pin=0
+  python -m mor.benchmarks.early_exit --shape=135m --after=10 --batches=16 --prompts=96 --pin=0
 
 Engines of the same weights take turns at the same prompts, all new tokens greedy and
-everything in the time. Their requests are
+everything in the time, which ends when no prompt waits any more: until then every slot
+has a request. The requests are
 
   full         in an engine without exits
   none         at full depth in an engine that has exits
@@ -12,10 +13,14 @@ everything in the time. Their requests are
   verify-T     drafted by an exit surer than T and confirmed by the full depth
   copied-T     as trust, deeper keys projected from the exit's state (CALM's)
   mixed-T      a third each of none, trust and verify
+  hf, hf-N-C   transformers on the same weights (--hf=FOLDER of `--mode=export
+               --target=llama`), alone and with drafts of N tokens, each but the last at
+               least C probable, from the first exit; float32, one prompt at a time
 
 Beside each rate stand the share of tokens that came from an exit, the share of drafts
-that were confirmed, and two measures of agreement with `full`: equal tokens at the same
-place, and tokens before the first difference. Prompts are openings of paragraphs of the
+that were confirmed, agreement with `full` (equal tokens at the same place, and tokens
+before the first difference), nats per generated token under the full depth, and scores
+of answers (--eval=FOLDER; `quality.py`). Prompts are openings of paragraphs of the
 shipped text, or random ids for random weights (--shape).
 """
 
@@ -25,16 +30,22 @@ import sys
 import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mor.benchmarks import decode_throughput
+from mor.benchmarks import hf_early_exit
+from mor.benchmarks import quality
 from mor.benchmarks import results
 from mor.data import readers
 from mor.inference import engine as engine_lib
 from mor.inference import exits as exits_lib
 from mor.inference import model as model_lib
+from mor.model import transformer
 
-CONTEXT = 512
+CONTEXT = 1024
+_ANSWER = 16  # tokens of an answer at most
 
 
 @dataclasses.dataclass
@@ -48,23 +59,72 @@ class Variant:
   wall_rates: list[float] = dataclasses.field(default_factory=list)
   tokens: list[list[int]] = dataclasses.field(default_factory=list)
   early: int = 0
-  drafts: tuple[int, int] = (0, 0)
+  drafts: int = 0
+  confirmed: int = 0
 
   def run(self, prompts: list[list[int]], num_tokens: int) -> None:
     """All prompts, as many at once as the engine has slots."""
-    engine, before = self.engine, self.engine.metrics()
+    before, given = self.engine.metrics(), 0
     wall, cpu = time.perf_counter(), time.process_time()
-    numbers = [engine.submit(prompt, max_tokens=num_tokens, stop_tokens=(), **self.options[i % len(self.options)])
-               for i, prompt in enumerate(prompts)]
-    while not engine.idle:
-      engine.step()
-    engine.wait()
-    num = num_tokens * len(prompts)
+    numbers = self._submit(prompts, num_tokens)
+    while self.engine.scheduler.queue or not given:
+      given += len(self.engine.step())
+    self.rates.append(given / (time.process_time() - cpu))
+    self.wall_rates.append(given / (time.perf_counter() - wall))
+    done, after = self._finish(numbers), self.engine.metrics()
+    self.tokens, self.early = [c.tokens for c in done], sum(sum(c.early) for c in done)
+    self.drafts, self.confirmed = (after[name] - before[name] for name in ("drafts", "confirmed"))
+
+  def answer(self, prompts: list[list[int]]) -> list[list[int]]:
+    """Short continuations."""
+    return [c.tokens for c in self._finish(self._submit(prompts, _ANSWER))]
+
+  def figures(self) -> dict[str, Any]:
+    """Of the last turn."""
+    return {"exit_rate": self.early / sum(map(len, self.tokens)), "drafts": self.drafts,
+            "acceptance": self.confirmed / self.drafts if self.drafts else None,
+            "confirmed_per_token": self.confirmed / sum(map(len, self.tokens))}
+
+  def _submit(self, prompts, num_tokens):
+    return [self.engine.submit(prompt, max_tokens=num_tokens, stop_tokens=(), **self.options[i % len(self.options)])
+            for i, prompt in enumerate(prompts)]
+
+  def _finish(self, numbers):
+    while not self.engine.idle:
+      self.engine.step()
+    self.engine.wait()
+    return [self.engine.take(number) for number in numbers]
+
+
+@dataclasses.dataclass
+class Peer:
+  """The same of transformers."""
+
+  name: str
+  peer: hf_early_exit.EarlyExit
+  draft: hf_early_exit.Draft | None
+  rates: list[float] = dataclasses.field(default_factory=list)
+  wall_rates: list[float] = dataclasses.field(default_factory=list)
+  tokens: list[list[int]] = dataclasses.field(default_factory=list)
+  deep_passes: int = 0
+
+  def run(self, prompts: list[list[int]], num_tokens: int) -> None:
+    """All prompts, one at a time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    done = [self.peer.generate(prompt, num_tokens, draft=self.draft) for prompt in prompts]
+    self.tokens, self.deep_passes = [o.tokens for o in done], sum(o.deep_passes for o in done)
+    num = sum(map(len, self.tokens))
     self.rates.append(num / (time.process_time() - cpu))
     self.wall_rates.append(num / (time.perf_counter() - wall))
-    done, after = [engine.take(number) for number in numbers], engine.metrics()
-    self.tokens, self.early = [c.tokens for c in done], sum(sum(c.early) for c in done)
-    self.drafts = (after["drafts"] - before["drafts"], after["confirmed"] - before["confirmed"])
+
+  def answer(self, prompts: list[list[int]]) -> list[list[int]]:
+    """Short continuations."""
+    return [self.peer.generate(prompt, _ANSWER, draft=self.draft).tokens for prompt in prompts]
+
+  def figures(self) -> dict[str, Any]:
+    """Of the last turn."""
+    return {"exit_rate": 0.0, "drafts": None, "acceptance": None,
+            "confirmed_per_token": 1.0 - self.deep_passes / sum(map(len, self.tokens))}
 
 
 def prompts(model: model_lib.Model, num: int, length: int) -> list[list[int]]:
@@ -74,18 +134,33 @@ def prompts(model: model_lib.Model, num: int, length: int) -> list[list[int]]:
     return rng.integers(0, model.vocab_size, (num, length)).tolist()
   text = lzma.decompress(readers.SOTU.read_bytes()).decode()
   paragraphs = [p for p in text.split("\n") if len(p) > 20 * length]
+  if num > len(paragraphs):
+    raise ValueError(f"--prompts={num}, and the text has {len(paragraphs)} long paragraphs; use fewer")
   chosen = rng.choice(len(paragraphs), num, replace=False)
   return [[int(t) for t in model.tokenizer.encode(paragraphs[i])[:length]] for i in chosen]
 
 
-def agreement(tokens: list[list[int]], reference: list[list[int]]) -> dict[str, float]:
-  """Shares of tokens: equal at their place, and before the first difference."""
-  same = [np.equal(a, b) for a, b in zip(tokens, reference, strict=True)]
-  return {"equal": float(np.mean(np.concatenate(same))),
-          "prefix": float(np.mean(np.concatenate([np.cumprod(s) for s in same])))}
+def nll(model: model_lib.Model, asked: list[list[int]], tokens: list[list[int]]) -> float:
+  """Nats per generated token under the full depth."""
+  rows = [prompt + new for prompt, new in zip(asked, tokens)]
+  width = -(-max(map(len, rows)) // 64) * 64
+
+  @jax.jit
+  def row_nll(row_1T):
+    out = transformer.Transformer(model.config).apply(model.variables, row_1T, routing="decide")
+    logits_TV = out.hidden_BTD[0] @ transformer.head(model.variables["params"]).T
+    logprob_TV = jax.nn.log_softmax(logits_TV)
+    return -jnp.take_along_axis(logprob_TV[:-1], row_1T[0, 1:, None], axis=1)[:, 0]
+
+  total = []
+  for prompt, row in zip(asked, rows):
+    padded_1T = np.zeros((1, width), np.int32)
+    padded_1T[0, :len(row)] = row
+    total.append(np.asarray(row_nll(padded_1T))[len(prompt) - 1:len(row) - 1])
+  return float(np.mean(np.concatenate(total)))
 
 
-def variants(args, model: model_lib.Model, num_slots: int) -> list[Variant]:
+def variants(args, model: model_lib.Model, num_slots: int) -> list[Variant | Peer]:
   """All of them; those with the same engine share it."""
   make = lambda **options: engine_lib.Engine(
       model, num_slots=num_slots, context=CONTEXT, weight_format=args.format,
@@ -97,8 +172,13 @@ def variants(args, model: model_lib.Model, num_slots: int) -> list[Variant]:
     ask = lambda mode, threshold=threshold: dict(exit=mode, threshold=threshold)
     made += [Variant(f"trust-{threshold}", shared, [ask("trust")]),
              Variant(f"verify-{threshold}", shared, [ask("verify")]),
-             Variant(f"copied-{threshold}", copied, [ask("trust")]),
-             Variant(f"mixed-{threshold}", shared, [{}, ask("trust"), ask("verify")])]
+             Variant(f"copied-{threshold}", copied, [ask("trust")])]
+    if num_slots > 1:
+      made.append(Variant(f"mixed-{threshold}", shared, [{}, ask("trust"), ask("verify")]))
+  if args.hf and num_slots == 1:
+    peer = hf_early_exit.EarlyExit(args.hf, threads=results.num_cores())
+    drafts = [hf_early_exit.Draft(args.after[0], num, sure) for num, sure in ((2, 0.0), (5, 0.4))]
+    made += [Peer("hf", peer, None), *(Peer(f"hf-{d.num_tokens}-{d.confidence}", peer, d) for d in drafts)]
   return made
 
 
@@ -107,23 +187,34 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
   made, asked = variants(args, model, num_slots), prompts(model, max(args.prompts, 2 * num_slots), args.prompt_tokens)
   for variant in made:
     variant.run(asked, args.new_tokens)  # compiles
-  for variant in made:
     variant.rates, variant.wall_rates = [], []
   for turn in range(args.rounds):
     for variant in made:
       variant.run(asked, args.new_tokens)
     print(f"batch {num_slots}, round {turn + 1} of {args.rounds}: "
           + ", ".join(f"{v.name} {v.rates[-1]:.1f}" for v in made), file=sys.stderr, flush=True)
-  full, rows = made[0], []
+  full, rows, items = made[0], [], tasks(args) if num_slots == args.batches[0] else {}
   for variant in made:
-    drafts, kept = variant.drafts
+    scores = {}
+    for name, task in items.items():
+      texts = [model.tokenizer.decode(t) for t in variant.answer([list(model.request(item.prompt).prompt) for item in task])]
+      scores[name] = quality.score(task, texts)
+      print(variant.name, name, scores[name], file=sys.stderr, flush=True)
     rows.append({
         "variant": variant.name, "tokens_per_second": results.spread(variant.rates),
         "wall_tokens_per_second": results.spread(variant.wall_rates),
-        "to_full": results.spread([a / b for a, b in zip(variant.rates, full.rates)]),
-        "exit_rate": variant.early / sum(map(len, variant.tokens)), "drafts": drafts,
-        "acceptance": kept / drafts if drafts else None, "agreement": agreement(variant.tokens, full.tokens)})
+        "to_full": results.spread([a / b for a, b in zip(variant.rates, full.rates)]), **variant.figures(),
+        "agreement": quality.agreement(variant.tokens, full.tokens), "nll": nll(model, asked, variant.tokens),
+        "scores": scores})
   return {"batch": num_slots, "variants": rows}
+
+
+def tasks(args) -> dict[str, list[quality.Item]]:
+  """What is scored, where a folder is named."""
+  if not args.eval:
+    return {}
+  return {"squad": quality.squad(args.eval, args.questions, seed=0, shots=1),
+          "lambada": quality.lambada(args.eval, args.questions, seed=0)}
 
 
 def main(argv: list[str]) -> None:
@@ -142,15 +233,21 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--prompt_tokens", type=int, default=24)
   parser.add_argument("--new_tokens", type=int, default=96)
   parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--hf", default="", help="folder of the same weights, for transformers")
+  parser.add_argument("--eval", default="", help="folder of the questions; see quality.py")
+  parser.add_argument("--questions", type=int, default=100, help="of each task")
   parser.add_argument("--pin", type=int, default=None, help="core to stay on")
   parser.add_argument("--out", default="", help="file; else standard output")
   args = parser.parse_args(argv)
   if args.pin is not None:
     results.pin(args.pin)
+  if not args.workdir and (args.hf or args.eval):
+    raise ValueError("--hf and --eval need trained weights; give --workdir")
   model = model_lib.load(args.workdir) if args.workdir else decode_throughput.random_model(
       decode_throughput.model_config(args.shape, 3, False))
   sizes = {name: value for name, value in vars(args).items() if name not in ("out", "pin")}
   record = results.header("early_exit", argv, args.format, sizes)
+  record["model"] = args.workdir or f"random weights of the {args.shape} shape, three recursions"
   record["batches"] = [measure(args, model, num_slots) for num_slots in args.batches]
   results.write(record, args.out)
 

@@ -3,9 +3,11 @@
   python -m mor.benchmarks.figures
 
 docs/depth.png from benchmarks/results/quickstart.json, docs/study.png from
-benchmarks/results/study_cpu.json.
+benchmarks/results/study_cpu.json, docs/early_exit.png from
+benchmarks/results/early_exit_smollm2.json.
 """
 
+import collections
 import json
 
 from mor.analysis import plots
@@ -20,9 +22,18 @@ def depth(record: dict) -> bytes:
   return plots.text_by_depth(record["parts"], record["depths"], record["sizes"]["num_recursions"])
 
 
+def early_exit(record: dict) -> bytes:
+  """Speed against agreement with the full depth, a line for each kind of request over its thresholds."""
+  lines = collections.defaultdict(list)
+  for row in record["batches"][0]["variants"]:
+    lines[row["variant"].partition("-")[0]].append((row["to_full"]["median"], row["agreement"]["equal"]))
+  return plots.trade(lines, "speed, full depth = 1", "tokens as the full depth's")
+
+
 FIGURES = {  # file below docs/ -> result, and what draws it
     "depth.png": ("quickstart.json", depth),
     "study.png": ("study_cpu.json", study_plot.curves),
+    "early_exit.png": ("early_exit_smollm2.json", early_exit),
 }
 
 

@@ -101,9 +101,27 @@ def uptraining(record: dict) -> list[list[str]]:
            "GiB of the teacher"], *rows]
 
 
+def early_exit(record: dict) -> list[list[str]]:
+  """Header and rows: each kind of request by batch, its speed and its quality."""
+  number = lambda value, form=".3f": "" if value is None else format(value, form)
+  rows = []
+  for batch in record["batches"]:
+    for row in batch["variants"]:
+      rate, ratio, scores = row["tokens_per_second"], row["to_full"], row["scores"]
+      rows.append([
+          str(batch["batch"]), row["variant"], f"{rate['median']:.1f}",
+          f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})", number(row["exit_rate"], ".2f"),
+          number(row["acceptance"], ".2f"), number(row["confirmed_per_token"], ".2f"), number(row["agreement"]["equal"], ".2f"),
+          number(row["nll"], ".2f"), number(scores.get("squad", {}).get("f1")),
+          number(scores.get("lambada", {}).get("last_word"))])
+  return [["batch", "requests", "tokens/s", "to full (min–max)", "tokens from exits", "drafts confirmed",
+           "confirmed a token", "tokens as full's", "nats a token", "SQuAD F1", "LAMBADA"], *rows]
+
+
 FORMS: dict[str, Callable[[dict], list[list[str]]]] = {
     "quickstart": quickstart, "train_throughput": train_throughput, "decode_throughput": decode_throughput,
-    "throughput_k2": throughput_k2, "formats": formats, "pretrained": pretrained, "uptraining": uptraining}
+    "throughput_k2": throughput_k2, "formats": formats, "pretrained": pretrained, "uptraining": uptraining,
+    "early_exit": early_exit}
 NOTES = {
     "quickstart": "{summary[params]:,.0f} parameters, {sizes[steps]} steps of {sizes[batch]} x {sizes[seq_len]} tokens "
                   "({summary[train_tokens]:,.0f} in all), mean depth {mean_depth:.2f} of {sizes[num_recursions]}.",
@@ -117,6 +135,8 @@ NOTES = {
                   "loss.",
     "uptraining": "{sizes[steps]} steps of {sizes[batch]} x {sizes[seq_len]} tokens of books, learning rate "
                   "{sizes[learning_rate]}; the model itself is at {source_nll:.3f} on the same {sizes[eval_rows]} rows.",
+    "early_exit": "{model}, exits after {sizes[after]}; {sizes[prompt_tokens]} prompt and {sizes[new_tokens]} new tokens, "
+                  "medians of {sizes[rounds]} rounds in turn.",
     "throughput_k2": "Relaxed Recursive Transformers, Table K.2; {sizes[requests]} requests.",
 }
 

@@ -19,6 +19,7 @@ import numpy as np
 from mor.analysis import colour
 from mor.analysis import traces
 from mor.inference import engine as engine_lib
+from mor.inference import exits as exits_lib
 from mor.inference import model as model_lib
 from mor.inference import request as request_lib
 
@@ -169,12 +170,25 @@ def _read(model: model_lib.Model, line: str, is_json: bool, options: Mapping[str
     return prompt, None, str(error)
 
 
+def exits(after: Sequence[str], first: int) -> exits_lib.Exits:
+  """Of the words of `--exit_after`.
+
+  Raises:
+    ValueError: a word is no number, or the exits are wrong.
+  """
+  if not all(word.strip().isdecimal() for word in after):
+    raise ValueError(f"--exit_after={','.join(after)}; use numbers of layers, e.g. --exit_after=10,20")
+  return exits_lib.Exits(after=tuple(int(word) for word in after), first=first)
+
+
 def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -> tuple[Run, int]:
   """What decodes, and its context."""
   if how.get("batching") != "none":
     engine = engine_lib.Engine(model, **{"num_slots": min(num_requests, _MOST_SLOTS), **how})
     return functools.partial(_through_engine, engine), engine.context
   settings = {name: value for name, value in how.items() if name != "batching"}
+  if "exits" in settings:
+    raise ValueError("--exit_after with --batching=none, which knows no exits; leave it out, or use --batching=depth")
   for name in sorted({"num_slots", "kv_format"} & set(settings)):
     raise ValueError(f"--{name} with --batching=none, which runs all prompts in one batch with float32 keys; leave it "
                      "out, or use --batching=depth")
@@ -227,4 +241,5 @@ def _by_depth(model: model_lib.Model, request: request_lib.Request, completion: 
   read = len(request.prompt) - 1  # from here on the decoder itself has told
   depths[read:read + len(completion.depths)] = completion.depths
   parts = colour.pieces(model.tokenizer, ids)
-  return colour.terminal(parts, depths.tolist(), model.config.num_recursions, colour.wanted())
+  most = max(model.config.num_recursions, int(depths.max()))  # a plain model has parts between its exits
+  return colour.terminal(parts, depths.tolist(), most, colour.wanted())

@@ -1,0 +1,105 @@
+"""What an engine accepts of exits, whether drafts pay, and who finds room in a pass."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mor.inference import calibration
+from mor.inference import exit_host
+from mor.inference import exits as exits_lib
+from mor.inference import request as request_lib
+from mor.inference import ring
+from tests import exiting
+from tests import serving
+
+
+def paced(pace, num, seconds, slow=()):
+  """Whether each dispatch drafted; a dispatch gives 10 tokens in `seconds` of its side, or in 50 where it is slow."""
+  drafted = []
+  for i in range(num):
+    drafted.append(pace.next())
+    pace.saw(drafted[-1], 10, 50.0 if i in slow else seconds[drafted[-1]])
+  return np.array(drafted)
+
+
+def test_drafts_that_pay_are_kept():
+  drafted = paced(exit_host.Pace(), 2000, {True: 1.0, False: 1.2})
+  assert drafted[100:].mean() > 0.98 and not drafted[:8].all()
+
+
+def test_drafts_that_cost_twice_as_much_take_a_hundredth_of_the_time():
+  drafted = paced(exit_host.Pace(), 2000, {True: 2.0, False: 1.0})
+  assert 2 <= drafted.sum() <= 10
+
+
+def test_the_other_side_is_chosen_when_it_is_the_faster_one_again():
+  pace = exit_host.Pace()
+  assert not paced(pace, 500, {True: 1.5, False: 1.0})[-100:].any()
+  assert paced(pace, 3000, {True: 0.8, False: 1.0})[-1000:].mean() > 0.98
+
+
+def test_a_dispatch_that_compiles_decides_nothing():
+  drafted = paced(exit_host.Pace(), 400, {True: 1.0, False: 1.2}, slow=(32, 33))
+  assert drafted[-200:].mean() > 0.9
+
+
+def test_who_has_waited_longest_finds_room_first():
+  fits = ring.fit(jnp.array([3, 3, 2, 0, 3]), jnp.array([True, True, True, True, False]), jnp.array([0, 2, 1, 0, 9]), 5)
+  assert fits.tolist() == [False, True, True, True, False]  # 3 and 2 of 5; 0 always fits; the last does not ask
+
+
+def test_packed_tokens_stand_in_order_and_come_back():
+  on_BS = jnp.array([[False, True], [True, True], [False, False]])
+  packed = ring.pack(on_BS, 4)
+  a_BS = jnp.arange(6).reshape(3, 2)
+  assert packed.run_P.tolist() == [True, True, True, False]
+  assert packed.take(a_BS)[:3].tolist() == [1, 2, 3]
+  assert packed.put(a_BS, jnp.array([10, 20, 30, 40])).tolist() == [[0, 10], [20, 30], [4, 5]]
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(exit="trust"), "exit='trust' without a threshold"),
+    (dict(exit="sure"), "exit='sure'"),
+    (dict(exit="trust", threshold=float("nan")), "threshold=nan"),
+    (dict(threshold=0.5), "threshold"),
+])
+def test_wrong_requests_are_refused(options, said):
+  engine = serving.engine(exiting.model("cycle"), exits=exiting.exits("cycle"))
+  with pytest.raises(ValueError, match=said):
+    engine.submit([1, 2], **options)
+  assert engine.idle
+
+
+@pytest.mark.parametrize("exits, options, said", [
+    (None, dict(calibrator=calibration.Calibrator("learn_then_test")), "calibrator is given but exits=None"),
+    (dict(), dict(batching="sequence"), "batching='sequence' with exits"),
+    (dict(measure="classifier"), dict(), "give measure='classifier' and its classifier together"),
+    (dict(after=(3,)), dict(), r"exits.after=\(3,\): this model has exits after layers 2, 4"),
+    (dict(first=1000), dict(), "exits.first=1000: this model has"),
+])
+def test_wrong_engines_are_refused(exits, options, said):
+  with pytest.raises(ValueError, match=said):
+    serving.engine(exiting.model("cycle"), exits=exits if exits is None else exiting.exits("cycle", **exits), **options)
+
+
+@pytest.mark.parametrize("fields, said", [
+    (dict(after=()), "exits.after"),
+    (dict(after=(4, 2)), "exits.after"),
+    (dict(measure="luck"), "exits.measure='luck'"),
+    (dict(measure="agreement"), "two or more for the measure 'agreement'"),
+    (dict(pending=0), "exits.pending=0"),
+    (dict(carry=3), "exits.carry=3; use 0, or a count >= pending=7"),
+    (dict(candidates=1), "exits.candidates=1"),
+    (dict(first=1), "exits.first=1"),
+    (dict(first=8, candidates=8), "0 with candidates=8"),
+    (dict(kv="copied", monitor=True), "exits.monitor=True"),
+    (dict(worth=2.0), "exits.worth=2.0"),
+])
+def test_wrong_exits_are_refused(fields, said):
+  with pytest.raises(ValueError, match=said):
+    exits_lib.Exits(**dict(after=(2,)) | fields)
+
+
+def test_approximate_entries_cannot_verify():
+  with pytest.raises(ValueError, match="exit='verify' with exits.kv='copied'"):
+    exit_host.resolve(exits_lib.Exits(after=(2,), kv="copied"), request_lib.make([1], exit="verify"), None)
