@@ -16,6 +16,8 @@ from tests import decoding
 from tests import serving
 from tests import tiny
 
+GREEDY = dict(temperature=0.0)
+
 # Fields of a model, and the layers of its exits.
 KINDS = {
     "plain": (dict(tiny.VANILLA, num_layers=6), (2, 4)),
@@ -64,6 +66,20 @@ def model(kind: str, seed: int = 1, **fields: Any) -> model_lib.Model:
 
 def exits(kind: str, **fields: Any) -> exits_lib.Exits:
   return exits_lib.Exits(**dict(after=KINDS[kind][1], pending=3, worth=0.0) | fields)
+
+
+def answers(engine, requests, order=0):
+  done, _ = serving.serve(engine, requests, order)
+  serving.assert_all_free(engine)
+  return [done[i] for i in range(len(requests))]
+
+
+def told(completion):
+  return completion.tokens, completion.finish
+
+
+def without_exits(requests):
+  return [(p, {k: v for k, v in o.items() if k not in ("exit", "threshold")}) for p, o in requests]
 
 
 def states(model: model_lib.Model, tokens_T: list[int], after: int) -> np.ndarray:

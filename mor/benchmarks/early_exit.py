@@ -45,6 +45,7 @@ from mor.inference import model as model_lib
 from mor.model import transformer
 
 CONTEXT = 1024
+SCORED = ("full", "trust", "copied")  # the others' texts are the full depth's
 _ANSWER = 16  # tokens of an answer at most
 
 
@@ -195,8 +196,8 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
           + ", ".join(f"{v.name} {v.rates[-1]:.1f}" for v in made), file=sys.stderr, flush=True)
   full, rows, items = made[0], [], tasks(args) if num_slots == args.batches[0] else {}
   for variant in made:
-    scores = {}
-    for name, task in items.items():
+    scores, kind = {}, variant.name.partition("-")[0]
+    for name, task in items.items() if kind in SCORED else ():
       texts = [model.tokenizer.decode(t) for t in variant.answer([list(model.request(item.prompt).prompt) for item in task])]
       scores[name] = quality.score(task, texts)
       print(variant.name, name, scores[name], file=sys.stderr, flush=True)

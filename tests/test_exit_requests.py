@@ -1,0 +1,108 @@
+"""Early exit: trusted tokens are their exits', and no request depends on its neighbours, a preemption or its drafts."""
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+from tests import exiting
+from tests import serving
+
+TEMPERATURE = 5.0  # at which no pair of tokens is rare
+
+
+@pytest.mark.parametrize("kind, first", [
+    pytest.param("plain", 0, marks=pytest.mark.slow), pytest.param("cycle", 0, marks=pytest.mark.slow), ("cycle", 24)])
+def test_trusted_tokens_are_their_exits(kind, first):
+  """By the model that ends at each exit, over what was generated; an exit may know the first tokens only."""
+  model, after = exiting.model(kind), exiting.KINDS[kind][1]
+  requests = serving.requests(30, **exiting.GREEDY, exit="trust", threshold=0.2, stop_tokens=[], repetition_penalty=1.0)
+  got = exiting.answers(exiting.engine(model, kind, dict(first=first)), requests)
+  depths = set()
+  for (prompt, _), completion in zip(requests, got):
+    tokens_T = (prompt + completion.tokens)[:serving.CONTEXT]
+    logits = [exiting.logits(model, exiting.states(model, tokens_T, n)) for n in (*after, model.config.num_layers)]
+    for i, token in enumerate(completion.tokens, start=len(prompt) - 1):
+      for depth, logits_TV in enumerate(logits, start=1):
+        logits_V = logits_TV[i, :first or None] if depth < len(logits) else logits_TV[i]
+        best = np.sort(jax.nn.softmax(logits_V))
+        if best[-1] - best[-2] > 0.2 or depth == len(logits):
+          assert completion.depths[i - len(prompt) + 1] == depth, (i, prompt)
+          assert token == np.argmax(logits_V), (i, prompt)
+          assert completion.early[i - len(prompt) + 1] == (depth < len(logits))
+          break
+      depths.add(depth)
+  assert depths == {1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", exiting.quick(("plain",), ("expert_choice",)))
+def test_requests_do_not_depend_on_their_neighbours(kind):
+  """Trusted, verified, full and sampled ones together are what each is alone: tokens, depths and exits."""
+  model = exiting.model(kind)
+  modes = [dict(), dict(exit="trust", threshold=0.15), dict(exit="verify", threshold=0.1)]
+  requests = [(p, o | modes[i % 3]) for i, (p, o) in enumerate(serving.requests(36))]
+  first = dict(first=24) if kind == "expert_choice" else {}
+  alone = exiting.engine(model, kind, first, num_slots=1)
+  expected = [exiting.answers(alone, [request])[0] for request in requests]
+  together = exiting.engine(model, kind, dict(pending=2, carry=3) | first)
+  for order in range(3):
+    for i, completion in enumerate(exiting.answers(together, requests, order)):
+      serving.assert_same(completion, expected[i], requests[i])
+      assert completion.early == expected[i].early, requests[i]
+  assert together.metrics()["crowded"] > 0 and any(any(c.early) for c in expected)
+  full = serving.reference(model, exiting.without_exits(requests))
+  for i in range(0, 36, 3):
+    assert exiting.told(expected[i]) == exiting.told(full[i])
+  quiet = exiting.answers(together, exiting.without_exits(requests))  # in slots where exits were used
+  assert [exiting.told(c) for c in quiet] == [exiting.told(c) for c in full]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "expert_choice"])
+def test_a_small_pool_preempts_and_changes_nothing(kind):
+  """Not even how often a trusting request looks for an exit, which its history decides."""
+  model = exiting.model(kind)
+  modes = [dict(), dict(exit="trust", threshold=0.1), dict(exit="verify", threshold=0.1)]
+  requests = serving.requests(12, max_tokens=31, stop_tokens=[], temperature=1.5, top_k=0, top_p=1.0, min_p=0.0)
+  requests = [(prompt[:1], options | modes[i % 3]) for i, (prompt, options) in enumerate(requests)]
+  fields = dict(worth=0.5, candidates=12)
+  expected = exiting.answers(exiting.engine(model, kind, fields), requests)
+  engine = exiting.engine(model, kind, fields, num_pages=44 if kind == "plain" else 27)
+  for i, completion in enumerate(exiting.answers(engine, requests)):
+    serving.assert_same(completion, expected[i], requests[i])
+    assert completion.early == expected[i].early, requests[i]
+  assert engine.metrics()["preemptions"] > 0
+  assert any(any(c.early) for c in expected)
+
+
+def joint(model, prompt, vocab_size):
+  """The full depth's probabilities of the next two tokens."""
+  rows = [prompt + [a] for a in range(vocab_size)]
+  p_VV = np.zeros((vocab_size, vocab_size))
+  first_V = None
+  for a, row in enumerate(rows):
+    logits_TV = exiting.logits(model, exiting.states(model, row, model.config.num_layers)) / TEMPERATURE
+    first_V, p_VV[a] = np.asarray(jax.nn.softmax(logits_TV[-2])), np.asarray(jax.nn.softmax(logits_TV[-1]))
+  return first_V[:, None] * p_VV
+
+
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "cycle"])
+def test_sampled_and_verified_tokens_follow_the_full_depth(kind):
+  """Chi-square over pairs of tokens; a true sampler fails at this level once in 10^6 choices of seeds."""
+  num, vocab_size, prompt = 4000, 5, [1, 3, 0]
+  model = exiting.model(kind, vocab_size=vocab_size)
+  expected_VV = num * joint(model, prompt, vocab_size)
+  engine = exiting.engine(model, kind, num_slots=16)
+
+  def p_value(mode):
+    options = dict(temperature=TEMPERATURE, max_tokens=2, exit=mode, threshold=0.0)
+    got = exiting.answers(
+        engine, [(prompt, options | dict(seed=seed)) for seed in range(num)])
+    count_VV = np.zeros_like(expected_VV)
+    for completion in got:
+      count_VV[tuple(completion.tokens)] += 1
+    return scipy.stats.chisquare(count_VV.ravel(), expected_VV.ravel() * num / expected_VV.sum()).pvalue
+
+  assert expected_VV.min() > 5
+  assert p_value("verify") > 1e-6
+  assert 0.1 < engine.metrics()["acceptance"] < 0.99
+  assert p_value("trust") < 1e-6, "the exit's own distribution is the full depth's: nothing was shown"
