@@ -146,13 +146,28 @@ def test_hidden_states_imitate_deeper_ones(hidden, pairs):
   states = dict(zip((1, 2, 3), out.exits)) | {6: out.hidden_BTD}
   mask_BT = batch["loss_mask_BT"]
   mse = lambda a, b: float(np.mean(np.mean((states[a] - states[b])**2, axis=-1)[mask_BT]))
-  if pairs is None:
-    student = min((1, 2), key=lambda i: mse(i, 6))
-    pairs = [(1, 3), (student, 6)]  # nothing is below the first layer, so it serves again
+  if pairs is None:  # each row has its own; nothing is below the first layer, so it serves again
+    of_row = lambda i, b: float(np.sum(np.mean((states[i] - states[6])**2, axis=-1)[b][mask_BT[b]]))
+    nearest = sum(min(of_row(i, b) for i in (1, 2)) for b in range(len(mask_BT))) / np.sum(mask_BT)
+    expected = (mse(1, 3) + nearest) / 2
+  else:
+    expected = np.mean([mse(*pair) for pair in pairs])
   _, (terms, _) = loss_of(config, params, batch)
-  np.testing.assert_allclose(terms["exit_hidden"], np.mean([mse(*pair) for pair in pairs]), rtol=1e-5)
+  np.testing.assert_allclose(terms["exit_hidden"], expected, rtol=1e-5)
   plain = loss_of(make(exit=dict(layers=(2,), weighting="depth", kl=0.0), **PLAIN), params, batch)[0]
   np.testing.assert_allclose(loss_of(config, params, batch)[0], plain + 0.5 * terms["exit_hidden"], rtol=1e-5)
+
+
+def test_each_row_has_a_map_of_its_own():
+  """So that the loss of a batch is that of its rows: here the first layer is nearest to the end in one row only."""
+  config = make(exit=dict(layers=(2,), hidden="dynamic"), **PLAIN).exit
+  near, far = np.full((1, 4, 8), 0.1, np.float32), np.full((1, 4, 8), 1.0, np.float32)
+  states = {1: np.concatenate([near, far]), 2: np.concatenate([far, near]), 3: np.zeros((2, 4, 8), np.float32),
+            6: np.zeros((2, 4, 8), np.float32)}
+  of = lambda states: float(exits._imitation(config, 6, states, jnp.ones((len(states[1]), 4))))
+  rows = [of({i: a[b:b + 1] for i, a in states.items()}) for b in range(2)]
+  np.testing.assert_allclose(rows, [4 * 0.01, 4 * (1.0 + 0.01) / 2], rtol=1e-5)
+  np.testing.assert_allclose(of({i: jnp.asarray(a) for i, a in states.items()}), sum(rows), rtol=1e-6)
 
 
 def test_curricula():

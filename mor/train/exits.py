@@ -93,17 +93,19 @@ def losses(config: config_lib.Config, out: transformer.Output, main: jax.Array, 
 def _imitation(config, num_layers, states, weight_BT):
   exit_layer = config.layers[0]
 
-  def distance(student, teacher):
+  def distance_B(student, teacher):
     change_BTD = (states[student] - jax.lax.stop_gradient(states[teacher])).astype(jnp.float32)
-    return jnp.sum(jnp.mean(change_BTD**2, axis=-1) * weight_BT)
+    return jnp.sum(jnp.mean(change_BTD**2, axis=-1) * weight_BT, axis=1)
   if config.hidden == "last":
-    return distance(exit_layer, num_layers)
+    return jnp.sum(distance_B(exit_layer, num_layers))
   taught = teachers(exit_layer, num_layers)
   if config.hidden == "uniform":
-    return sum(distance(i, teacher) for i, teacher in enumerate(taught, start=1)) / exit_layer
-  distance_TS = jnp.stack([jnp.stack([distance(i, teacher) for i in range(1, exit_layer + 1)]) for teacher in taught])
-  chosen_T = dynamic(jax.lax.stop_gradient(distance_TS))
-  return jnp.mean(jnp.take_along_axis(distance_TS, chosen_T[:, None], axis=1))
+    return sum(jnp.sum(distance_B(i, teacher)) for i, teacher in enumerate(taught, start=1)) / exit_layer
+  distance_TSB = jnp.stack(
+      [jnp.stack([distance_B(i, teacher) for i in range(1, exit_layer + 1)]) for teacher in taught])
+  # A map for each row, so that a row's loss does not depend on the batch it is cut into; FREE's is the batch's.
+  chosen_TB = jax.vmap(dynamic, in_axes=2, out_axes=1)(jax.lax.stop_gradient(distance_TSB))
+  return jnp.sum(jnp.take_along_axis(distance_TSB, chosen_TB[:, None], axis=1)) / len(taught)
 
 
 def dynamic(distance_TS: jax.Array) -> jax.Array:
