@@ -22,6 +22,10 @@ that were confirmed, agreement with `full` (equal tokens at the same place, and 
 before the first difference), nats per generated token under the full depth, and scores
 of answers (--eval=FOLDER; `quality.py`). Prompts are openings of paragraphs of the
 shipped text, or random ids for random weights (--shape).
+
+How fast would a better exit make it? --damp=F multiplies what the layers after the
+first exit add to a plain model's state: the text is worth nothing, but the less they
+add, the more drafts are right, and each pass takes the time that it takes.
 """
 
 import dataclasses
@@ -161,6 +165,18 @@ def nll(model: model_lib.Model, asked: list[list[int]], tokens: list[list[int]])
   return float(np.mean(np.concatenate(total)))
 
 
+def damped(model: model_lib.Model, first: int, factor: float) -> model_lib.Model:
+  """A plain model whose layers from `first` on add less."""
+  if model.config.num_recursions != 1:
+    raise ValueError(f"--damp={factor} of a model whose recursions share their layers; use a plain one")
+  stack = model.variables["params"]["stack"]
+  scale = lambda w: w.at[first:].multiply(factor)
+  stack = stack | {"attention": stack["attention"] | {"o": scale(stack["attention"]["o"])},
+                   "ffw": stack["ffw"] | {"down": scale(stack["ffw"]["down"])}}
+  params = model.variables["params"] | {"stack": stack}
+  return dataclasses.replace(model, variables=model.variables | {"params": params})
+
+
 def variants(args, model: model_lib.Model, num_slots: int) -> list[Variant | Peer]:
   """All of them; those with the same engine share it."""
   make = lambda **options: engine_lib.Engine(
@@ -237,6 +253,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--hf", default="", help="folder of the same weights, for transformers")
   parser.add_argument("--eval", default="", help="folder of the questions; see quality.py")
   parser.add_argument("--questions", type=int, default=100, help="of each task")
+  parser.add_argument("--damp", type=float, default=1.0, help="factor on what the layers after the exit add")
   parser.add_argument("--pin", type=int, default=None, help="core to stay on")
   parser.add_argument("--out", default="", help="file; else standard output")
   args = parser.parse_args(argv)
@@ -246,6 +263,8 @@ def main(argv: list[str]) -> None:
     raise ValueError("--hf and --eval need trained weights; give --workdir")
   model = model_lib.load(args.workdir) if args.workdir else decode_throughput.random_model(
       decode_throughput.model_config(args.shape, 3, False))
+  if args.damp != 1.0:
+    model = damped(model, args.after[0], args.damp)
   sizes = {name: value for name, value in vars(args).items() if name not in ("out", "pin")}
   record = results.header("early_exit", argv, args.format, sizes)
   record["model"] = args.workdir or f"random weights of the {args.shape} shape, three recursions"

@@ -161,7 +161,7 @@ class Tables:
     """Room for one entry in each row of `writes_BR`, in all of a sequence's or in none; True where there is."""
     num, rows, pages = cache.page_BRP.shape
     full_BR = cache.length_BR % self.storage.page_size == 0
-    at_BRP = jnp.arange(pages) == (cache.length_BR // self.storage.page_size)[:, :, None]
+    at_BRP = jnp.arange(pages)[None, None, :] == (cache.length_BR // self.storage.page_size)[:, :, None]
     new_BRP = at_BRP & (full_BR & writes_BR & run_B[:, None])[:, :, None]
     free, page_BX, ok_B = pages_lib.take(cache.free, cache.page_BRP.reshape(num, -1), new_BRP.reshape(num, -1))
     return cache.replace(free=free, page_BRP=page_BX.reshape(num, rows, pages)), ok_B & run_B
