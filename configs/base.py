@@ -109,6 +109,6 @@ def get_config() -> ml_collections.ConfigDict:
       layer_dropout=0.0,  # of the last layer
       curriculum="none",  # none, rotational, gradual
   ))
-  config.mesh = ml_collections.ConfigDict(dict(data=-1, model=1))
+  config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1))
   config.lock()
   return config

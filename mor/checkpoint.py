@@ -29,7 +29,7 @@ from mor import config as config_lib
 FREE_FIELDS = frozenset((
     "data.cache_dir", "train.loss_block", "train.log_every", "train.eval_every", "train.eval_rows",
     "train.checkpoint_every", "train.keep_checkpoints", "train.sample_prompt", "train.sample_tokens", "mesh.data",
-    "mesh.model"))
+    "mesh.fsdp", "mesh.tensor", "mesh.sequence"))
 
 
 class Checkpoints:

@@ -31,6 +31,8 @@ _ADDED = {
     "model.tie_embeddings": True,
     "model.rope_scaling": dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
     "model.lora": dict(q=0, k=0, v=0, o=0, gate=0, up=0, down=0),
+    "mesh.fsdp": 1,
+    "mesh.sequence": 1,
 }
 
 
@@ -171,12 +173,15 @@ class ExitConfig:
 class MeshConfig:
   """Devices along each mesh axis; -1 takes what is left (one axis only)."""
 
-  data: int
-  model: int
+  data: int  # rows
+  fsdp: int  # rows, and parameters with their moments
+  tensor: int  # heads, feed-forward width and vocabulary
+  sequence: int  # positions, outside attention
 
   def __post_init__(self):
-    _require(sum(n == -1 for n in (self.data, self.model)) <= 1, f"mesh={self}", "use -1 on one axis only")
-    _require(all(n == -1 or n >= 1 for n in (self.data, self.model)), f"mesh={self}", "use -1 or a count >= 1")
+    sizes = (self.data, self.fsdp, self.tensor, self.sequence)
+    _require(sum(n == -1 for n in sizes) <= 1, f"mesh={self}", "use -1 on one axis only")
+    _require(all(n == -1 or n >= 1 for n in sizes), f"mesh={self}", "use -1 or a count >= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +236,8 @@ def upgrade(values: dict[str, Any]) -> dict[str, Any]:
     for part in groups:
       group = group[part]
     group.setdefault(name, copy.deepcopy(default))
+  if "model" in values["mesh"]:  # the name of `tensor`, before there were four axes
+    values["mesh"]["tensor"] = values["mesh"].pop("model")
   return values
 
 

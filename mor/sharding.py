@@ -1,9 +1,21 @@
-"""Meshes, and the one table from parameter path to `PartitionSpec`.
+"""Meshes, the one table from parameter path to `PartitionSpec`, and rows by hand.
 
-Axes: `data` splits the rows of a batch, `model` the heads, the feed-forward
-width and the vocabulary. A parameter that no row of the table matches raises.
+Axes of a mesh:
+
+  data      splits the rows of a batch
+  fsdp      splits the rows further, and the parameters with their moments
+  tensor    splits heads, feed-forward width and vocabulary
+  sequence  splits the positions of a row, outside attention
+
+The step is written for one device's rows (`by_rows`): routing, gathering and
+scattering never leave a device, and the collectives over `data` and `fsdp` are
+those that stand here. The compiler adds those of `tensor` and `sequence`.
+
+A parameter that no row of the table matches raises.
 """
 
+from collections.abc import Callable
+import functools
 import math
 import re
 from typing import Any
@@ -14,31 +26,34 @@ import numpy as np
 
 from mor import config as config_lib
 
+AXES = ("data", "fsdp", "tensor", "sequence")
+ROWS = ("data", "fsdp")  # what splits the rows of a batch
+
 RULES = (  # path pattern -> spec of the trailing axes; a stacked layer axis is not split
-    (r"(^|/)(embedding|head)$", ("model", None)),
+    (r"(^|/)(embedding|head)$", ("tensor", "fsdp")),
     (r"(^|/)lora/.*/[ab]$", ()),
-    (r"/attention/[qkv]$", (None, "model", None)),
-    (r"/attention/o$", ("model", None, None)),
-    (r"/ffw/(gate|up)$", (None, "model")),
-    (r"/ffw/down$", ("model", None)),
+    (r"/attention/[qkv]$", ("fsdp", "tensor", None)),
+    (r"/attention/o$", ("tensor", None, "fsdp")),
+    (r"/ffw/(gate|up)$", ("fsdp", "tensor")),
+    (r"/ffw/down$", ("tensor", "fsdp")),
     (r"(_norm|(^|/)(router|aux_router)/(hidden|out)|bias_R|step|count)$", ()),
 )
 
 
 def make_mesh(config: config_lib.MeshConfig, devices: list | None = None) -> Mesh:
-  """A `data` x `model` mesh over the first devices.
+  """A mesh of `AXES` over the first devices.
 
   Raises:
     ValueError: the axes ask for more devices than there are, or -1 does not divide.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = {"data": config.data, "model": config.model}
+  sizes = {name: getattr(config, name) for name in AXES}
   known = math.prod(n for n in sizes.values() if n != -1)
   if known > len(devices) or (-1 in sizes.values() and len(devices) % known):
     raise ValueError(f"mesh {sizes} does not fit {len(devices)} device(s); use axis sizes whose product divides it")
   sizes = {name: len(devices) // known if n == -1 else n for name, n in sizes.items()}
   count = math.prod(sizes.values())
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
 def path_name(path: tuple) -> str:
@@ -74,7 +89,107 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def num_row_shards(mesh: Mesh) -> int:
+  """Into how many parts a mesh splits the rows of a batch."""
+  return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """This process's rows as global arrays split over `data`."""
-  rows = NamedSharding(mesh, P("data"))
+  """This process's rows as global arrays split over `ROWS`."""
+  rows = NamedSharding(mesh, P(ROWS))
   return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
+
+
+def by_rows(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+  """`function` of what a device has: its rows of `P(ROWS)`, its part of a parameter, all of the rest.
+
+  Over `tensor` and `sequence` arrays stay whole, and the compiler splits them.
+  """
+  return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(ROWS),
+                       check_vma=False)
+
+
+def row_specs(tree: Any) -> Any:
+  """For `by_rows`: which axis of each parameter is split over `fsdp`."""
+  def one(path, leaf):
+    axes = [axis if axis in ROWS else None for axis in spec(path_name(path), leaf.ndim)]
+    return P(*axes)
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _by_hand() -> bool:
+  """Whether this is traced inside `by_rows`."""
+  return "fsdp" in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def total(tree: Any) -> Any:
+  """Inside `by_rows`, sums over the devices of each leaf; else the leaves."""
+  return jax.lax.psum(tree, ROWS) if _by_hand() else tree
+
+
+def most(count: jax.Array) -> jax.Array:
+  """Inside `by_rows`, the largest over the devices, which so take the same branch of a condition."""
+  return jax.lax.pmax(jax.lax.stop_gradient(count), ROWS) if _by_hand() else count
+
+
+def total_gradients(grads: Any) -> Any:
+  """Inside `by_rows`, each device's part of the gradients of the sum of all losses.
+
+  `gathered` has already summed over `fsdp` what it splits.
+  """
+  if not _by_hand():
+    return grads
+  def one(path, grad):
+    axes = "data" if "fsdp" in spec(path_name(path), grad.ndim) else ROWS
+    return jax.lax.psum(grad, axes)
+  return jax.tree_util.tree_map_with_path(one, grads)
+
+
+def first_row(num_rows: int) -> jax.Array | int:
+  """The number, in the whole batch, of the first of a device's rows."""
+  return num_rows * jax.lax.axis_index(ROWS) if _by_hand() else 0
+
+
+def gathered(params: Any, dtype: str, group: str) -> Any:
+  """Inside `by_rows`, the whole of parameters that are split over `fsdp`.
+
+  They travel in `dtype`, that of the computation, and their gradients are summed in
+  their own. Elsewhere: the parameters.
+
+  Args:
+    params: a group of them, or a layer's.
+    dtype: of the computation.
+    group: its path.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not _by_hand() or mesh.shape["fsdp"] == 1:
+    return params
+  def one(path, leaf):
+    parts = tuple(spec("/".join(filter(None, (group, path_name(path)))), leaf.ndim))
+    return _gather(leaf, parts.index("fsdp"), dtype) if "fsdp" in parts else leaf
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(part: jax.Array, axis: int, dtype: str) -> jax.Array:
+  return jax.lax.all_gather(part.astype(dtype), "fsdp", axis=axis, tiled=True).astype(part.dtype)
+
+
+def _gather_forward(part, axis, dtype):
+  return _gather(part, axis, dtype), None
+
+
+def _gather_backward(axis, dtype, residuals, grad):
+  del dtype, residuals
+  return (jax.lax.psum_scatter(grad, "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def along_sequence(x_BTD: jax.Array) -> jax.Array:
+  """Splits positions over `sequence`, where there is such an axis and they divide."""
+  size = jax.sharding.get_abstract_mesh().shape.get("sequence", 1)
+  if size == 1 or x_BTD.shape[1] % size:
+    return x_BTD
+  return jax.lax.with_sharding_constraint(x_BTD, P(None, "sequence", None))

@@ -16,7 +16,11 @@ MODELS = {
 CUTS = {
     "accumulation": dict(train=dict(accumulation=4)),
     "data": dict(mesh=dict(data=8)),
-    "data_model": dict(mesh=dict(data=4, model=2)),
+    "data_tensor": dict(mesh=dict(data=4, tensor=2)),
+    "fsdp": dict(mesh=dict(data=2, fsdp=4)),
+    "fsdp_tensor": dict(mesh=dict(data=2, fsdp=2, tensor=2)),
+    "fsdp_sequence": dict(mesh=dict(data=2, fsdp=2, sequence=2)),
+    "fsdp_accumulation": dict(mesh=dict(fsdp=2), train=dict(accumulation=4)),
 }
 
 
@@ -40,7 +44,7 @@ def whole(request):
   return MODELS[request.param], run(config(MODELS[request.param]))
 
 
-@pytest.mark.parametrize("cut", ["accumulation", pytest.param("data", marks=pytest.mark.slow), "data_model"])
+@pytest.mark.parametrize("cut", [*CUTS])
 def test_cut_batch_equals_whole(whole, cut):
   model, (state, metrics) = whole
   cut_state, cut_metrics = run(config(model, cut))

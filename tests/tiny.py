@@ -32,7 +32,7 @@ _TINY = dict(
     optim=dict(learning_rate=1e-2, warmup_steps=2),
     train=dict(steps=5, loss_block=16, log_every=1, eval_every=3, eval_rows=7, checkpoint_every=2, sample_prompt="An",
                sample_tokens=5),
-    mesh=dict(data=1, model=1),
+    mesh=dict(data=1, fsdp=1, tensor=1, sequence=1),
 )
 
 

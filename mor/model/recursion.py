@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from mor import config as config_lib
+from mor import sharding
 from mor import types
 from mor.model import layers
 from mor.model import lora as lora_lib
@@ -53,8 +54,11 @@ def take(x: jax.Array, index_BC: jax.Array) -> jax.Array:
 def compact(keep_BT: types.Mask, width: int) -> jax.Array:
   """Ascending positions `[B, width]` of the kept tokens; T where there are fewer."""
   seq_len = keep_BT.shape[1]
-  position_BT = jnp.where(keep_BT, jnp.arange(seq_len)[None, :], seq_len)
-  return jnp.sort(position_BT, axis=1)[:, :width]
+
+  def row(keep_T):
+    place_T = jnp.where(keep_T, jnp.cumsum(keep_T, dtype=jnp.int32) - 1, width)
+    return jnp.full(width, seq_len, jnp.int32).at[place_T].set(jnp.arange(seq_len, dtype=jnp.int32), mode="drop")
+  return jax.vmap(row)(keep_BT)
 
 
 class Recursion:
@@ -174,7 +178,7 @@ class _Pass:
     gathered = lambda: self._gathered(step, lora, state_BTD, routed, store, width)
     if self.recursion.router.bounded:
       return gathered()
-    fullest = jnp.max(jnp.sum(routed.keep_BT, axis=1))
+    fullest = sharding.most(jnp.max(jnp.sum(routed.keep_BT, axis=1)))
     return jax.lax.cond(fullest > width, lambda: self._full(step, lora, state_BTD, routed, store), gathered)
 
   def _full(self, step, lora, state_BTD, routed, store):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mor import config as config_lib
+from mor import sharding
 from mor import types
 from mor.model import block as block_lib
 from mor.model.kv import base as kv_base
@@ -50,7 +51,12 @@ def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activa
 def layer_fn(config: config_lib.ModelConfig, own: bool):
   """One layer as a function of its parameters, rematerialised as configured."""
   block = block_lib.Block(config)
-  apply = lambda params, x_BTD, view, base, lora: block.apply({"params": params}, x_BTD, view, base, own, lora)
+
+  def apply(params, x_BTD, view, base, lora):
+    if params["attention"]["q"].shape[0] != config.d_model:  # a device's part
+      params = sharding.gathered(params, config.compute_dtype, "layer")
+    y_BTD, fresh = block.apply({"params": params}, sharding.along_sequence(x_BTD), view, base, own, lora)
+    return sharding.along_sequence(y_BTD), fresh
   if config.remat == "none":
     return apply
   return jax.checkpoint(apply, policy=_REMAT[config.remat], prevent_cse=not config.scan_layers)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mor import config as config_lib
+from mor import sharding
 from mor import types
 from mor.model import block as block_lib
 from mor.model import layers
@@ -149,6 +150,8 @@ class Transformer(nn.Module):
           rotation=layers.rotation(jnp.zeros((1, 1), jnp.int32), self.config),
           mask_BTS=jnp.ones((1, 1, 1), bool))
       return jax.vmap(lambda k: block.init(k, x_BTD, view)["params"])(jax.random.split(key, num_layers))
+    if self.has_variable("params", group):  # not `param`, which refuses a device's part of them
+      return self.get_variable("params", group)
     return self.param(group, init)
 
 
@@ -159,7 +162,20 @@ def _dropped(num_layers: int, batch: int, most: float, key: jax.Array) -> jax.Ar
   """
   depth_U = jnp.arange(num_layers) / max(num_layers - 1, 1)
   chance_U = most * (jnp.exp(depth_U * jnp.log(2.0)) - 1.0)
-  return jax.random.bernoulli(jax.random.fold_in(key, 1), chance_U[:, None], (num_layers, batch))
+  row_B = sharding.first_row(batch) + jnp.arange(batch)
+  draw = lambda row: jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, 1), row), chance_U)
+  return jax.vmap(draw, out_axes=1)(row_B)
+
+
+def whole(config: config_lib.ModelConfig, params: dict) -> dict:
+  """Inside `sharding.by_rows`, gathers what a step needs more than once.
+
+  That is the stack of a recursive model, for all its recursions, and what is no layer.
+  Layers that run once are gathered as they run (`stacked.py`). Elsewhere: `params`.
+  """
+  layers_once = {"prelude", "coda"} | ({"stack"} if config.num_recursions == 1 else set())
+  return {name: group if name in layers_once else sharding.gathered(group, config.compute_dtype, name)
+          for name, group in params.items()}
 
 
 def head(params: Mapping[str, Any]) -> types.Embedding:

@@ -10,9 +10,9 @@ from mor import sharding
 def local_rows(mesh: Mesh, num_rows: int) -> slice:
   """The rows of a global batch that this process's devices hold.
 
-  Processes that share a data shard (they differ in `model` only) get the same.
+  Processes that share rows (they differ in `tensor` or `sequence` only) get the same.
   """
-  held = NamedSharding(mesh, P("data")).addressable_devices_indices_map((num_rows,)).values()
+  held = NamedSharding(mesh, P(sharding.ROWS)).addressable_devices_indices_map((num_rows,)).values()
   bounds = [rows.indices(num_rows) for (rows,) in held]
   return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 

@@ -17,10 +17,11 @@ import zlib
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec as P
 import numpy as np
 
 from mor import config as config_lib
+from mor import sharding
 from mor.model import transformer
 from mor.train import batches as batches_lib
 from mor.train import loss as loss_lib
@@ -40,8 +41,9 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
     A function whose metrics are nll_, bpb_ and load_ (fraction of tokens that
     step r processes, r from 1) for "causal" and, of routed models, "oracle";
     nll_exit_n and agreement_exit_n of each early exit, the latter the fraction of targets
-    for which its likeliest token is the end's; `agreement`, the fraction of (token, step) that both route alike, over steps
-    that may drop tokens; and the counts `targets` and `bytes`.
+    for which its likeliest token is the end's; `agreement`, the fraction of (token, step)
+    that both route alike, over steps that may drop tokens; and the counts `targets` and
+    `bytes`.
   """
   num_bytes_V = jnp.asarray(num_bytes_V, jnp.int32)
 
@@ -49,8 +51,7 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
     total, pending = {}, None
     for batch in batches:
       with jax.set_mesh(mesh):
-        sums = _sums(config.model, config.exit.layers, config.train.loss_block, params, balance, num_bytes_V, batches_lib.put(mesh, batch),
-                     jax.random.key(config.seed))
+        sums = _sums(config, mesh, params, balance, num_bytes_V, batches_lib.put(mesh, batch))
       total = _add(total, pending)  # the batch before, while this one runs
       pending = sums
     return _metrics(config.model, config.exit.layers, _add(total, pending))
@@ -70,10 +71,19 @@ def compressed_bits_per_byte(text: str) -> dict[str, float]:
   return {f"bpb_{name}": 8 * len(out) / max(len(data), 1) for name, out in packed.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sums(model: config_lib.ModelConfig, exits: tuple[int, ...], loss_block: int, params: dict, balance: dict, num_bytes_V: jax.Array,
-          batch: Mapping[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sums(config: config_lib.Config, mesh: Mesh, params: dict, balance: dict, num_bytes_V: jax.Array,
+          batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """What a batch adds to each sum."""
+  count = lambda *given: sharding.total(_local_sums(config, *given))
+  return sharding.by_rows(mesh, count, in_specs=(sharding.row_specs(params), P(), P(), P(sharding.ROWS)),
+                          out_specs=P())(params, balance, num_bytes_V, batch)
+
+
+def _local_sums(config, params, balance, num_bytes_V, batch):
+  """Of a device's rows."""
+  model, exits, loss_block = config.model, config.exit.layers, config.train.loss_block
+  params, key = transformer.whole(model, params), jax.random.key(config.seed)
   valid_BT, mask_BT = batch["segment_BT"] != 0, batch["loss_mask_BT"]
   byte_BT = num_bytes_V[batch["target_BT"]]
   sums = {"tokens": jnp.sum(valid_BT), "targets": jnp.sum(mask_BT), "bytes": jnp.sum(jnp.where(mask_BT, byte_BT, 0))}

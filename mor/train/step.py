@@ -109,14 +109,14 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
   Raises:
     ValueError: the rows of a micro-batch do not divide among the devices.
   """
-  rows, devices = config.data.batch_size // config.train.accumulation, mesh.shape["data"]
-  if rows % devices:
-    raise ValueError(f"data.batch_size / train.accumulation = {rows} rows is not a multiple of mesh.data={devices}; "
-                     f"use {rows - rows % devices or devices} or {rows - rows % devices + devices} rows")
+  rows, parts = config.data.batch_size // config.train.accumulation, sharding.num_row_shards(mesh)
+  if rows % parts:
+    raise ValueError(f"data.batch_size / train.accumulation = {rows} rows is not a multiple of mesh.data * mesh.fsdp = "
+                     f"{parts}; use {rows - rows % parts or parts} or {rows - rows % parts + parts} rows")
   shardings = state_shardings(config, mesh)
-  replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+  replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P(sharding.ROWS))
   jitted = jax.jit(
-      lambda state, batch, teacher, bucket: update(config, state, batch, teacher, bucket), static_argnums=3,
+      lambda state, batch, teacher, bucket: update(config, mesh, state, batch, teacher, bucket), static_argnums=3,
       donate_argnums=0, in_shardings=(shardings, by_row, _teacher_shardings(mesh, teacher)),
       out_shardings=(shardings, replicated))
   warmup = config.model.router.capacity_warmup_steps
@@ -137,11 +137,32 @@ def _teacher_shardings(mesh: Mesh, teacher: Teacher | None) -> Teacher | None:
   return None if teacher is None else sharding.tree_shardings(mesh, teacher)
 
 
-def update(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax.Array], teacher: Teacher | None,
-           bucket: int | None) -> tuple[TrainState, dict[str, jax.Array]]:
+def update(config: config_lib.Config, mesh: Mesh, state: TrainState, batch: Mapping[str, jax.Array],
+           teacher: Teacher | None, bucket: int | None) -> tuple[TrainState, dict[str, jax.Array]]:
   """The pure step."""
+  specs = sharding.row_specs(state.params)
+  differentiate = sharding.by_rows(
+      mesh, lambda *given: gradients(config, *given, bucket),
+      in_specs=(sharding.row_specs(state.replace(opt_state=())), P(sharding.ROWS), sharding.row_specs(teacher)),
+      out_specs=(P(), P(), specs))
+  terms, sums, grads = differentiate(state.replace(opt_state=()), batch, teacher)
+  updates, opt_state = optim.make(config).update(grads, state.opt_state, state.params)
+  new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state,
+                         _balance(config.model, state, sums))
+  metrics = {
+      **terms,
+      "grad_norm": optax.tree.norm(grads),
+      "learning_rate": jnp.asarray(optim.learning_rate(config)(state.step), jnp.float32),
+      **router_metrics(config.model, sums),
+  }
+  return new_state, metrics
+
+
+def gradients(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax.Array], teacher: Teacher | None,
+              bucket: int | None) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict]:
+  """A batch's losses, its routers' sums, and gradients; for `sharding.by_rows`."""
   parts = config.train.accumulation
-  targets = jnp.sum(batch["loss_mask_BT"], dtype=jnp.float32)
+  targets = sharding.total(jnp.sum(batch["loss_mask_BT"], dtype=jnp.float32))
   grad_fn = jax.value_and_grad(micro_loss, argnums=1, has_aux=True)
 
   def one(micro, norms, part):
@@ -158,17 +179,7 @@ def update(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, norms, 0))
     add = lambda total, xs: (jax.tree.map(jnp.add, total, one(xs[0], norms, xs[1])), None)
     ((terms, sums), grads), _ = jax.lax.scan(add, zeros, (micros, jnp.arange(parts)))
-
-  updates, opt_state = optim.make(config).update(grads, state.opt_state, state.params)
-  new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state,
-                         _balance(config.model, state, sums))
-  metrics = {
-      **terms,
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": jnp.asarray(optim.learning_rate(config)(state.step), jnp.float32),
-      **router_metrics(config.model, sums),
-  }
-  return new_state, metrics
+  return *sharding.total((terms, sums)), sharding.total_gradients(grads)
 
 
 def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch: Mapping[str, jax.Array],
@@ -188,6 +199,7 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
     part: index of the micro-batch.
   """
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), part)
+  params = transformer.whole(config.model, params)
   out = transformer.Transformer(config.model).apply(
       {"params": params, "balance": state.balance}, batch["tokens_BT"], batch["segment_BT"], routing="select",
       train_step=state.step, bucket=bucket, key=key, exits=exits.wanted(config.exit, config.model),
@@ -198,13 +210,15 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
     main = nll = loss_lib.cross_entropy(*student, batch["target_BT"], weight_BT, block)
     taught = {}
   else:
+    theirs = transformer.whole(teacher.model, teacher.params)
     hidden_BTD = transformer.Transformer(teacher.model).apply(
-        {"params": teacher.params, "balance": teacher.balance}, batch["tokens_BT"], batch["segment_BT"],
+        {"params": theirs, "balance": teacher.balance}, batch["tokens_BT"], batch["segment_BT"],
         routing="decide").hidden_BTD
-    main, nll, kl = loss_lib.distilled(student, (hidden_BTD, transformer.head(teacher.params)), batch["target_BT"],
+    main, nll, kl = loss_lib.distilled(student, (hidden_BTD, transformer.head(theirs)), batch["target_BT"],
                                        weight_BT, block, config.distill.weight, config.distill.temperature)
     taught = {"kl": kl}
-  norms = loss_lib.normalizers(out.sums) if norms is None else norms
+  if norms is None:
+    norms = loss_lib.normalizers(sharding.total(jax.lax.stop_gradient(dict(out.sums))))
   aux = loss_lib.auxiliary(config.model, out.sums, norms)
   main, early = exits.losses(config, out, main, params, batch["target_BT"], weight_BT, state.step)
   loss = main + loss_lib.weighted(config.model.router, aux)
@@ -222,16 +236,18 @@ def _normalizers(config, state, micro) -> dict[str, jax.Array]:
   name = config.model.router.name
   if name == "fixed":
     return {}
+  count = lambda flags, **axes: sharding.total(jnp.sum(flags, dtype=jnp.float32, **axes))
   valid_BT = micro["segment_BT"].reshape(-1, micro["segment_BT"].shape[-1]) != 0
-  tokens = jnp.sum(valid_BT, dtype=jnp.float32)
+  tokens = count(valid_BT)
   if name == "expert_choice":
     kept_RB = expert_choice.ExpertChoice(config.model).kept(valid_BT, state.step)
-    kept_R = jnp.sum(kept_RB, axis=1, dtype=jnp.float32)
+    kept_R = count(kept_RB, axis=1)
     return {"candidates": jnp.concatenate([tokens[None], kept_R[:-1]]), "tokens": tokens}
+  params = transformer.whole(config.model, state.params)
   sums = jax.lax.map(
-      lambda batch: model.apply({"params": state.params, "balance": state.balance}, batch["tokens_BT"],
+      lambda batch: model.apply({"params": params, "balance": state.balance}, batch["tokens_BT"],
                                 batch["segment_BT"], train_step=state.step, method="depth_sums"), micro)
-  chosen_R = jnp.sum(sums["chosen_R"], axis=0)
+  chosen_R = sharding.total(jnp.sum(sums["chosen_R"], axis=0))
   return {"tokens": tokens, "fraction": chosen_R / jnp.maximum(tokens, 1.0)}
 
 

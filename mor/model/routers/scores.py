@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mor import config as config_lib
+from mor import sharding
 
 WIDTHS = {"mlp": 2, "wide_mlp": 4}  # hidden width / model width
 
@@ -47,7 +48,7 @@ def uniform(key: jax.Array, shape_BT: tuple[int, int], position_BT: jax.Array | 
   """
   batch, seq_len = shape_BT
   if position_BT is None:
-    row_B, position_BT = jnp.arange(batch), jnp.broadcast_to(jnp.arange(seq_len)[None, :], shape_BT)
+    row_B, position_BT = sharding.first_row(batch) + jnp.arange(batch), jnp.broadcast_to(jnp.arange(seq_len)[None, :], shape_BT)
   else:
     row_B = jnp.zeros(batch, jnp.int32)
   row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
