@@ -39,7 +39,8 @@ def install(monkeypatch, root) -> None:
     rename = move = mv
 
   has = importlib.util.find_spec
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: has("fsspec" if name == "gcsfs" else name, *rest))
+  monkeypatch.setattr(
+      importlib.util, "find_spec", lambda name, *rest: has("fsspec" if name == "gcsfs" else name, *rest))
   monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", lambda path: {
       "driver": "file", "path": f"{root}/{path.removeprefix('gs://')}" + ("" if path.endswith("_sharding") else "/")})
   monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)

@@ -177,7 +177,8 @@ def test_gpu_runs_go_on(launch, statuses, status, runs):
 def test_an_interrupt_saves_and_ends(launch):
   waits = "if (($# == 1)); then exit; fi\ntrap 'echo saved >>\"$STATE/calls\"; exit 75' TERM\n" \
           "echo up >>\"$STATE/calls\"; while true; do sleep 0.05; done"
-  (launch.state / "tree/launch/gpu.sh").write_text((ROOT / "launch/gpu.sh").read_text().replace("worker.sh", "waits.sh"))
+  script = (ROOT / "launch/gpu.sh").read_text()
+  (launch.state / "tree/launch/gpu.sh").write_text(script.replace("worker.sh", "waits.sh"))
   path = launch.state / "tree/launch/waits.sh"
   path.write_text(f"#!{shutil.which('bash')}\n{waits}\n")
   path.chmod(0o755)
@@ -227,7 +228,8 @@ def test_commands_of_the_page_are_right(launch):
   assert [name for name, _ in commands] == ["tpu_vm.sh", "gke_xpk.sh", "slurm.sh", "gpu.sh"]
   for name, options in commands:
     options, _, args = options.partition(" -- ")
-    status, lines, err, _ = launch([name.removesuffix(".sh"), *shlex.split(options), "--dry_run"], args=shlex.split(args))
+    command = [name.removesuffix(".sh"), *shlex.split(options), "--dry_run"]
+    status, lines, err, _ = launch(command, args=shlex.split(args))
     assert (status, err) == (0, "") and lines
 
 

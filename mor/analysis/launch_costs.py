@@ -50,7 +50,8 @@ def table(names: Sequence[str]) -> str:
     rows.append([name, f"{one['parameters'] / 1e6:.0f}M", f"{one['tokens'] / 1e9:.1f}B", f"{one['flops']:.2e}",
                  *(f"{hours(one['flops'], chips, device):.3g}" for _, chips, device in SLICES)])
   lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-  peaks = ", ".join(f"{slice_} {chips} chips of {metrics.peak_flops(device) / 1e12:.0f}" for slice_, chips, device in SLICES)
+  peaks = ", ".join(
+      f"{slice_} {chips} chips of {metrics.peak_flops(device) / 1e12:.0f}" for slice_, chips, device in SLICES)
   return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "",
                     f"At {MFU:.0%} MFU, which is assumed; bfloat16 TFLOP/s: {peaks}.", ""])
 
