@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it: `install core` or `install test` makes .venv
 # and puts `mor` in it with the pins of constraints.txt, once.
+# shellcheck shell=bash
 
 find_python() {
   local candidate candidates=(python3.11 python3.12 python3.13 python3)

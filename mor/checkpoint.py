@@ -13,7 +13,6 @@ import contextlib
 import functools
 import json
 import os
-import pathlib
 from typing import Any
 
 from etils import epath
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from mor import config as config_lib
+from mor import paths
 
 # Fields that may differ between a checkpoint and the run that continues it:
 # they change what is watched, kept and where, not what is computed.
@@ -43,7 +43,7 @@ class Checkpoints:
       keep: newest checkpoints that a save leaves.
       read_only: True never removes anything, for readers beside a running run.
     """
-    self.directory = pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+    self.directory = paths.directory(workdir) / "checkpoints"
     self._manager = None
     if not read_only:
       with _one_line(f"cannot write {self.directory}", "give a --workdir that you may write", errors=OSError):
@@ -99,7 +99,7 @@ class Checkpoints:
       OSError: the checkpoint is damaged.
       ValueError: its arrays differ from the target's in name, shape or type.
     """
-    path = epath.Path(self._latest() / "state")
+    path = self._latest() / "state"
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _to_plain(target))
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
       with self._reading():
@@ -138,7 +138,7 @@ class Checkpoints:
       with self._saving():
         self._manager.close()
 
-  def _latest(self) -> pathlib.Path:
+  def _latest(self) -> epath.Path:
     return self.directory / str(self.latest_step())
 
   def _meta(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _one_line(what: str, remedy: str, errors: type[Exception] = Exception):
     raise OSError(f"{what}: {reason}; {remedy}") from error
 
 
-def _check_types(stored: Any, wanted: Any, path: pathlib.Path) -> None:
+def _check_types(stored: Any, wanted: Any, path: epath.Path) -> None:
   """Raises where the arrays of a checkpoint are not those of the target."""
   stored, wanted = _by_path(stored), _by_path(wanted)
   describe = lambda x: "nothing" if x is None else f"{jnp.dtype(x.dtype).name}{tuple(x.shape)}"

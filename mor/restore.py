@@ -2,13 +2,13 @@
 
 import json
 import os
-import pathlib
 from typing import Any
 
 import jax
 
 from mor import checkpoint
 from mor import config as config_lib
+from mor import paths
 from mor.model import transformer
 
 
@@ -41,5 +41,5 @@ def variables(workdir: str | os.PathLike, placed: Any = None) -> tuple[config_li
 
 def pretrained(workdir: str | os.PathLike) -> dict[str, Any] | None:
   """What the source of a converted run said of itself (`conversion/command.py`), None of another run."""
-  path = pathlib.Path(workdir).expanduser() / "pretrained.json"
+  path = paths.directory(workdir) / "pretrained.json"
   return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

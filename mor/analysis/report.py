@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 import html
 import json
 import os
-import pathlib
 from typing import Any
 
+from etils import epath
+
 from mor import config as config_lib
+from mor import paths
 from mor.analysis import colour
 from mor.analysis import plots
 
@@ -53,7 +55,7 @@ _CARDS = (  # figure of the summary, label, format
 
 
 def write(workdir: str | os.PathLike, config: config_lib.Config, rows: Sequence[Mapping[str, float]],
-          summary: Mapping[str, float], parts: Sequence[str], depths: Sequence[int]) -> pathlib.Path:
+          summary: Mapping[str, float], parts: Sequence[str], depths: Sequence[int]) -> epath.Path:
   """Writes the three files and returns the path of the page.
 
   Args:
@@ -64,7 +66,7 @@ def write(workdir: str | os.PathLike, config: config_lib.Config, rows: Sequence[
     parts: a held-out text, token by token.
     depths: recursion steps of each token.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = paths.directory(workdir)
   r, title = config.model.num_recursions, describe(config.model)
   cards = "".join(f'<div class="card"><b>{summary[name]:{form}}</b><span>{label}</span></div>'
                   for name, label, form in _CARDS if name in summary)

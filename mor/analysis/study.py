@@ -24,6 +24,7 @@ import jax
 
 from mor import checkpoint
 from mor import config as config_lib
+from mor import paths
 from mor import sharding
 from mor.analysis import flops
 from mor.analysis import judge as judge_lib
@@ -51,7 +52,7 @@ def run(base: config_lib.Config, study: study_plan.Study, workdir: str | os.Path
   """
   if jax.process_count() > 1:
     raise ValueError(f"a study runs in one process, here are {jax.process_count()}; train its members one by one")
-  workdir = pathlib.Path(workdir)
+  workdir = paths.local(workdir, "study")
   runs = study_plan.make(base, study)
   results = [_finished(workdir, study, one) for one in runs]  # complains before anything trains
   corpus = text.load(base.data, base.model.vocab_size)

@@ -21,6 +21,7 @@ import numpy as np
 
 from mor import checkpoint
 from mor import config as config_lib
+from mor import paths
 from mor import restore
 from mor.analysis import memory
 from mor.conversion import hf_export
@@ -57,12 +58,12 @@ def convert(config: config_lib.Config, spec: str, workdir: str | os.PathLike) ->
     ValueError: something given is wrong or does not fit; nothing is written then.
     OSError: a file cannot be read or written.
   """
+  directory = paths.local(workdir, "convert")
   with checkpoint.Checkpoints(workdir, read_only=True) as existing:
     if existing.latest_step() is not None:
       raise ValueError(f"{existing.directory} holds a checkpoint already; give another --workdir")
   given = _read(spec, config.model)
   variables = recursive_init.convert(config.model, config.init, config.seed, given.model, given.variables)
-  directory = pathlib.Path(workdir).expanduser()
   _check_tokenizer(config, given, directory)
   directory.mkdir(parents=True, exist_ok=True)
   if given.tokenizer is not None:

@@ -120,6 +120,7 @@ def _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, w
         shown.say(describe_eval(step, held_out))
       if last or stop.requested or step % plan.checkpoint_every == 0:
         log.flush()
+        writer.copy()
         checkpoints.save(step, state, config)
       if stop.requested:
         break

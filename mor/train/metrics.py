@@ -4,17 +4,25 @@
 counts finished optimizer steps: one line of train/ values for every logged step
 and one of eval/ values for every evaluation. A resumed run first drops what was
 written after its checkpoint, so that no step appears twice.
+
+An object store cannot append, so for a gs:// workdir both are written to a temporary
+local directory and copied there as whole files: at every evaluation, at every save
+(`Writer.copy`) and at the end. What a killed run had not copied comes after its last
+save, and is measured again.
 """
 
 import json
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Mapping
 
 from tensorboardX import event_file_writer
 from tensorboardX import summary
 from tensorboardX.proto import event_pb2
+
+from mor import paths
 
 # Dense bfloat16 peak of one device in FLOP/s, by a part of its `device_kind`;
 # the first match counts. Vendors' data sheets. None is listed for CPUs.
@@ -78,13 +86,17 @@ class Writer:
       start_step: finished steps of the state that the run starts from.
       enabled: False writes nothing; True on one process only.
     """
-    self._lines = self._events = None
+    self._lines = self._events = self._remote = None
     if not enabled:
       return
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if paths.is_url(workdir):
+      self._remote = paths.directory(workdir)
+      self._temporary = tempfile.TemporaryDirectory(prefix="mor-metrics-")
+      path = pathlib.Path(self._temporary.name) / "metrics.jsonl"
+    else:
+      path = pathlib.Path(workdir).expanduser() / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-      _drop_after(path, start_step)
+    _keep_until(start_step, workdir, path)
     self._lines = path.open("a", encoding="utf-8")
     board = path.parent / "tensorboard"
     board.mkdir(exist_ok=True)
@@ -95,6 +107,7 @@ class Writer:
       self._events.write_event(event_pb2.Event(
           wall_time=time.time(), step=start_step + 1,
           session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+    self.copy()
 
   def __enter__(self) -> "Writer":
     return self
@@ -103,6 +116,25 @@ class Writer:
     if self._lines:
       self._lines.close()
       self._events.close()
+      self.copy()
+    if self._remote:
+      self._temporary.cleanup()
+
+  def copy(self) -> None:
+    """Copies what was written to the workdir, where that is an object store.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if self._remote is None:
+      return
+    local = pathlib.Path(self._temporary.name)
+    try:
+      for file in sorted(file for file in local.rglob("*") if file.is_file()):
+        (self._remote / file.relative_to(local)).write_bytes(file.read_bytes())
+    except Exception as error:  # each store has errors of its own
+      raise OSError(f"cannot copy the metrics to {self._remote}: {type(error).__name__} {str(error).strip()[:200]}; "
+                    "check its permissions and run the same command again") from error
 
   def write(self, step: int, group: str, values: Mapping[str, float]) -> None:
     """Writes `values` of a finished step under the names group/name.
@@ -123,11 +155,13 @@ class Writer:
     except OSError as error:
       raise OSError(f"cannot write {self._lines.name}: {error.strerror}; "
                     "free some space and run the same command again") from error
+    if group == "eval":
+      self.copy()
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, float]]:
   """The lines of a run's metrics.jsonl; a last line cut short is left out."""
-  path = pathlib.Path(workdir) / "metrics.jsonl"
+  path = paths.directory(workdir) / "metrics.jsonl"
   if not path.exists():
     return []
   rows = []
@@ -139,9 +173,9 @@ def read(workdir: str | os.PathLike) -> list[dict[str, float]]:
   return rows
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Keeps the lines of steps up to `step`; all or nothing if killed here."""
-  kept = [json.dumps(row) for row in read(path.parent) if row["step"] <= step]
+def _keep_until(step: int, workdir: str | os.PathLike, path: pathlib.Path) -> None:
+  """Puts the run's lines of steps up to `step` at `path`; all or nothing if killed here."""
+  kept = [json.dumps(row) for row in read(workdir) if row["step"] <= step]
   fresh = path.with_suffix(".jsonl.tmp")
   fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
   os.replace(fresh, path)

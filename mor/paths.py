@@ -1,0 +1,54 @@
+"""Where a run lives: a local directory, or a bucket of an object store.
+
+`directory` is the one place that turns a --workdir into a path. A local one is made
+absolute; gs:// stays as it is and is read and written by etils and orbax. An object
+store cannot append to a file: what grows is kept locally and copied
+(`mor/train/metrics.py`).
+
+s3:// is refused: orbax 0.12 reads its metadata there, but writes arrays to local and
+gs:// paths only, and renames directories, which a bucket cannot do in one step.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+
+from etils import epath
+
+
+def is_url(path: str | os.PathLike) -> bool:
+  """Whether the path names an object store rather than a local file."""
+  return re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(path)) is not None
+
+
+def directory(workdir: str | os.PathLike) -> epath.Path:
+  """The workdir as a path: local ones absolute with ~ expanded, URLs as given.
+
+  Raises:
+    ValueError: an object store that is not supported, or whose library is missing.
+  """
+  if not is_url(workdir):
+    return epath.Path(pathlib.Path(workdir).expanduser().absolute())
+  workdir = os.fspath(workdir)
+  if workdir.startswith("s3://"):
+    raise ValueError(f"--workdir={workdir}: orbax cannot save arrays to s3://; mount the bucket as a file system "
+                     "that renames directories and give its path, or use gs://BUCKET/DIR")
+  if not re.match("gs://[^/]+", workdir):
+    raise ValueError(f"--workdir={workdir} is no place that a run can be kept in; use gs://BUCKET/DIR or a local "
+                     "directory")
+  if importlib.util.find_spec("gcsfs") is None:  # which also brings the client that orbax imports
+    raise ValueError(f"--workdir={workdir} needs gcsfs, which is not installed; pip install gcsfs")
+  return epath.Path(workdir)
+
+
+def local(workdir: str | os.PathLike, mode: str) -> pathlib.Path:
+  """The directory of a mode whose files can only be on a local disk.
+
+  Raises:
+    ValueError: the workdir is an object store.
+  """
+  if is_url(workdir):
+    raise ValueError(f"--mode={mode} keeps its files on a local disk; give a local --workdir instead of {workdir}, "
+                     "and copy it afterwards")
+  return pathlib.Path(workdir).expanduser()
