@@ -31,6 +31,7 @@ from ml_collections import config_flags
 from mor import checkpoint
 from mor import config as config_lib
 from mor import sharding
+from mor.analysis import compiled
 from mor.analysis import info
 from mor.analysis import study as study_lib
 from mor.analysis import study_plan
@@ -47,6 +48,7 @@ STOPPED, WRONG, DIVERGED = 75, 2, 1
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py; see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
 _BUDGET = flags.DEFINE_float("budget", None, "info: forward FLOPs to turn into steps, e.g. 16.5e18.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "compile: TPU chips, e.g. v5e:4x4, v5p:4x4x4 or v6e:8x8.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: text to continue; several may be given.")
 _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "generate: a prompt a line; .jsonl: objects with \"prompt\" and options such as max_tokens.")
@@ -134,6 +136,13 @@ def _info() -> int:
   return 0
 
 
+def _compile() -> int:
+  if not _TOPOLOGY.value:
+    raise ValueError("--mode=compile needs chips to compile for; give --topology=v5e:4x4, v5p:4x4x4 or the like")
+  print(json.dumps(compiled.command(_config("compile"), _TOPOLOGY.value)))
+  return 0
+
+
 def _study() -> int:
   config, workdir = _config("study"), _workdir("study")
   study = study_plan.read(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
@@ -146,7 +155,7 @@ def _study() -> int:
 
 MODES: dict[str, Callable[[], int]] = {
     "train": _train, "eval": _eval, "generate": _generate, "convert": _convert, "export": _export,
-    "info": _info, "study": _study}
+    "info": _info, "study": _study, "compile": _compile}
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 
 

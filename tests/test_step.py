@@ -87,7 +87,7 @@ def test_same_seed_same_state():
 
 def test_rows_that_do_not_divide_raise():
   cfg = tiny.config(mesh=dict(data=8))
-  with pytest.raises(ValueError, match="4 rows is not a multiple of mesh.data=8; use 8 or"):
+  with pytest.raises(ValueError, match=r"4 rows is not a multiple of mesh.data \* mesh.fsdp = 8; use 8 or"):
     step.make_train_step(cfg, sharding.make_mesh(cfg.mesh))
 
 

@@ -133,11 +133,11 @@ def _kind(op: str) -> str | None:
 def _traffic(instruction: _Instruction, types: dict[str, str], computations) -> float:
   """Bytes read and written."""
   if instruction.op == "dynamic-slice":
-    return 2 * _size(instruction.type)
+    return 2 * size(instruction.type)
   if instruction.op == "dynamic-update-slice":
-    return 2 * _size(types.get(instruction.operands[1], ""))
-  read = [_size(types.get(name, "")) for name in instruction.operands]
-  written = _size(instruction.type)
+    return 2 * size(types.get(instruction.operands[1], ""))
+  read = [size(types.get(name, "")) for name in instruction.operands]
+  written = size(instruction.type)
   called = _CALLED.search(instruction.rest) if instruction.op == "fusion" else None
   if called:
     body = computations[called[1]]
@@ -145,7 +145,7 @@ def _traffic(instruction: _Instruction, types: dict[str, str], computations) -> 
     read = [min(size, sliced.get(i, size)) for i, size in enumerate(read)]
     if body and body[-1].op == "dynamic-update-slice":  # in place
       inner = {i.name: i.type for i in body}
-      written = _size(inner.get(body[-1].operands[1], "")) if len(body[-1].operands) > 1 else written
+      written = size(inner.get(body[-1].operands[1], "")) if len(body[-1].operands) > 1 else written
   return sum(read) + written
 
 
@@ -158,11 +158,11 @@ def _sliced(body: list[_Instruction]) -> dict[int, float]:
     users = [i for i in body if parameter.name in i.operands]
     if users and all(u.op in ("dynamic-slice", "dynamic-update-slice", "gather") for u in users):
       read[int(parameter.rest.split(")")[0])] = sum(
-          _size(u.type) if u.op != "dynamic-update-slice" else 0 for u in users)
+          size(u.type) if u.op != "dynamic-update-slice" else 0 for u in users)
   return read
 
 
-def _size(kind: str) -> float:
+def size(kind: str) -> float:
   """Bytes of an array's or of a tuple's type."""
   return sum(_arrays(kind))
 
