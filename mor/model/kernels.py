@@ -10,8 +10,9 @@ gathered in ascending order, so "causal by original position" is causal by place
 for every pass whose queries and keys are the same tokens. Gathered queries
 against all keys (a sharing KV plan's later steps) are not, and run in XLA.
 
-Under a mesh a kernel runs on each device's rows and heads; the sequence is not
-split. The first of `data`, `fsdp` and of `tensor`, `model` that divide are used.
+Under a mesh a kernel runs on each device's rows (over those of `data`, `fsdp` that
+divide them) and heads (over `tensor` or `model`, if it divides them). It does not
+split the sequence: where the mesh does, "auto" is xla.
 
 Source: `jax.experimental.pallas.ops.tpu.splash_attention`, `jax.nn.dot_product_attention`.
 """
