@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
       num_recursions=3,  # R
       kv_plan="recursion_wise",  # recursion_wise, shared, hybrid
       execution="gathered",  # gathered (saves FLOPs) or masked (reference)
+      attention="auto",  # xla, splash (TPU), cudnn (GPU); auto is the device's
       rope_theta=10000.0,
       norm_eps=1e-5,
       init_std=0.02,

@@ -27,7 +27,7 @@ from mor import paths
 # they change what is watched, kept and where, not what is computed.
 # (train.steps is free as well where the learning rate does not depend on it.)
 FREE_FIELDS = frozenset((
-    "data.cache_dir", "train.loss_block", "train.log_every", "train.eval_every", "train.eval_rows",
+    "data.cache_dir", "model.attention", "train.loss_block", "train.log_every", "train.eval_every", "train.eval_rows",
     "train.checkpoint_every", "train.keep_checkpoints", "train.sample_prompt", "train.sample_tokens", "mesh.data",
     "mesh.fsdp", "mesh.tensor", "mesh.sequence"))
 

@@ -30,6 +30,7 @@ _ADDED = {
                  curriculum="none"),
     "model.tie_embeddings": True,
     "model.rope_scaling": dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
+    "model.attention": "auto",  # the same but for rounding
     "model.lora": dict(q=0, k=0, v=0, o=0, gate=0, up=0, down=0),
     "mesh.fsdp": 1,
     "mesh.sequence": 1,

@@ -133,6 +133,9 @@ class ModelConfig:
   num_recursions: int  # R
   kv_plan: Literal["recursion_wise", "shared", "hybrid"]
   execution: Literal["gathered", "masked"]
+  # Where scores are computed: splash (TPU; on a CPU interpreted, for tests), cudnn
+  # (GPU, bfloat16), or xla. "auto" is the device's, where it fits: `model/kernels.py`.
+  attention: Literal["auto", "xla", "splash", "cudnn"]
   rope_theta: float
   rope_scaling: RopeScalingConfig
   norm_eps: float

@@ -141,8 +141,8 @@ def _folded(model: model_config.ModelConfig, entries: Mapping[str, hf_names.Entr
 def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
   """What `write` wrote: fields of `ModelConfig`, and variables in float32.
 
-  The fields leave out those of a run: execution, cross_documents, compute_dtype,
-  remat and scan_layers.
+  The fields leave out those of a run: execution, attention, cross_documents,
+  compute_dtype, remat and scan_layers.
 
   Raises:
     ValueError: a file or a tensor is missing, too much, broken or of a wrong shape.

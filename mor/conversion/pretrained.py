@@ -19,7 +19,8 @@ from mor.conversion import names
 from mor.conversion import tensors as tensors_lib
 
 # Fields of a model that no checkpoint of others tells, and that do not change its numbers.
-EXECUTION = dict(execution="gathered", cross_documents=False, compute_dtype="float32", remat="none", scan_layers=True)
+EXECUTION = dict(execution="gathered", attention="auto", cross_documents=False, compute_dtype="float32", remat="none",
+                 scan_layers=True)
 NO_ROUTER = model_config.RouterConfig(
     name="fixed", arch="linear", activation="sigmoid", alpha=0.1, temperature=1.0, capacity=(), capacity_warmup_steps=0,
     gating="weighted", sampling="none", sampling_coef=0.001, aux_router_lr_multiplier=10.0, z_loss_coef=0.0,

@@ -1,4 +1,4 @@
-"""Grouped-query attention over a `KVView`."""
+"""Grouped-query attention over a `KVView`, in XLA or by the view's kernel."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from mor import types
+from mor.model import kernels
 from mor.model import layers
 from mor.model import lora as lora_lib
 from mor.model.kv import base as kv_base
+
+
+def look(q_BTNH: types.Queries, kv: kv_base.KV, view: kv_base.KVView) -> types.Queries:
+  """Attention as the view says; rows that see no key mean nothing, but are finite."""
+  if view.kernel == "xla":
+    return attend(q_BTNH, kv, view.mask_BTS)
+  with jax.named_scope("attend"):
+    if view.kernel == "splash":
+      return kernels.splash(q_BTNH, kv.k_BSKH, kv.v_BSKH, view.segment_BT)
+    return kernels.cudnn(q_BTNH, kv.k_BSKH, kv.v_BSKH, view.mask_BTS)
 
 
 def attend(q_BTNH: types.Queries, kv: kv_base.KV, mask_BTS: types.AttentionMask) -> types.Queries:
@@ -25,7 +36,7 @@ def attend(q_BTNH: types.Queries, kv: kv_base.KV, mask_BTS: types.AttentionMask)
 
 
 class Attention(nn.Module):
-  """Projections around `attend`."""
+  """Projections around `look`."""
 
   num_heads: int
   num_kv_heads: int
@@ -69,6 +80,6 @@ class Attention(nn.Module):
       kv = fresh
     else:
       kv = view.overlay(base, fresh) if own else base
-    out_BTNH = attend(q_BTNH, kv, view.mask_BTS)
+    out_BTNH = look(q_BTNH, kv, view)
     out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD.astype(self.dtype))
     return out_BTD + lora_lib.delta(out_BTNH.reshape(*out_BTNH.shape[:2], -1), lora, "o"), fresh

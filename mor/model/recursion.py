@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from mor import config as config_lib
 from mor import sharding
 from mor import types
+from mor.model import kernels
 from mor.model import layers
 from mor.model import lora as lora_lib
 from mor.model import schedule as schedule_lib
@@ -185,9 +186,9 @@ class _Pass:
     seen_BT = self.segment_BT
     if not self.recursion.plan.shares:
       seen_BT = jnp.where(routed.keep_BT, self.segment_BT, 0)
-    view = kv_base.KVView(
-        rotation=self._rotation(self.position_BT),
-        mask_BTS=kv_base.visible(self.position_BT, self.segment_BT, self.position_BT, seen_BT),
+    view = kv_base.see(
+        kernels.choose(self.config, in_order=True), self._rotation(self.position_BT),
+        self.position_BT, self.segment_BT, self.position_BT, seen_BT,
         index_BT=jnp.where(routed.keep_BT, self.position_BT, state_BTD.shape[1]))
     y_BTD = self._stack(step, lora, state_BTD, view, store)
     new_BTD = self._enter(state_BTD, y_BTD, routed, None)
@@ -202,10 +203,9 @@ class _Pass:
       segment_BC = jnp.where(index_BC < state_BTD.shape[1], take(self.segment_BT, index_BC), 0)
     reads_base = self.recursion.plan.shares
     k_position, k_segment = (self.position_BT, self.segment_BT) if reads_base else (index_BC, segment_BC)
-    view = kv_base.KVView(
-        rotation=self._rotation(index_BC),
-        mask_BTS=kv_base.visible(index_BC, segment_BC, k_position, k_segment),
-        index_BT=index_BC)
+    view = kv_base.see(
+        kernels.choose(self.config, in_order=not reads_base), self._rotation(index_BC),
+        index_BC, segment_BC, k_position, k_segment, index_BT=index_BC)
     y_BCD = self._stack(step, lora, x_BCD, view, store)
     new_BCD = self._enter(x_BCD, y_BCD, routed, index_BC)
     with jax.named_scope("scatter"):

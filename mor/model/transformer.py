@@ -23,6 +23,7 @@ from mor import config as config_lib
 from mor import sharding
 from mor import types
 from mor.model import block as block_lib
+from mor.model import kernels
 from mor.model import layers
 from mor.model import lora as lora_lib
 from mor.model import recursion as recursion_lib
@@ -133,9 +134,9 @@ class Transformer(nn.Module):
       return h_BTD
     batch, seq_len = segment_BT.shape
     position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
-    view = kv_base.KVView(
-        rotation=layers.rotation(position_BT, self.config),
-        mask_BTS=kv_base.visible(position_BT, segment_BT, position_BT, segment_BT))
+    view = kv_base.see(
+        kernels.choose(self.config, in_order=True), layers.rotation(position_BT, self.config),
+        position_BT, segment_BT, position_BT, segment_BT)
     with jax.named_scope(group):
       drop_LB = jax.tree.map(lambda a: a[:num_layers] if group == "prelude" else a[-num_layers:], drop_UB)
       return stacked.run_layers(

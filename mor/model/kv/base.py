@@ -50,19 +50,37 @@ class KVView:
 
   Attributes:
     rotation: cosine and sine of the queries' positions.
-    mask_BTS: True where a query sees a key.
+    mask_BTS: True where a query sees a key; None where the kernel makes the mask.
     index_BT: where the queries' own keys belong among the base's keys, when a
       layer has both; ascending, `S` for a query that must write nothing.
+    segment_BT: instead of a mask: queries and keys are the same tokens in
+      ascending order, of these segments.
+    kernel: see `kernels.choose`, static.
   """
 
   rotation: tuple[jax.Array, jax.Array]
-  mask_BTS: types.AttentionMask
+  mask_BTS: types.AttentionMask | None
   index_BT: jax.Array | None = None
+  segment_BT: types.Segments | None = None
+  kernel: str = struct.field(pytree_node=False, default="xla")
 
   def overlay(self, base: KV, fresh: KV) -> KV:
     """The base's keys with the queries' own fresh ones in their places, in a copy."""
     write = jax.vmap(lambda old, index, new: old.at[index].set(new, mode="drop"))
     return KV(write(base.k_BSKH, self.index_BT, fresh.k_BSKH), write(base.v_BSKH, self.index_BT, fresh.v_BSKH))
+
+
+def see(kernel: str, rotation: tuple[jax.Array, jax.Array], q_position_BT: types.Positions,
+        q_segment_BT: types.Segments, k_position_BS: jax.Array, k_segment_BS: jax.Array,
+        index_BT: jax.Array | None = None) -> KVView:
+  """The view of a pass, with a mask only where its kernel reads one.
+
+  Splash gives each query its key's segment: a token whose key is hidden (segment 0
+  among the keys) attends to the other hidden ones, and what it gives is to be dropped.
+  """
+  if kernel == "splash":
+    return KVView(rotation, None, index_BT, k_segment_BS, kernel)
+  return KVView(rotation, visible(q_position_BT, q_segment_BT, k_position_BS, k_segment_BS), index_BT, None, kernel)
 
 
 def visible(q_position_BT: types.Positions, q_segment_BT: types.Segments,

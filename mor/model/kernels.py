@@ -1,0 +1,163 @@
+"""Fused attention: which kernel a pass uses, and the kernels.
+
+  xla     scores and probabilities [B, N, T, S] in memory; any mask, any device
+  splash  TPU: blocks of queries against blocks of keys, later blocks skipped;
+          neither scores nor mask ever exist whole
+  cudnn   GPU, 16 bits: blocks too, under a mask [B, T, S]
+
+Splash knows masks that are causal by place and by segment. Routed tokens are
+gathered in ascending order, so "causal by original position" is causal by place
+for every pass whose queries and keys are the same tokens. Gathered queries
+against all keys (a sharing KV plan's later steps) are not, and run in XLA.
+
+Under a mesh a kernel runs on each device's rows (over those of `data`, `fsdp` that
+divide them) and heads (over `tensor` or `model`, if it divides them). It does not
+split the sequence: where the mesh does, "auto" is xla.
+
+Source: `jax.experimental.pallas.ops.tpu.splash_attention`, `jax.nn.dot_product_attention`.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.extend import backend as jax_backend
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
+
+from mor import config as config_lib
+from mor import types
+
+_MOST_BLOCK = 512  # tokens of a side of splash's blocks
+_LANES = 128  # what a block must be a multiple of
+_CUDNN_HEAD_DIM = 128  # older GPUs than Hopper take no more
+
+
+def platform() -> str:
+  """What the program is being lowered for: "cpu", "gpu", "tpu".
+
+  That of the devices of the mesh in `jax.set_mesh`, so that compiling ahead of
+  time for machines that are not here is right under it; without a mesh, the
+  default backend's.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = jax.default_backend() if device is None else device.platform
+  return "gpu" if name in ("cuda", "rocm") else name
+
+
+def choose(config: config_lib.ModelConfig, in_order: bool) -> str:
+  """The kernel of a pass: "xla", "splash" or "cudnn", decided while tracing.
+
+  Args:
+    config: its `attention` names one, or is "auto".
+    in_order: queries and keys are the same tokens, in ascending order.
+
+  Raises:
+    ValueError: the kernel that it names does not run on this platform.
+  """
+  name, where = config.attention, platform()
+  if name == "auto":
+    if where == "tpu" and in_order and config.head_dim % 8 == 0 and _size("sequence") == 1:
+      return "splash"
+    fits = config.compute_dtype == "bfloat16" and config.head_dim % 8 == 0 and config.head_dim <= _CUDNN_HEAD_DIM
+    return "cudnn" if where == "gpu" and fits and _size("sequence") == 1 and _has_cuda() else "xla"
+  if name == "cudnn":
+    if where != "gpu" or not _has_cuda():
+      raise ValueError(f"model.attention='cudnn' on {where}: cuDNN needs an NVIDIA GPU; use 'auto' or 'xla'")
+    if config.compute_dtype != "bfloat16":
+      raise ValueError(f"model.attention='cudnn' with model.compute_dtype={config.compute_dtype!r}; use 'bfloat16', "
+                       "or model.attention='xla'")
+  if name == "splash":
+    if where == "gpu":
+      raise ValueError("model.attention='splash' on gpu: it is a TPU kernel; use 'auto', 'cudnn' or 'xla'")
+    return "splash" if in_order else "xla"
+  return name
+
+
+def splash(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys,
+           segment_BS: types.Segments) -> types.Queries:
+  """Causal attention within segments; on a CPU interpreted, for tests.
+
+  The sequence is padded to whole blocks by tokens of segment 0. As those of
+  segment 0 see each other, no query is without a key (splash's gradient would be
+  wrong there), and what they give means nothing: the caller drops it.
+
+  Args:
+    segment_BS: of queries and keys; 0 is padding, or a token that is hidden.
+  """
+  block, length = _blocks(q_BTNH.shape[1])
+
+  def attend(q_BTNH, k_BSKH, v_BSKH, segment_BS):
+    q_BTNH = (q_BTNH.astype(jnp.float32) * q_BTNH.shape[-1]**-0.5).astype(q_BTNH.dtype)
+    heads_first = lambda x_BTNH: jnp.swapaxes(_pad(x_BTNH, length), 1, 2)
+    row = _splash(q_BTNH.shape[2], block, length)
+    out_BNTH = jax.vmap(row)(*map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), _pad(segment_BS, length))
+    return jnp.swapaxes(out_BNTH, 1, 2)[:, :q_BTNH.shape[1]]
+
+  with jax.named_scope("splash"):
+    return _on_each_device(attend, q_BTNH, k_BSKH, v_BSKH, segment_BS)
+
+
+def cudnn(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys, mask_BTS: types.AttentionMask,
+          implementation: str = "cudnn") -> types.Queries:
+  """Attention under any mask; odd lengths are padded, as cuDNN's gradient takes even ones."""
+  even = lambda x: _pad(x, x.shape[1] + x.shape[1] % 2)
+
+  def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+    mask_BTS = jnp.swapaxes(even(jnp.swapaxes(even(mask_BTS), 1, 2)), 1, 2)
+    out_BTNH = jax.nn.dot_product_attention(
+        even(q_BTNH), even(k_BSKH), even(v_BSKH), mask=mask_BTS[:, None], implementation=implementation)
+    return out_BTNH[:, :q_BTNH.shape[1]]
+
+  with jax.named_scope("cudnn"):
+    return _on_each_device(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+def _blocks(seq_len: int) -> tuple[int, int]:
+  """Side of a block, and the length that whole blocks of it cover: the fewest, of equal sides."""
+  count = -(-seq_len // _MOST_BLOCK)
+  block = -(-seq_len // (count * _LANES)) * _LANES
+  return block, count * block
+
+
+def _pad(x, length: int):
+  """Zeros after the second axis, up to `length`."""
+  return jnp.pad(x, [(0, length - x.shape[1]) if axis == 1 else (0, 0) for axis in range(x.ndim)])
+
+
+def _splash(num_heads: int, block: int, length: int) -> Callable:
+  """The kernel of one row. Imported here: others need neither the time that takes, nor that jax still has it."""
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  sides = splash_attention.BlockSizes(
+      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block)
+  mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * num_heads)
+  kernel = splash_attention.make_splash_mha(
+      mask, block_sizes=sides, head_shards=1, q_seq_shards=1, interpret=platform() != "tpu")
+  return lambda q_NTH, k_KSH, v_KSH, segment_S: kernel(
+      q_NTH, k_KSH, v_KSH, splash_attention.SegmentIds(q=segment_S, kv=segment_S))
+
+
+def _on_each_device(attend: Callable, q_BTNH, k_BSKH, v_BSKH, by_row) -> types.Queries:
+  """`attend` on the rows and heads of each device of the mesh, if there is one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+  if all(mesh.shape[name] == 1 for name in free):
+    return attend(q_BTNH, k_BSKH, v_BSKH, by_row)
+  rows, split = [], 1
+  for name in ("data", "fsdp"):
+    if name in free and q_BTNH.shape[0] % (split * mesh.shape[name]) == 0:
+      rows.append(name)
+      split *= mesh.shape[name]
+  rows = tuple(rows) or None
+  heads = next((name for name in ("tensor", "model") if name in free and k_BSKH.shape[2] % mesh.shape[name] == 0), None)
+  spec = P(rows, None, heads, None)
+  return jax.shard_map(attend, in_specs=(spec, spec, spec, P(rows)), out_specs=spec, axis_names=free, check_vma=False)(
+      q_BTNH, k_BSKH, v_BSKH, by_row)
+
+
+def _size(axis: str) -> int:
+  return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+
+
+def _has_cuda() -> bool:
+  return "cuda" in jax_backend.get_backend().platform_version
