@@ -118,10 +118,28 @@ def early_exit(record: dict) -> list[list[str]]:
            "confirmed a token", "tokens as full's", "nats a token", "SQuAD F1", "LAMBADA"], *rows]
 
 
+def compile_table(record: dict) -> list[list[str]]:
+  """Header and rows: a chip's memory, the collectives and the bound of a step, by model and slice."""
+  head = ["model", "slice", "chips", "GiB a chip (of)", "parameter gathers, GiB", "reductions, GiB", "step >=, s",
+          "MFU <=", "bound by"]
+  rows = []
+  for cell in record["cells"]:
+    moved = {kind: one["bytes"] / 2**30 for kind, one in cell["step"]["collectives"].items()}
+    bound = cell["bound"]
+    limit = max(("compute", "memory", "collectives"), key=lambda name: bound[f"{name}_seconds"])
+    rows.append([
+        cell["model"], cell["slice"], str(cell["chips"]),
+        f"{cell['step']['hbm_bytes']['total'] / 2**30:.1f} ({cell['hbm_of_a_chip'] / 2**30:.0f})",
+        f"{moved.get('all-gather', 0.0):.1f}",
+        f"{moved.get('reduce-scatter', 0.0) + moved.get('all-reduce', 0.0):.1f}",
+        f"{bound['step_seconds']:.2f}", f"{bound['mfu']:.2f}", limit])
+  return [head, *rows]
+
+
 FORMS: dict[str, Callable[[dict], list[list[str]]]] = {
     "quickstart": quickstart, "train_throughput": train_throughput, "decode_throughput": decode_throughput,
     "throughput_k2": throughput_k2, "formats": formats, "pretrained": pretrained, "uptraining": uptraining,
-    "early_exit": early_exit}
+    "early_exit": early_exit, "compile_table": compile_table}
 NOTES = {
     "quickstart": "{summary[params]:,.0f} parameters, {sizes[steps]} steps of {sizes[batch]} x {sizes[seq_len]} tokens "
                   "({summary[train_tokens]:,.0f} in all), mean depth {mean_depth:.2f} of {sizes[num_recursions]}.",
@@ -137,6 +155,8 @@ NOTES = {
                   "{sizes[learning_rate]}; the model itself is at {source_nll:.3f} on the same {sizes[eval_rows]} rows.",
     "early_exit": "{model}, exits after {sizes[after]}; {sizes[prompt_tokens]} prompt and {sizes[new_tokens]} new tokens, "
                   "medians of {sizes[rounds]} rounds in turn.",
+    "compile_table": "Whole steps of the paper's 1,024 x {sizes[seq_len]} tokens, parameters split over all chips of a "
+                     "slice, micro-batches of {sizes[rows_of_a_chip]} rows a chip, compiled for TPUs on",
     "throughput_k2": "Relaxed Recursive Transformers, Table K.2; {sizes[requests]} requests.",
 }
 

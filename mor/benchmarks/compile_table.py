@@ -1,0 +1,82 @@
+"""Compiles the paper's training steps for TPU slices, on any CPU.
+
+  python -m mor.benchmarks.compile_table --out=benchmarks/results/compile_tpu.json
+
+For every model and slice: what a chip holds, what it moves, and the bound of a step
+(`analysis/compiled.py`). Parameters and moments are split over all chips of a slice, a
+micro-batch is four rows a chip, and attention is the splash kernel. Cells that the file
+already has, of the same commit, are kept, so the command can be run again.
+"""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+from mor import config as config_lib
+from mor import sharding
+from mor.analysis import compiled
+from mor.benchmarks import results
+
+SLICES = {"v5e-16": "v5e:4x4", "v5e-256": "v5e:16x16", "v5p-64": "v5p:2x4x4", "v6e-64": "v6e:8x8"}  # v5p counts cores
+MODELS = ("vanilla-{}", "recursive-{}-r3", "mor-{}-r3")
+SIZES = ("135m", "360m", "730m", "1.7b")
+_ROWS = 4  # of a micro-batch on a chip
+
+
+def fields(model: str, num_chips: int) -> config_lib.Config:
+  """The paper's config of a model, cut for that many chips."""
+  from configs import paper  # pylint: disable=g-import-not-at-top
+  config = paper.get_config(model)
+  config.mesh.update(data=1, fsdp=num_chips)
+  config.train.accumulation = max(1, config.data.batch_size // (num_chips * _ROWS))
+  return config_lib.from_config_dict(config)
+
+
+def measure(model: str, slice_name: str) -> dict[str, Any]:
+  """One cell."""
+  found = compiled.devices(SLICES[slice_name])
+  config, peaks = fields(model, len(found)), compiled.chip(found[0])
+  mesh = sharding.make_mesh(config.mesh, found)
+  begun = time.perf_counter()
+  step = compiled.report(compiled.train_step(config, mesh))
+  return {"model": model, "slice": slice_name, "topology": SLICES[slice_name], "chips": mesh.size,
+          "device_kind": found[0].device_kind, "accumulation": config.train.accumulation,
+          "hbm_of_a_chip": peaks.memory, "fits": step["hbm_bytes"]["total"] <= peaks.memory, "step": step,
+          "bound": compiled.bound(config, peaks, mesh.size, step), "compile_seconds": time.perf_counter() - begun}
+
+
+def main(argv: list[str]) -> None:
+  """Command line."""
+  parser = results.Parser(prog="python -m mor.benchmarks.compile_table", description=__doc__.splitlines()[0])
+  parser.add_argument("--models", default=",".join(m.format(s) for s in SIZES for m in MODELS), help="of configs/paper.py")
+  parser.add_argument("--slices", default=",".join(SLICES), help=f"of {', '.join(SLICES)}")
+  parser.add_argument("--out", default="", help="JSON file; standard output where empty")
+  args = parser.parse_args(argv)
+  models, slices = args.models.split(","), args.slices.split(",")
+  for name in slices:
+    if name not in SLICES:
+      raise ValueError(f"--slices={args.slices}: no slice {name!r}; use {', '.join(SLICES)}")
+  record = results.header("compile_table", argv, "bfloat16", {"rows_of_a_chip": _ROWS, "seq_len": 2048})
+  record["cells"] = _kept(args.out, record["commit"])
+  have = {(cell["model"], cell["slice"]) for cell in record["cells"]}
+  for model, slice_name in ((m, s) for s in slices for m in models):
+    if (model, slice_name) in have:
+      continue
+    cell = measure(model, slice_name)
+    print(f"{model} on {slice_name}: {cell['step']['hbm_bytes']['total'] / 2**30:.2f} GiB, "
+          f"{cell['compile_seconds']:.0f} s", file=sys.stderr, flush=True)
+    record["cells"].append(cell)
+    results.write(record, args.out)
+
+
+def _kept(path: str, commit: str) -> list[dict[str, Any]]:
+  if not path or not pathlib.Path(path).is_file():
+    return []
+  record = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  return record["cells"] if record["commit"] == commit else []
+
+
+if __name__ == "__main__":
+  results.run(main)
