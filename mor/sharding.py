@@ -29,7 +29,8 @@ def make_mesh(config: config_lib.MeshConfig, devices: list | None = None) -> Mes
   """A `data` x `model` mesh over the first devices.
 
   Raises:
-    ValueError: the axes ask for more devices than there are, or -1 does not divide.
+    ValueError: the axes ask for more devices than there are, -1 does not divide, or a
+      process would have no part.
   """
   devices = jax.devices() if devices is None else devices
   sizes = {"data": config.data, "model": config.model}
@@ -38,6 +39,10 @@ def make_mesh(config: config_lib.MeshConfig, devices: list | None = None) -> Mes
     raise ValueError(f"mesh {sizes} does not fit {len(devices)} device(s); use axis sizes whose product divides it")
   sizes = {name: len(devices) // known if n == -1 else n for name, n in sizes.items()}
   count = math.prod(sizes.values())
+  idle = {device.process_index for device in devices} - {device.process_index for device in devices[:count]}
+  if idle:
+    raise ValueError(f"mesh {sizes} leaves process {min(idle)} without a device; use axis sizes whose product is "
+                     f"{len(devices)}, or fewer processes")
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 2, devices=devices[:count])
 
 

@@ -46,3 +46,12 @@ def test_mesh_takes_what_is_left():
 def test_mesh_that_does_not_fit_raises(data, model):
   with pytest.raises(ValueError, match="does not fit 8 device"):
     sharding.make_mesh(config_lib.MeshConfig(data=data, model=model))
+
+
+def test_a_mesh_without_a_process_is_refused():
+  class Device:
+    def __init__(self, process_index):
+      self.process_index = process_index
+
+  with pytest.raises(ValueError, match=r"leaves process 1 without a device; use axis sizes whose product is 4"):
+    sharding.make_mesh(config_lib.MeshConfig(data=2, model=1), [Device(0), Device(0), Device(1), Device(1)])

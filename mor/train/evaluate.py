@@ -17,7 +17,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec as P
 import numpy as np
 
 from mor import config as config_lib
@@ -94,7 +94,7 @@ def _sums(model: config_lib.ModelConfig, exits: tuple[int, ...], loss_block: int
   if "oracle" in keep:
     same_RBT = (keep["causal"] == keep["oracle"]) & valid_BT[None]
     sums["same"] = jnp.sum(same_RBT, axis=(1, 2))
-  return sums
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), sums)  # every process reads them
 
 
 def _add(total: dict[str, Any], sums: Mapping[str, jax.Array] | None) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 import signal
 import threading
 
+from mor import distributed
+
 
 class Stop:
   """While active, the first signal only sets `requested`; a second interrupts.
 
-  The loop asks after every step. Signals reach this process alone: on several
-  processes, send them to all between two steps, or rely on the checkpoints.
+  A signal reaches one process, and all stop at the same step: the loop asks `agreed`
+  after every step.
   """
 
   _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -16,6 +18,7 @@ class Stop:
   def __init__(self):
     self.requested = False
     self._before = {}
+    self._votes = distributed.Votes()
 
   def __enter__(self) -> "Stop":
     if threading.current_thread() is threading.main_thread():  # others may not set handlers
@@ -25,6 +28,10 @@ class Stop:
   def __exit__(self, *unused) -> None:
     for number, handler in self._before.items():
       signal.signal(number, handler)
+
+  def agreed(self) -> bool:
+    """Whether to stop after this step, the same in every process; ask once a step."""
+    return self._votes.ask(self.requested)
 
   def _handle(self, number: int, unused_frame) -> None:
     if self.requested:
