@@ -12,8 +12,6 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 # A process is given up after so long without a sign of life, and so long do the others wait
@@ -43,6 +41,8 @@ def initialize(mode: str = "off", coordinator: str | None = None, num_processes:
     return
   # Its handler of SIGTERM would swallow one that comes before ours (train/stop.py).
   jax.config.update("jax_enable_preemption_service", False)
+  # Two programs at once would mix up their collectives, which CPU devices match by order alone.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   try:
     jax.distributed.initialize(
         coordinator, num_processes, process_id, cluster_detection_method=None if mode == "auto" else "deactivate",
@@ -107,30 +107,6 @@ def barrier(name: str) -> None:
 def gather(tree: Any) -> Any:
   """Arrays that this process can read by itself, whole; all processes must ask."""
   return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
-
-
-class Votes:
-  """Whether any process has said True, asked once a step, without waiting.
-
-  With several processes the answer is that of the call before, which has come by now like
-  the metrics of the step before; so all get the same answer at the same call.
-  """
-
-  def __init__(self):
-    self._pending = None
-    if jax.process_count() > 1:
-      first = {device.process_index: device for device in reversed(jax.devices())}
-      mesh = Mesh(np.array([first[index] for index in sorted(first)]), ("process",))
-      self._given = NamedSharding(mesh, P("process"))
-      self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
-
-  def ask(self, mine: bool) -> bool:
-    """Gives this process's vote; every process must ask equally often."""
-    if jax.process_count() == 1:
-      return mine
-    before, self._pending = self._pending, self._any(
-        jax.make_array_from_process_local_data(self._given, np.array([mine])))
-    return before is not None and bool(before)
 
 
 def is_lost(error: BaseException | None) -> bool:

@@ -83,3 +83,9 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """This process's rows as global arrays split over `data`."""
   rows = NamedSharding(mesh, P("data"))
   return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
+
+
+def put_votes(mesh: Mesh, vote: bool) -> jax.Array:
+  """A vote of each process, on all its devices."""
+  sharding = NamedSharding(mesh, P(mesh.axis_names))
+  return jax.make_array_from_process_local_data(sharding, np.full(len(sharding.addressable_devices), vote))

@@ -36,9 +36,9 @@ def test_no_cluster_is_one_line(monkeypatch):
 def test_one_process_asks_nobody():
   distributed.initialize()
   assert not jax.distributed.is_initialized() and distributed.main() and distributed.who() == ""
-  votes, tree = distributed.Votes(), {"a": np.ones(2)}
+  tree = {"a": np.ones(2)}
   for mine in (False, True):
-    assert distributed.any_process(mine) == distributed.from_main(mine) == votes.ask(mine) == mine
+    assert distributed.any_process(mine) == distributed.from_main(mine) == mine
   assert distributed.gather(tree) is tree and distributed.abandon(3) == 3
   distributed.barrier("nobody")
   assert not distributed.is_lost(jax.errors.JaxRuntimeError("Connection closed")), "there is no other"

@@ -78,7 +78,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
     if teacher:
       shown.say(f"taught by {config.distill.teacher}, whose parameters take {teacher.num_bytes / 2**20:,.0f} MiB")
     evaluate = evaluator(config, mesh, corpus)
-    log = _Log(config, mesh, writer, shown, watchdog)
+    log = _Log(config, mesh, writer, shown, watchdog, stop)
     state, step = _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, log, stop)
   if step < config.train.steps:
     return Outcome(step, None, f"stopped at step {step} of {config.train.steps}, saved; "
@@ -110,7 +110,7 @@ def _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, l
   plan, step = config.train, start
   train_step = step_lib.make_train_step(config, mesh, teacher)
   rows = batches_lib.local_rows(mesh, config.data.batch_size)
-  make_batch = lambda step: sharding.put_batch(mesh, corpus.train.batch(step, rows))
+  make_batch = lambda step: stop.vote(mesh, sharding.put_batch(mesh, corpus.train.batch(step, rows)))
   with contextlib.closing(prefetch.prefetch(make_batch, start, plan.steps)) as batches:
     for batch in batches:
       state, values = train_step(state, batch, step)
@@ -140,8 +140,9 @@ class _Log:
   """Reads every step's metrics one step late, checks them, writes some."""
 
   def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh, writer: metrics_lib.Writer,
-               shown: progress.Progress, watchdog: watchdog_lib.Watchdog):
-    self._every, self._writer, self._shown, self._watchdog = config.train.log_every, writer, shown, watchdog
+               shown: progress.Progress, watchdog: watchdog_lib.Watchdog, stop: stop_lib.Stop):
+    self._every, self._writer, self._shown = config.train.log_every, writer, shown
+    self._watchdog, self._stop = watchdog, stop
     self._meter = metrics_lib.Throughput(
         config.data.batch_size * config.data.seq_len,
         flops.train_flops_per_token(config.model, config.data.seq_len), mesh.devices.flat[0].device_kind,
@@ -168,7 +169,7 @@ class _Log:
     self._shown.say(describe_eval(step, held_out))
 
   def _read(self, step: int, values: Mapping[str, jax.Array]) -> None:
-    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    values = self._stop.hear({k: float(v) for k, v in jax.device_get(values).items()})
     if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
       raise FloatingPointError(
           f"loss={values['loss']} and grad_norm={values['grad_norm']} at step {step}, so nothing was saved after "
