@@ -110,9 +110,13 @@ def gather(tree: Any) -> Any:
 
 
 def is_lost(error: BaseException | None) -> bool:
-  """Whether an error says that another process is gone, and not what is wrong with this one."""
-  return (isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
-          and "RESOURCE_EXHAUSTED" not in str(error))
+  """Whether an error, or one behind it, says that another process is gone, not what is wrong with this one."""
+  while error is not None:
+    text = str(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo " in text:  # a save meets Gloo's as a ValueError
+      return jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in text
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def shutdown() -> None:

@@ -208,13 +208,13 @@ def _main(argv: Sequence[str]) -> int:
     return distributed.abandon(STOPPED)
   except FloatingPointError as error:
     return distributed.abandon(_fail(error, DIVERGED))
-  except (ValueError, OSError) as error:
-    return distributed.abandon(_fail(error, WRONG))
-  except jax.errors.JaxRuntimeError as error:
-    if not distributed.is_lost(error):
+  except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+    if distributed.is_lost(error):
+      error = RuntimeError(f"another process of the run is gone; start all of them again ({str(error)[:200]})")
+      return distributed.abandon(_fail(error, LOST))
+    if isinstance(error, jax.errors.JaxRuntimeError):
       raise
-    return distributed.abandon(_fail(RuntimeError(
-        f"another process of the run is gone; start all of them again ({str(error).splitlines()[0][:200]})"), LOST))
+    return distributed.abandon(_fail(error, WRONG))
 
 
 def _join() -> None:

@@ -42,3 +42,12 @@ def test_one_process_asks_nobody():
   assert distributed.gather(tree) is tree and distributed.abandon(3) == 3
   distributed.barrier("nobody")
   assert not distributed.is_lost(jax.errors.JaxRuntimeError("Connection closed")), "there is no other"
+
+
+def test_an_error_behind_another_says_that_a_process_is_gone(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  wrapped = OSError("cannot save")
+  wrapped.__cause__ = ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+  assert distributed.is_lost(wrapped) and distributed.is_lost(jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"))
+  assert not distributed.is_lost(OSError("no space left")) and not distributed.is_lost(None)
+  assert not distributed.is_lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
