@@ -87,7 +87,9 @@ def get_config() -> ml_collections.ConfigDict:
       eval_every=250,  # steps
       eval_rows=64,  # 0 is all
       checkpoint_every=250,  # steps
-      keep_checkpoints=2,
+      keep_checkpoints=2,  # newest; where one is damaged, the run goes on from the one before
+      keep_every=0,  # steps; such checkpoints are kept for ever; 0 is none
+      step_timeout=0.0,  # seconds; a step that takes longer ends the process with status 76; 0 is off
       sample_prompt="The state of the Union is",
       sample_tokens=64,
   ))

@@ -6,13 +6,18 @@ restoring is the state plus one integer, on any number of processes.
 A save is written to a temporary directory in the background and renamed when
 complete, so a process killed at any moment leaves the previous checkpoint as
 the latest one. What such a save leaves behind is never read, and removed when
-the directory is opened for training again.
+the directory is opened for training again. A checkpoint that is damaged later (a
+disk that fails, a copy that was cut off) is set aside as STEP.damaged, and
+training goes on from the one before.
 """
 
+from collections.abc import Callable
 import contextlib
 import functools
+import itertools
 import json
 import os
+import sys
 from typing import Any
 
 from etils import epath
@@ -21,6 +26,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from mor import config as config_lib
+from mor import distributed
 from mor import paths
 
 # Fields that may differ between a checkpoint and the run that continues it:
@@ -28,19 +34,20 @@ from mor import paths
 # (train.steps is free as well where the learning rate does not depend on it.)
 FREE_FIELDS = frozenset((
     "data.cache_dir", "model.attention", "train.loss_block", "train.log_every", "train.eval_every", "train.eval_rows",
-    "train.checkpoint_every", "train.keep_checkpoints", "train.sample_prompt", "train.sample_tokens", "mesh.data",
-    "mesh.fsdp", "mesh.tensor", "mesh.sequence"))
+    "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.step_timeout",
+    "train.sample_prompt", "train.sample_tokens", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"))
 
 
 class Checkpoints:
   """The checkpoints of one workdir. Use as a context manager."""
 
-  def __init__(self, workdir: str | os.PathLike, keep: int = 1, read_only: bool = False):
-    """Opens `workdir`/checkpoints.
+  def __init__(self, workdir: str | os.PathLike, keep: int = 1, keep_every: int = 0, read_only: bool = False):
+    """Opens `workdir`/checkpoints; for training, all processes of the run must.
 
     Args:
-      workdir: directory of the run; created by the first save.
+      workdir: directory of the run, the same for all processes; created by the first save.
       keep: newest checkpoints that a save leaves.
+      keep_every: also leaves those of every so many steps; 0 leaves no others.
       read_only: True never removes anything, for readers beside a running run.
     """
     self.directory = paths.directory(workdir) / "checkpoints"
@@ -48,35 +55,35 @@ class Checkpoints:
     if not read_only:
       with _one_line(f"cannot write {self.directory}", "give a --workdir that you may write", errors=OSError):
         self.directory.mkdir(parents=True, exist_ok=True)
-      self._manager = ocp.CheckpointManager(
-          self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True))
+      self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+          max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True))
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, kind, *unused) -> None:
+  def __exit__(self, kind, error, *unused) -> None:
     if kind is None:
       self.close()
-    else:  # the error on its way out says more than a second one of this save
+    elif not distributed.is_lost(error):  # without all processes a save is never complete
+      # The error on its way out says more than a second one of this save.
       with contextlib.suppress(OSError):
         self.close()
 
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint, None where there is none."""
-    if not self.directory.is_dir():
-      return None
-    return max(ocp.utils.checkpoint_steps(self.directory), default=None)
+    return max(self._steps(), default=None)
 
   def config(self) -> config_lib.Config:
     """The config that the newest checkpoint was written with."""
-    return config_lib.from_dict(self._meta()["config"])
+    return config_lib.from_dict(self._meta(self.latest_step())["config"])
 
   def check(self, config: config_lib.Config) -> None:
-    """Raises ValueError where `config` cannot continue the newest checkpoint."""
-    step = self.latest_step()
-    if step is None:
+    """Raises ValueError where `config` cannot continue the newest checkpoint that says what it is."""
+    found = self._newest(self._meta)
+    if found is None:
       return
-    old, new = _flatten(self._meta()["config"]), _flatten(config_lib.to_dict(config))
+    step, meta = found
+    old, new = _flatten(meta["config"]), _flatten(config_lib.to_dict(config))
     free = FREE_FIELDS | ({"train.steps"} if config.optim.schedule == "constant" else frozenset())
     differing = sorted(k for k in old.keys() | new.keys() if k not in free and old.get(k) != new.get(k))
     if differing:
@@ -91,25 +98,39 @@ class Checkpoints:
   def restore(self, target: Any, partial: bool = False) -> Any:
     """The newest state, placed as `target` says.
 
+    For training, a checkpoint that any process finds damaged is set aside, and the one
+    before is the newest; a reader changes nothing, and raises.
+
     Args:
       target: a tree of arrays or `jax.ShapeDtypeStruct`s with shardings.
       partial: True reads the target's arrays and leaves the others.
 
     Raises:
-      OSError: the checkpoint is damaged.
+      OSError: the checkpoint is damaged, and there is none before.
       ValueError: its arrays differ from the target's in name, shape or type.
     """
-    path = self._latest() / "state"
+    read = lambda step: self._read(step, target, partial)
+    if self._manager is None:
+      return read(self.latest_step())
+    newest = self.latest_step()
+    step, state = self._newest(read, together=True)
+    if step != newest:
+      self._set_aside([other for other in self._steps() if other > step], step)
+    return state
+
+  def _read(self, step: int, target: Any, partial: bool) -> Any:
+    path = self._path(step) / "state"
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _to_plain(target))
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-      with self._reading():
+      with self._reading(step):
         stored = handler.metadata(path)
       if partial:
         stored = {name: tree for name, tree in stored.items() if name in abstract}
-      _check_types(stored, abstract, self._latest())  # orbax would cast without a word
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler, self._reading():
+      _check_types(stored, abstract, self._path(step))  # orbax would cast without a word
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler, self._reading(step):
       plain = handler.restore(path, args=ocp.args.PyTreeRestore(
           abstract, ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial))
+      jax.block_until_ready(plain)
     arrays = _by_path(plain)
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in _by_path(target)])
 
@@ -138,16 +159,53 @@ class Checkpoints:
       with self._saving():
         self._manager.close()
 
-  def _latest(self) -> epath.Path:
-    return self.directory / str(self.latest_step())
+  def _steps(self) -> list[int]:
+    return sorted(ocp.utils.checkpoint_steps(self.directory)) if self.directory.is_dir() else []
 
-  def _meta(self) -> dict[str, Any]:
-    with self._reading():
-      meta = json.loads((self._latest() / "meta" / "metadata").read_text(encoding="utf-8"))
+  def _path(self, step: int) -> epath.Path:
+    return self.directory / str(step)
+
+  def _newest(self, read: Callable[[int], Any], together: bool = False) -> tuple[int, Any] | None:
+    """The newest step that `read` does not find damaged, and what it reads; None where there is no step.
+
+    Args:
+      read: from the step; raises OSError where it is damaged.
+      together: asks that no process finds it damaged.
+    """
+    first = None
+    for step in reversed(self._steps()):
+      error = None
+      try:
+        found = read(step)
+      except OSError as caught:
+        error = caught
+      if not (distributed.any_process(error is not None) if together else error):
+        return step, found
+      first = first or error or OSError(f"another process cannot read the checkpoint {self._path(step)}")
+    if first:
+      raise first
+    return None
+
+  def _set_aside(self, damaged: list[int], step: int) -> None:
+    """Renames checkpoints that cannot be read, so that their steps can be saved again."""
+    for other in damaged if distributed.main() else ():
+      path = self._path(other)
+      names = itertools.chain([f"{other}.damaged"], (f"{other}.damaged-{n}" for n in itertools.count(2)))
+      aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+      with _one_line(f"cannot rename the damaged checkpoint {path}", "remove it", errors=OSError):
+        path.rename(aside)
+      print(f"warning: the checkpoint {path} is damaged and kept as {aside.name}; going on from the one before, "
+            f"{self._path(step)}", file=sys.stderr, flush=True)
+    distributed.barrier("damaged checkpoints are set aside")
+    self._manager.reload()
+
+  def _meta(self, step: int) -> dict[str, Any]:
+    with self._reading(step):
+      meta = json.loads((self._path(step) / "meta" / "metadata").read_text(encoding="utf-8"))
       return {**meta, "config": config_lib.upgrade(meta["config"])}
 
-  def _reading(self):
-    return _one_line(f"cannot read the checkpoint {self._latest()}",
+  def _reading(self, step: int):
+    return _one_line(f"cannot read the checkpoint {self._path(step)}",
                      "remove that directory to resume from the one before")
 
   def _saving(self):
@@ -162,6 +220,8 @@ def _one_line(what: str, remedy: str, errors: type[Exception] = Exception):
   try:
     yield
   except errors as error:
+    if distributed.is_lost(error):
+      raise
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = "no space left on the device" if "No space left" in lines[0] else lines[0][:200]
     raise OSError(f"{what}: {reason}; {remedy}") from error

@@ -34,6 +34,8 @@ _ADDED = {
     "model.lora": dict(q=0, k=0, v=0, o=0, gate=0, up=0, down=0),
     "mesh.fsdp": 1,
     "mesh.sequence": 1,
+    "train.keep_every": 0,
+    "train.step_timeout": 0.0,
 }
 
 
@@ -100,7 +102,9 @@ class TrainConfig:
   eval_every: int  # steps; the last step always evaluates
   eval_rows: int  # held-out rows an evaluation reads at most; 0 reads all
   checkpoint_every: int  # steps; the last step always saves
-  keep_checkpoints: int
+  keep_checkpoints: int  # newest ones; with 2 or more, a damaged one loses no more than `checkpoint_every` steps
+  keep_every: int  # steps; checkpoints of their multiples are kept for ever; 0 keeps none
+  step_timeout: float  # seconds; a step that takes longer ends the process (train/watchdog.py); 0 is off
   sample_prompt: str  # continued and coloured by depth at the end; "" is off
   sample_tokens: int
 
@@ -108,7 +112,7 @@ class TrainConfig:
     for field in ("steps", "accumulation", "loss_block", "log_every", "eval_every", "checkpoint_every",
                   "keep_checkpoints"):
       _require(getattr(self, field) >= 1, f"train.{field}={getattr(self, field)}", "use a value >= 1")
-    for field in ("eval_rows", "sample_tokens"):
+    for field in ("eval_rows", "sample_tokens", "keep_every", "step_timeout"):
       _require(getattr(self, field) >= 0, f"train.{field}={getattr(self, field)}", "use a value >= 0")
 
 

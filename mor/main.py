@@ -10,9 +10,16 @@ PyTorch; `info` prints the size and cost of a config as a JSON object; `study` t
 and compares the models that a file such as configs/study_cpu.py lists. `generate`
 takes the config from the workdir, and so does `eval` where none is given.
 
+`train` and `eval` run on several machines: the same command on each, with
+--distributed=auto (TPU pod, SLURM, Kubernetes, Open MPI), or with --coordinator,
+--num_processes and --process_id. The workdir is one directory that all of them see.
+
 Exit status: 0 done; 2 something given is wrong (one prompt of a file will do), or
 the disk is full; 1 training diverged; 75 (EX_TEMPFAIL) stopped by SIGINT or SIGTERM,
-and the same command goes on. Errors are one line; MOR_TRACEBACK=1 shows where they come from.
+and the same command goes on; 76 a step hung (train.step_timeout) or another process is
+gone, and the same command, for all processes, goes on from the newest checkpoint. jax may
+end a process whose coordinator is gone with SIGABRT first. Errors are one line;
+MOR_TRACEBACK=1 shows where they come from.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +37,7 @@ from ml_collections import config_flags
 
 from mor import checkpoint
 from mor import config as config_lib
+from mor import distributed
 from mor import sharding
 from mor.analysis import compiled
 from mor.analysis import info
@@ -42,8 +50,9 @@ from mor.inference import model as model_lib
 from mor.train import evaluate
 from mor.train import loop
 from mor.train import step as step_lib
+from mor.train import watchdog
 
-STOPPED, WRONG, DIVERGED = 75, 2, 1
+STOPPED, WRONG, DIVERGED, LOST = 75, 2, 1, watchdog.HUNG
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py; see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
@@ -58,6 +67,12 @@ _TARGET = flags.DEFINE_enum(
     "target", "hf", list(conversion.TARGETS), "export: hf is any model, with code of its own; llama a plain one, unrolled.")
 _OUTPUT = flags.DEFINE_string("output", None, "export: folder to create.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "export: of the weights.")
+_PROCESSES = {  # see mor/distributed.py
+    "mode": flags.DEFINE_enum("distributed", "off", ["off", "auto"], "train, eval: auto asks the cluster for the rest."),
+    "coordinator": flags.DEFINE_string("coordinator", None, "train, eval: HOST:PORT of process 0 that all reach."),
+    "num_processes": flags.DEFINE_integer("num_processes", None, "train, eval: processes of the run."),
+    "process_id": flags.DEFINE_integer("process_id", None, "train, eval: which of them this is, from 0."),
+}
 _OPTIONS = {  # of a request; see mor/inference/request.py and sampling.py
     "max_tokens": flags.DEFINE_integer("max_tokens", 64, "generate: new tokens at most."),
     "temperature": flags.DEFINE_float("temperature", 0.8, "generate: 0 takes the most likely token."),
@@ -88,7 +103,8 @@ _EXITS = {  # see mor/inference/exits.py
 
 def _train() -> int:
   outcome = loop.train(_config("train"), _workdir("train"))
-  print(outcome.text, flush=True)
+  if distributed.main():
+    print(outcome.text, flush=True)
   return 0 if outcome.summary is not None else STOPPED
 
 
@@ -96,8 +112,9 @@ def _eval() -> int:
   config, state, step, mesh = _restore("eval")
   corpus = text.load(config.data, config.model.vocab_size)
   figures = loop.evaluator(config, mesh, corpus)(state)
-  compressors = evaluate.compressed_bits_per_byte(corpus.validation_text())
-  print(json.dumps({"step": step, **figures, **compressors}))
+  if distributed.main():
+    compressors = evaluate.compressed_bits_per_byte(corpus.validation_text())
+    print(json.dumps({"step": step, **figures, **compressors}))
   return 0
 
 
@@ -191,21 +208,38 @@ def _main(argv: Sequence[str]) -> int:
   try:
     if argv[1:]:
       raise ValueError(f"unexpected argument {argv[1]!r}; every option is --name=value")
-    return MODES[_MODE.value]()
+    _join()
+    status = MODES[_MODE.value]()
+    distributed.shutdown()
+    return status
   except KeyboardInterrupt:
     print("interrupted; run the same command to go on", file=sys.stderr)
-    return STOPPED
+    return distributed.abandon(STOPPED)
   except FloatingPointError as error:
-    return _fail(error, DIVERGED)
-  except (ValueError, OSError) as error:
-    return _fail(error, WRONG)
+    return distributed.abandon(_fail(error, DIVERGED))
+  except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+    if distributed.is_lost(error):
+      error = RuntimeError(f"another process of the run is gone; start all of them again ({str(error)[:200]})")
+      return distributed.abandon(_fail(error, LOST))
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      raise
+    return distributed.abandon(_fail(error, WRONG))
+
+
+def _join() -> None:
+  given = {name: flag.value for name, flag in _PROCESSES.items()}
+  alone = given == dict.fromkeys(given) | {"mode": "off"}
+  if not alone and _MODE.value not in ("train", "eval"):
+    raise ValueError(f"--mode={_MODE.value} runs in one process; leave out --distributed, --coordinator, "
+                     "--num_processes and --process_id")
+  distributed.initialize(**given)
 
 
 def _fail(error: Exception, status: int) -> int:
   if os.environ.get("MOR_TRACEBACK"):
     raise error
   lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-  print(f"error: {lines[0]}", file=sys.stderr)
+  print(f"error{distributed.who()}: {lines[0]}", file=sys.stderr)
   return status
 
 

@@ -44,7 +44,8 @@ def make_mesh(config: config_lib.MeshConfig, devices: list | None = None) -> Mes
   """A mesh of `AXES` over the first devices.
 
   Raises:
-    ValueError: the axes ask for more devices than there are, or -1 does not divide.
+    ValueError: the axes ask for more devices than there are, -1 does not divide, or a
+      process would have no part.
   """
   devices = jax.devices() if devices is None else devices
   sizes = {name: getattr(config, name) for name in AXES}
@@ -53,6 +54,10 @@ def make_mesh(config: config_lib.MeshConfig, devices: list | None = None) -> Mes
     raise ValueError(f"mesh {sizes} does not fit {len(devices)} device(s); use axis sizes whose product divides it")
   sizes = {name: len(devices) // known if n == -1 else n for name, n in sizes.items()}
   count = math.prod(sizes.values())
+  idle = {device.process_index for device in devices} - {device.process_index for device in devices[:count]}
+  if idle:
+    raise ValueError(f"mesh {sizes} leaves process {min(idle)} without a device; use axis sizes whose product is "
+                     f"{len(devices)}, or fewer processes")
   return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
@@ -98,6 +103,12 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """This process's rows as global arrays split over `ROWS`."""
   rows = NamedSharding(mesh, P(ROWS))
   return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
+
+
+def put_votes(mesh: Mesh, vote: bool) -> jax.Array:
+  """A vote of each process, on all its devices."""
+  sharding = NamedSharding(mesh, P(mesh.axis_names))
+  return jax.make_array_from_process_local_data(sharding, np.full(len(sharding.addressable_devices), vote))
 
 
 def by_rows(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Callable:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -147,15 +148,67 @@ def test_an_unfinished_save_is_ignored_and_removed(tmp_path):
   assert not left.exists()
 
 
-def test_a_damaged_checkpoint_names_its_directory(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, make_state(1), tiny.config())
-  for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+def damage(directory):
+  """Cuts every file of the arrays in half."""
+  for path in (directory / "state").rglob("*"):
     if path.is_file():
       os.truncate(path, path.stat().st_size // 2)
-  with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_damaged_checkpoint_without_one_before_names_its_directory(read_only, tmp_path):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, make_state(1), tiny.config())
+  damage(tmp_path / "checkpoints" / "1")
+  with checkpoint.Checkpoints(tmp_path, read_only=read_only) as checkpoints:
     with pytest.raises(OSError, match="cannot read the checkpoint .*/checkpoints/1: .*remove that directory"):
       checkpoints.restore(make_state(0))
+  assert (tmp_path / "checkpoints" / "1").exists()
+
+
+def partial(directory):
+  shutil.rmtree(directory / "state")
+
+
+def without_meta(directory):
+  (directory / "meta" / "metadata").write_text("{")
+  shutil.rmtree(directory / "state")
+
+
+@pytest.mark.parametrize("harm", [damage, partial, without_meta])
+def test_training_goes_on_before_damaged_checkpoints(harm, tmp_path, capsys):
+  directory = tmp_path / "checkpoints"
+  with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(step, make_state(step), tiny.config())
+  for step in (2, 3):
+    harm(directory / str(step))
+  with checkpoint.Checkpoints(tmp_path, read_only=True) as reader:
+    with pytest.raises(OSError, match="/checkpoints/3: "):
+      reader.restore(make_state(0))
+    reader.check(tiny.config())
+    with pytest.raises(ValueError, match="another config"):
+      reader.check(tiny.config(seed=7))
+  with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
+    assert equal(checkpoints.restore(make_state(0)), make_state(1)) and checkpoints.latest_step() == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if f"{directory}/3 is damaged and kept as 3.damaged" in line and
+            line.endswith(f"the one before, {directory}/1")] and len(said) == 2
+    checkpoints.save(3, make_state(33), tiny.config())
+    checkpoints.wait()
+    assert equal(checkpoints.restore(make_state(0)), make_state(33))
+  assert sorted(path.name for path in directory.iterdir()) == ["1", "2.damaged", "3", "3.damaged"]
+  harm(directory / "3")
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert equal(checkpoints.restore(make_state(0)), make_state(1))
+  assert (directory / "3.damaged-2").is_dir()
+
+
+def test_chosen_steps_are_kept_for_ever(tmp_path):
+  with checkpoint.Checkpoints(tmp_path, keep=1, keep_every=3) as checkpoints:
+    for step in range(1, 8):
+      checkpoints.save(step, make_state(step), tiny.config())
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "7"]
 
 
 def test_an_empty_workdir_has_no_checkpoint_and_is_not_created(tmp_path):

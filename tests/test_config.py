@@ -65,6 +65,8 @@ BAD = [  # overrides, words of the message: what, value, remedy
     (dict(optim=dict(clip_norm=-1.0)), ["optim.clip_norm=-1.0", "0 for off"]),
     (dict(train=dict(steps=0)), ["train.steps=0", ">= 1"]),
     (dict(train=dict(eval_rows=-1)), ["train.eval_rows=-1", ">= 0"]),
+    (dict(train=dict(keep_every=-1)), ["train.keep_every=-1", ">= 0"]),
+    (dict(train=dict(step_timeout=-0.5)), ["train.step_timeout=-0.5", ">= 0"]),
     (dict(train=dict(accumulation=3)), ["data.batch_size=4", "train.accumulation=3", "3 or 6"]),
     (dict(mesh=dict(data=-1, tensor=-1)), ["mesh", "data=-1, fsdp=1, tensor=-1", "one axis"]),
     (dict(mesh=dict(data=0)), ["mesh", "data=0", ">= 1"]),

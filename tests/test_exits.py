@@ -19,7 +19,7 @@ PLAIN = dict(tiny.VANILLA, num_layers=6)
 
 
 def make(exit=None, **model):
-  return tiny.config(model=model, exit=exit or {}, mesh=dict(data=1, model=1))
+  return tiny.config(model=model, exit=exit or {}, mesh=dict(data=1))
 
 
 def random_batch(config):

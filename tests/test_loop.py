@@ -17,6 +17,7 @@ from mor.train import metrics
 from mor.train import progress
 from mor.train import step as step_lib
 from mor.train import stop as stop_lib
+from mor.train import watchdog
 from tests import tiny
 
 
@@ -126,7 +127,8 @@ def test_metrics_are_read_one_step_late(make_config, tmp_path, monkeypatch):
   monkeypatch.setattr(loop._Log, "_read", lambda log, step, values: read.append(step))
   config = make_config()
   with metrics.Writer(tmp_path, 0) as writer:
-    log = loop._Log(config, sharding.make_mesh(config.mesh), writer, progress.Progress(0, 5))
+    log = loop._Log(config, sharding.make_mesh(config.mesh), writer, progress.Progress(0, 5), watchdog.Watchdog(0),
+                    stop_lib.Stop())
     log.put(1, {})
     assert read == []
     log.put(2, {})

@@ -64,6 +64,9 @@ def tiny_run(tmp_path_factory):
     (["--mode=info", BASE, "--config.model.num_layers=9"], "model.num_layers=9 does not fit middle_cycle"),
     (["--mode=info", BASE, "--config.model.router.capacity=(1.0,0.5)"], "has 2 entries for 3 recursions; give 3"),
     (["--mode=info", BASE, "--budget=-1"], "budget=-1"),
+    (["--mode=info", BASE, "--distributed=auto"], "--mode=info runs in one process; leave out --distributed"),
+    ([BASE, "--workdir=.", "--process_id=0"], "--process_id=0 without --coordinator and --num_processes; give all"),
+    ([BASE, "--workdir=.", "--distributed=on"], "--distributed=on: value should be one of <off|auto>"),
     (["--mode=info", BASE, "--budget=much"], "--budget=much: could not convert string to float"),
 ])
 def test_a_mistake_is_one_line(argv, said, capsys):

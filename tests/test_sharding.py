@@ -87,3 +87,12 @@ def test_a_shared_stack_is_gathered_once_for_all_recursions():
   recursive = of_layers(compile_step(dict(num_recursions=3), **mesh))
   vanilla = of_layers(compile_step(tiny.VANILLA, **mesh))
   assert recursive / vanilla == pytest.approx(1 / 3)
+
+
+def test_a_mesh_without_a_process_is_refused():
+  class Device:
+    def __init__(self, process_index):
+      self.process_index = process_index
+
+  with pytest.raises(ValueError, match=r"leaves process 1 without a device; use axis sizes whose product is 4"):
+    sharding.make_mesh(config_lib.MeshConfig(data=2, fsdp=1, tensor=1, sequence=1), [Device(0), Device(0), Device(1), Device(1)])

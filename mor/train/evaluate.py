@@ -104,7 +104,7 @@ def _local_sums(config, params, balance, num_bytes_V, batch):
   if "oracle" in keep:
     same_RBT = (keep["causal"] == keep["oracle"]) & valid_BT[None]
     sums["same"] = jnp.sum(same_RBT, axis=(1, 2))
-  return sums
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), sums)  # every process reads them
 
 
 def _add(total: dict[str, Any], sums: Mapping[str, jax.Array] | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from mor import config as config_lib
+from mor import distributed
 from mor.analysis import colour
 from mor.analysis import report
 from mor.analysis import traces
@@ -22,6 +23,9 @@ def finish(config: config_lib.Config, workdir: str | os.PathLike, corpus: Any,
            evaluate: Callable[[], dict[str, float]], params: dict, balance: dict) -> tuple[dict[str, float], str]:
   """Writes the report; returns the final figures and the text to print.
 
+  Process 0 does so alone, with the parameters whole in its memory; the others take part
+  in the evaluation, hand over their parts, and return the held-out figures and no text.
+
   Args:
     config: the experiment.
     workdir: of the run.
@@ -30,10 +34,13 @@ def finish(config: config_lib.Config, workdir: str | os.PathLike, corpus: Any,
     params: trained.
     balance: token-choice's loss-free bias, or {}.
   """
-  rows = metrics_lib.read(workdir)
+  rows = metrics_lib.read(workdir) if distributed.main() else []
   held_out = _last_evaluation(rows, config.train.steps)
-  if held_out is None:  # the metrics of a finished run were removed
+  if distributed.from_main(held_out is None):  # the metrics of a finished run were removed
     held_out = evaluate()
+  params, balance = distributed.gather((params, balance))
+  if not distributed.main():
+    return held_out or {}, ""
   summary = summarize(config, rows, held_out, corpus.validation_text(), params)
   variables = {"params": params, "balance": balance}
   parts, depths = held_out_depths(config, variables, corpus)
@@ -41,9 +48,8 @@ def finish(config: config_lib.Config, workdir: str | os.PathLike, corpus: Any,
   if config.train.sample_prompt and config.train.sample_tokens:
     lines += ["", sample(config, variables, corpus.tokenizer, config.train.sample_prompt, config.train.sample_tokens,
                          SAMPLE_TEMPERATURE, config.seed)]
-  if jax.process_index() == 0:
-    page = report.write(workdir, config, metrics_lib.read(workdir), summary, parts, depths)
-    lines += ["", f"report: {page}"]
+  page = report.write(workdir, config, metrics_lib.read(workdir), summary, parts, depths)
+  lines += ["", f"report: {page}"]
   return summary, "\n".join(lines)
 
 

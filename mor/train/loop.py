@@ -19,6 +19,7 @@ import jax
 
 from mor import checkpoint
 from mor import config as config_lib
+from mor import distributed
 from mor import sharding
 from mor.analysis import flops
 from mor.data import prefetch
@@ -30,6 +31,7 @@ from mor.train import metrics as metrics_lib
 from mor.train import progress
 from mor.train import step as step_lib
 from mor.train import stop as stop_lib
+from mor.train import watchdog as watchdog_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +67,19 @@ def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(stop_lib.Stop())
     corpus = text.load(config.data, config.model.vocab_size)
-    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, config.train.keep_checkpoints))
+    checkpoints = stack.enter_context(
+        checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every))
     state, start = restore_or_init(config, mesh, checkpoints)
-    main = jax.process_index() == 0
+    main = distributed.main()
     writer = stack.enter_context(metrics_lib.Writer(workdir, start, enabled=main))
     shown = stack.enter_context(progress.Progress(start, config.train.steps, enabled=main))
+    watchdog = stack.enter_context(watchdog_lib.Watchdog(config.train.step_timeout, start))
     shown.say(f"resuming at step {start}" if start else f"starting in {workdir}")
     if teacher:
       shown.say(f"taught by {config.distill.teacher}, whose parameters take {teacher.num_bytes / 2**20:,.0f} MiB")
     evaluate = evaluator(config, mesh, corpus)
-    state, step = _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, writer, shown, stop)
+    log = _Log(config, mesh, writer, shown, watchdog, stop)
+    state, step = _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, log, stop)
   if step < config.train.steps:
     return Outcome(step, None, f"stopped at step {step} of {config.train.steps}, saved; "
                    "run the same command to go on")
@@ -84,12 +89,12 @@ def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
 def restore_or_init(config: config_lib.Config, mesh: jax.sharding.Mesh,
                     checkpoints: checkpoint.Checkpoints) -> tuple[step_lib.TrainState, int]:
   """The newest checkpoint's state, or a fresh one, and its step."""
-  start = checkpoints.latest_step()
-  if start is None:
+  if checkpoints.latest_step() is None:
     return step_lib.init_state(config, mesh), 0
   shapes, shardings = step_lib.state_shapes(config), step_lib.state_shardings(config, mesh)
   target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-  return checkpoints.restore(target), start
+  state = checkpoints.restore(target)
+  return state, checkpoints.latest_step()  # which restoring may have changed
 
 
 def evaluator(config: config_lib.Config, mesh: jax.sharding.Mesh,
@@ -100,29 +105,26 @@ def evaluator(config: config_lib.Config, mesh: jax.sharding.Mesh,
       config.data.batch_size, config.train.eval_rows))
 
 
-def _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, writer, shown, stop):
+def _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, log, stop):
   """The loop itself; returns the state and the number of finished steps."""
   plan, step = config.train, start
   train_step = step_lib.make_train_step(config, mesh, teacher)
-  log = _Log(config, mesh, writer, shown)
   rows = batches_lib.local_rows(mesh, config.data.batch_size)
-  make_batch = lambda step: sharding.put_batch(mesh, corpus.train.batch(step, rows))
+  make_batch = lambda step: stop.vote(mesh, sharding.put_batch(mesh, corpus.train.batch(step, rows)))
   with contextlib.closing(prefetch.prefetch(make_batch, start, plan.steps)) as batches:
     for batch in batches:
       state, values = train_step(state, batch, step)
       step += 1
       log.put(step, values)
-      last = step == plan.steps
+      last, stopping = step == plan.steps, stop.agreed()
       if last or step % plan.eval_every == 0:
         log.flush()
-        held_out = evaluate(state)
-        writer.write(step, "eval", held_out)
-        shown.say(describe_eval(step, held_out))
-      if last or stop.requested or step % plan.checkpoint_every == 0:
+        log.evaluated(step, evaluate(state))
+      if last or stopping or step % plan.checkpoint_every == 0:
         log.flush()
         writer.copy()
         checkpoints.save(step, state, config)
-      if stop.requested:
+      if stopping:
         break
   checkpoints.wait()
   return state, step
@@ -139,8 +141,9 @@ class _Log:
   """Reads every step's metrics one step late, checks them, writes some."""
 
   def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh, writer: metrics_lib.Writer,
-               shown: progress.Progress):
+               shown: progress.Progress, watchdog: watchdog_lib.Watchdog, stop: stop_lib.Stop):
     self._every, self._writer, self._shown = config.train.log_every, writer, shown
+    self._watchdog, self._stop = watchdog, stop
     self._meter = metrics_lib.Throughput(
         config.data.batch_size * config.data.seq_len,
         flops.train_flops_per_token(config.model, config.data.seq_len), mesh.devices.flat[0].device_kind,
@@ -159,14 +162,21 @@ class _Log:
     if before:
       self._read(*before)
     self._meter.pause()
+    self._watchdog.pause()
+
+  def evaluated(self, step: int, held_out: Mapping[str, float]) -> None:
+    """Takes the figures of an evaluation."""
+    self._writer.write(step, "eval", held_out)
+    self._shown.say(describe_eval(step, held_out))
 
   def _read(self, step: int, values: Mapping[str, jax.Array]) -> None:
-    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    values = self._stop.hear({k: float(v) for k, v in jax.device_get(values).items()})
     if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
       raise FloatingPointError(
           f"loss={values['loss']} and grad_norm={values['grad_norm']} at step {step}, so nothing was saved after "
           "the step before it; lower optim.learning_rate or lengthen optim.warmup_steps, in another --workdir")
     self._shown.step(step)
+    self._watchdog.beat(step)
     if step % self._every == 0:
       values |= self._meter.read(step)
       self._writer.write(step, "train", values)

@@ -115,9 +115,15 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
                      f"{parts}; use {rows - rows % parts or parts} or {rows - rows % parts + parts} rows")
   shardings = state_shardings(config, mesh)
   replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P(sharding.ROWS))
+
+  def voted(state, batch, teacher, bucket):
+    rows = {name: value for name, value in batch.items() if name != "votes"}
+    new_state, metrics = update(config, mesh, state, rows, teacher, bucket)
+    return new_state, metrics | ({"stop": jnp.any(batch["votes"])} if "votes" in batch else {})  # see train/stop.py
+
+  placed = None if jax.process_count() > 1 else by_row  # several processes always place their rows
   jitted = jax.jit(
-      lambda state, batch, teacher, bucket: update(config, mesh, state, batch, teacher, bucket), static_argnums=3,
-      donate_argnums=0, in_shardings=(shardings, by_row, _teacher_shardings(mesh, teacher)),
+      voted, static_argnums=3, donate_argnums=0, in_shardings=(shardings, placed, _teacher_shardings(mesh, teacher)),
       out_shardings=(shardings, replicated))
   warmup = config.model.router.capacity_warmup_steps
 

@@ -1,0 +1,140 @@
+"""Several processes as one run: how they start, agree and end.
+
+Every process runs the same program; jax makes their devices one list. A process that
+leaves the program's path alone (it alone stops, or reads another checkpoint) leaves the
+others waiting in a collective for ever, so such choices are made together, here.
+"""
+
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+# A process is given up after so long without a sign of life, and so long do the others wait
+# at the end for process 0, which writes the report.
+_HEARTBEAT_SECONDS, _SHUTDOWN_SECONDS = 100, 3600
+
+
+def initialize(mode: str = "off", coordinator: str | None = None, num_processes: int | None = None,
+               process_id: int | None = None) -> None:
+  """Joins the processes of a run; one process where nothing is given.
+
+  Must run before anything asks jax for a device.
+
+  Args:
+    mode: "auto" asks the cluster (TPU pod, SLURM, Kubernetes, Open MPI) for the rest; "off".
+    coordinator: HOST:PORT that process 0 opens and all others reach.
+    num_processes: of the run.
+    process_id: of this process, 0 to num_processes - 1.
+
+  Raises:
+    ValueError: the arguments do not fit, or the cluster is unknown.
+    OSError: the other processes cannot be reached.
+  """
+  given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+  _check(mode, given)
+  if mode == "off" and coordinator is None:
+    return
+  # Its handler of SIGTERM would swallow one that comes before ours (train/stop.py).
+  jax.config.update("jax_enable_preemption_service", False)
+  # Two programs at once would mix up their collectives, which CPU devices match by order alone.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  try:
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, cluster_detection_method=None if mode == "auto" else "deactivate",
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, shutdown_timeout_seconds=_SHUTDOWN_SECONDS)
+  except (ValueError, RuntimeError) as error:
+    if jax.distributed.is_initialized():
+      raise
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if mode == "auto":
+      raise ValueError(f"--distributed=auto finds no cluster here ({reason}); give --coordinator=HOST:PORT, "
+                       "--num_processes=N and --process_id=I, or nothing for one process") from error
+    raise OSError(f"--coordinator={coordinator}: {reason}; start all {num_processes} processes, and check that they "
+                  "reach the port of process 0") from error
+
+
+def _check(mode: str, given: dict[str, Any]) -> None:
+  missing = [name for name, value in given.items() if value is None]
+  present = [f"--{name}={value}" for name, value in given.items() if value is not None]
+  if mode == "auto" and present:
+    raise ValueError(f"--distributed=auto with {present[0]}; give one or the other")
+  if present and missing:
+    raise ValueError(f"{' '.join(present)} without {' and '.join(f'--{name}' for name in missing)}; "
+                     "give all three, or --distributed=auto")
+  if not present:
+    return
+  host, _, port = given["coordinator"].rpartition(":")
+  if not (host and port.isdigit() and 0 < int(port) < 2**16):
+    raise ValueError(f"--coordinator={given['coordinator']}; use HOST:PORT of process 0, e.g. 10.0.0.1:8476")
+  if given["num_processes"] < 1:
+    raise ValueError(f"--num_processes={given['num_processes']}; use at least 1")
+  if not 0 <= given["process_id"] < given["num_processes"]:
+    raise ValueError(f"--process_id={given['process_id']} of --num_processes={given['num_processes']}; "
+                     f"use 0 to {given['num_processes'] - 1}")
+
+
+def main() -> bool:
+  """Whether this process is the one that prints and writes what one alone should."""
+  return jax.process_index() == 0
+
+
+def who() -> str:
+  """" (process 3)" where a message of one of several would not say whose it is."""
+  return f" (process {jax.process_index()})" if jax.distributed.is_initialized() else ""
+
+
+def any_process(mine: bool) -> bool:
+  """Whether any process says True; waits for all of them."""
+  return mine if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(mine))))
+
+
+def from_main(mine: bool) -> bool:
+  """What process 0 says."""
+  return mine if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(mine)))
+
+
+def barrier(name: str) -> None:
+  """Waits until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def gather(tree: Any) -> Any:
+  """Arrays that this process can read by itself, whole; all processes must ask."""
+  return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def is_lost(error: BaseException | None) -> bool:
+  """Whether an error, or one behind it, says that another process is gone, not what is wrong with this one."""
+  while error is not None:
+    text = str(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo " in text:  # a save meets Gloo's as a ValueError
+      return jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in text
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def shutdown() -> None:
+  """Leaves the run when it is done; waits for the other processes."""
+  if jax.distributed.is_initialized():
+    jax.distributed.shutdown()
+
+
+def abandon(status: int) -> int:
+  """Leaves the run after an error; a run of one process only returns `status`.
+
+  The others may be waiting for this process in a collective, and to wait for them in turn
+  would take for ever: the process ends here, they notice, and end as well.
+  """
+  if jax.distributed.is_initialized():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if main():
+      time.sleep(2)  # the others lose their coordinator with process 0: let them say what is wrong first
+    os._exit(status)
+  return status
