@@ -65,7 +65,7 @@ def devices(topology: str) -> list[Any]:
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
   except Exception as error:  # jaxlib raises its own
-    if "libtpu" in str(error) or isinstance(error, (ImportError, FileNotFoundError)):
+    if "not installed" in str(error) or "libtpu" in str(error) or isinstance(error, (ImportError, FileNotFoundError)):
       raise OSError("the TPU compiler is not installed; run pip install 'mor[tpu]'") from error
     raise ValueError(f"--topology={topology}: {str(error).splitlines()[0][:160]}; use one such as v5e:4x4, v5p:4x4x4 or "
                      "v6e:8x8") from error
