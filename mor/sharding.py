@@ -116,8 +116,8 @@ def by_rows(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Ca
 
   Over `tensor` and `sequence` arrays stay whole, and the compiler splits them.
   """
-  return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(ROWS),
-                       check_vma=False)
+  by_hand = set(ROWS) | {axis for axis in AXES if mesh.shape[axis] == 1}  # with all of them, kernels run as they are
+  return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=by_hand, check_vma=False)
 
 
 def row_specs(tree: Any) -> Any:

@@ -67,8 +67,8 @@ def devices(topology: str) -> list[Any]:
   except Exception as error:  # jaxlib raises its own
     if "not installed" in str(error) or "libtpu" in str(error) or isinstance(error, (ImportError, FileNotFoundError)):
       raise OSError("the TPU compiler is not installed; run pip install 'mor[tpu]'") from error
-    raise ValueError(f"--topology={topology}: {str(error).splitlines()[0][:160]}; use one such as v5e:4x4, v5p:4x4x4 or "
-                     "v6e:8x8") from error
+    raise ValueError(f"--topology={topology}: {str(error).splitlines()[0][:160]}; use one such as v5e:4x4, v5p:4x4x4 "
+                     "or v6e:8x8") from error
 
 
 def chip(device: Any) -> Chip:
@@ -90,13 +90,14 @@ def train_step(config: config_lib.Config, mesh: jax.sharding.Mesh) -> jax.stages
   state = jax.tree.map(place, step_lib.state_shapes(config), step_lib.state_shardings(config, mesh))
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.ROWS))
   shape = (config.data.batch_size, config.data.seq_len)
-  batch = {name: jax.ShapeDtypeStruct(shape, np.int32, sharding=rows) for name in ("tokens_BT", "target_BT", "segment_BT")}
-  batch["loss_mask_BT"] = jax.ShapeDtypeStruct(shape, np.bool_, sharding=rows)
+  dtypes = dict(tokens_BT=np.int32, target_BT=np.int32, segment_BT=np.int32, loss_mask_BT=np.bool_)
+  batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in dtypes.items()}
   with jax.set_mesh(mesh):
     return step_lib.make_train_step(config, mesh).jitted.lower(state, batch, None, None).compile()
 
 
-def engine_tick(config: config_lib.Config, device: Any, num_slots: int = 16, page_size: int = 64) -> jax.stages.Compiled:
+def engine_tick(config: config_lib.Config, device: Any, num_slots: int = 16,
+                page_size: int = 64) -> jax.stages.Compiled:
   """One tick of a depth-wise batch on one chip, bfloat16, at the config's context."""
   model = config.model
   variables = jax.eval_shape(transformer.Transformer(model).init, jax.random.key(0),
