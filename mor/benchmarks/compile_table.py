@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+import jax
+
 from mor import config as config_lib
 from mor import sharding
 from mor.analysis import compiled
@@ -53,7 +55,10 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--models", default=",".join(m.format(s) for s in SIZES for m in MODELS), help="of configs/paper.py")
   parser.add_argument("--slices", default=",".join(SLICES), help=f"of {', '.join(SLICES)}")
   parser.add_argument("--out", default="", help="JSON file; standard output where empty")
+  parser.add_argument("--effort", type=float, default=0.0, help="of the compiler, -1 (quickest) to 1")
   args = parser.parse_args(argv)
+  jax.config.update("jax_exec_time_optimization_effort", args.effort)
+  jax.config.update("jax_memory_fitting_effort", args.effort)
   models, slices = args.models.split(","), args.slices.split(",")
   for name in slices:
     if name not in SLICES:
