@@ -55,6 +55,17 @@ def test_a_loop_of_unknown_length_is_said():
   assert counted.collectives["all-gather"].count == 1
 
 
+def test_the_condition_says_how_often_a_loop_runs():
+  condition = """\
+      %i = s32[] get-tuple-element(%carry), index=0
+      %n = s32[]{:T(128)} constant(7)
+      ROOT %less = pred[] compare(%i, %n), direction=LT"""
+  counted = hlo.costs(PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "").replace(
+      "  ROOT %less = pred[] constant(true)", condition))
+  assert counted.unknown_loops == 0
+  assert counted.collectives["all-gather"].count == 7
+
+
 def test_text_that_is_no_program_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
     hlo.costs("HloModule nothing")

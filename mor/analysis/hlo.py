@@ -1,8 +1,8 @@
 """What a compiled program moves: its collectives and memory traffic, loops multiplied out.
 
 XLA's own counts take the body of a loop once. Here each instruction counts as often as
-the loops around it run, which the compiler writes where it knows it; a loop that it
-does not know runs once, and `Costs.unknown_loops` says how many there are.
+the loops around it run, which the compiler or the loop's condition says; a loop of
+unknown length counts once, and `Costs.unknown_loops` says how many there are.
 
 The size of a collective is that of the whole array: what an all-gather gives, what a
 reduce-scatter takes, what the others move.
@@ -24,6 +24,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count[^\d]*(\d+)')
 
 
@@ -88,7 +89,7 @@ def costs(text: str) -> Costs:
         shapes.append((kind, instruction.type, times))
       if instruction.op not in _FREE and not instruction.op.endswith("-done"):
         moved += times * _traffic(instruction, types, computations)
-      unknown += instruction.op == "while" and not _TRIPS.search(instruction.rest)
+      unknown += instruction.op == "while" and not _trips(instruction, computations)
   return Costs({kind: Collective(*total) for kind, total in totals.items()}, tuple(shapes), moved, unknown)
 
 
@@ -114,14 +115,27 @@ def _runs(computations, name: str, times: float = 1.0) -> Iterator[tuple[list[_I
   for instruction in computations[name]:
     if instruction.op == "fusion" or _kind(instruction.op):
       continue
-    trips = _TRIPS.search(instruction.rest) if instruction.op == "while" else None
+    trips = _trips(instruction, computations) if instruction.op == "while" else None
     called = _CALLED.findall(instruction.rest)
     if instruction.op == "conditional":  # one of them runs: the dearest is not known, so the last, the largest width
       called += re.findall(r"%?([\w.\-]+)", "".join(_BRANCHES.findall(instruction.rest)))[-1:]
     elif instruction.op not in ("while", "call", "async-start"):
       continue
     for callee in called:
-      yield from _runs(computations, callee, times * (int(trips[1]) if trips else 1))
+      yield from _runs(computations, callee, times * (trips or 1))
+
+
+def _trips(loop: _Instruction, computations) -> int | None:
+  """How often a loop runs, as the compiler notes or its condition says: a counter from 0 below a constant."""
+  noted = _TRIPS.search(loop.rest)
+  if noted:
+    return int(noted[1])
+  condition = {i.name: i for i in computations[_CONDITION.search(loop.rest)[1]]}
+  last = list(condition.values())[-1]
+  if last.op != "compare" or "direction=LT" not in last.rest:
+    return None
+  bounds = [condition[name].rest for name in last.operands if name in condition and condition[name].op == "constant"]
+  return int(bounds[0].split(")")[0]) if len(bounds) == 1 else None
 
 
 def _kind(op: str) -> str | None:
