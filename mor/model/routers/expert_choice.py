@@ -56,7 +56,7 @@ def top(score_BT: jax.Array, alive_BT: types.Mask, kept_B: jax.Array) -> types.M
   count_B = lambda chosen_BT: jnp.sum(chosen_BT, axis=1, dtype=kept_B.dtype)
 
   def narrow(i, least_B):
-    tried_B = least_B | (sign >> i.astype(jnp.uint32))
+    tried_B = least_B | (sign >> jnp.asarray(i, jnp.uint32))
     return jnp.where(count_B(order_BT >= tried_B[:, None]) >= kept_B, tried_B, least_B)
 
   least_B1 = jax.lax.fori_loop(0, 32, narrow, jnp.zeros(kept_B.shape, jnp.uint32))[:, None]
