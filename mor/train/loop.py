@@ -122,7 +122,7 @@ def _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, l
         log.evaluated(step, evaluate(state))
       if last or stopping or step % plan.checkpoint_every == 0:
         log.flush()
-        writer.copy()
+        log.copy()
         checkpoints.save(step, state, config)
       if stopping:
         break
@@ -163,6 +163,10 @@ class _Log:
       self._read(*before)
     self._meter.pause()
     self._watchdog.pause()
+
+  def copy(self) -> None:
+    """Brings what is written to where the checkpoints are."""
+    self._writer.copy()
 
   def evaluated(self, step: int, held_out: Mapping[str, float]) -> None:
     """Takes the figures of an evaluation."""
