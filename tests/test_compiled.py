@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from mor.analysis import compiled
@@ -46,6 +47,11 @@ def test_compiles_a_step_and_a_tick_for_a_tpu():
   assert found["chips"] == 4 and found["mesh"]["fsdp"] == 4 and found["fits"]
   assert found["step"]["collectives"]["all-gather"]["bytes"] > 0
   assert found["step"]["hbm_bytes"]["total"] > 0 and found["tick"]["hbm_bytes"]["total"] > 0
+
+
+def test_a_tick_is_compiled_and_counted_for_any_device():
+  found = compiled.report(compiled.engine_tick(tiny.config(), jax.devices()[0], num_slots=2, page_size=4))
+  assert found["hbm_bytes"]["arguments"] > 0 and found["bytes"] > 0
 
 
 def test_the_bound_is_the_slowest_of_three():

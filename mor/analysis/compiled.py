@@ -30,6 +30,8 @@ from mor.inference import slots as slots_lib
 from mor.inference import tick as tick_lib
 from mor.inference import weights as weights_lib
 from mor.model import transformer
+from mor.model.kv import storage
+from mor.train import metrics
 from mor.train import step as step_lib
 
 
@@ -47,9 +49,9 @@ class Chip:
 
 
 CHIPS = {  # by a part of `device_kind`; cloud.google.com/tpu/docs/v5e, v5p, v6e
-    "v5 lite": Chip(197e12, 16 * 2**30, 819e9, 200e9),
-    "v5": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-    "v6 lite": Chip(918e12, 32 * 2**30, 1640e9, 448e9),
+    "v5 lite": Chip(metrics.peak_flops("TPU v5 lite"), 16 * 2**30, 819e9, 200e9),
+    "v5": Chip(metrics.peak_flops("TPU v5"), 95 * 2**30, 2765e9, 600e9),
+    "v6 lite": Chip(metrics.peak_flops("TPU v6 lite"), 32 * 2**30, 1640e9, 448e9),
 }
 
 
@@ -103,14 +105,23 @@ def engine_tick(config: config_lib.Config, device: Any, num_slots: int = 16,
   variables = jax.eval_shape(transformer.Transformer(model).init, jax.random.key(0),
                              jax.ShapeDtypeStruct((1, 1), "int32"))
   pages = -(-config.data.seq_len // page_size)
-  weights = jax.eval_shape(lambda v: weights_lib.prepare(model, v, "bfloat16"), variables)
   decoder = decoder_lib.Decoder(model, storage.Paged(page_size, model.num_kv_heads, model.head_dim, "bfloat16"))
-  slots = jax.eval_shape(lambda w: slots_lib.make(decoder, w, num_slots, num_slots * pages, num_slots * pages, pages),
-                         weights)
+  structures = []
+
+  def leaves(variables):
+    weights = weights_lib.prepare(model, variables, "bfloat16")
+    slots = slots_lib.make(decoder, weights, num_slots, num_slots * pages * decoder.tables.num_rows,
+                           num_slots * pages, pages)
+    structures.extend(jax.tree.structure(tree) for tree in (weights, slots))
+    return jax.tree.leaves(weights), jax.tree.leaves(slots)
+
+  def tick(weights, slots):
+    trees = (jax.tree.unflatten(*given) for given in zip(structures, (weights, slots), strict=True))
+    return tick_lib.run(decoder, *trees, num_ticks=1, vocab_size=model.vocab_size, together=False)
+
   one = jax.sharding.SingleDeviceSharding(device)
-  place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
-  return tick_lib.run.lower(decoder, place(weights), place(slots), num_ticks=1, vocab_size=model.vocab_size,
-                            together=False).compile()
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), jax.eval_shape(leaves, variables))
+  return jax.jit(tick, donate_argnums=1).lower(*shapes).compile()
 
 
 def report(compiled: jax.stages.Compiled) -> dict[str, Any]:
@@ -142,12 +153,16 @@ def bound(config: config_lib.Config, peaks: Chip, num_chips: int, figures: dict[
           "mfu": useful / (step * num_chips * peaks.flops), "tokens_per_second": tokens / step}
 
 
-def command(config: config_lib.Config, topology: str) -> dict[str, Any]:
-  """All figures of a config on a topology; its mesh is `config.mesh`."""
+def step_figures(config: config_lib.Config, topology: str) -> dict[str, Any]:
+  """The step's figures on a topology; its mesh is `config.mesh`."""
   found = devices(topology)
   peaks, mesh = chip(found[0]), sharding.make_mesh(config.mesh, found)
   step = report(train_step(config, mesh))
   return {"topology": topology, "chips": mesh.size, "device_kind": found[0].device_kind, "mesh": dict(mesh.shape),
-          "hbm_of_a_chip": peaks.memory, "fits": step["hbm_bytes"]["total"] <= peaks.memory,
-          "step": step, "bound": bound(config, peaks, mesh.size, step),
-          "tick": report(engine_tick(config, found[0]))}
+          "hbm_of_a_chip": peaks.memory, "fits": step["hbm_bytes"]["total"] <= peaks.memory, "step": step,
+          "bound": bound(config, peaks, mesh.size, step)}
+
+
+def command(config: config_lib.Config, topology: str) -> dict[str, Any]:
+  """All figures of a config on a topology."""
+  return step_figures(config, topology) | {"tick": report(engine_tick(config, devices(topology)[0]))}

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 
 from mor import config as config_lib
-from mor import sharding
 from mor.analysis import compiled
 from mor.benchmarks import results
 
@@ -38,15 +37,9 @@ def fields(model: str, num_chips: int) -> config_lib.Config:
 
 def measure(model: str, slice_name: str) -> dict[str, Any]:
   """One cell."""
-  found = compiled.devices(SLICES[slice_name])
-  config, peaks = fields(model, len(found)), compiled.chip(found[0])
-  mesh = sharding.make_mesh(config.mesh, found)
-  begun = time.perf_counter()
-  step = compiled.report(compiled.train_step(config, mesh))
-  return {"model": model, "slice": slice_name, "topology": SLICES[slice_name], "chips": mesh.size,
-          "device_kind": found[0].device_kind, "accumulation": config.train.accumulation,
-          "hbm_of_a_chip": peaks.memory, "fits": step["hbm_bytes"]["total"] <= peaks.memory, "step": step,
-          "bound": compiled.bound(config, peaks, mesh.size, step), "compile_seconds": time.perf_counter() - begun}
+  config, begun = fields(model, len(compiled.devices(SLICES[slice_name]))), time.perf_counter()
+  return {"model": model, "slice": slice_name, "accumulation": config.train.accumulation,
+          **compiled.step_figures(config, SLICES[slice_name]), "compile_seconds": time.perf_counter() - begun}
 
 
 def main(argv: list[str]) -> None:

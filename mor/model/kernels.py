@@ -149,7 +149,7 @@ def _on_each_device(attend: Callable, q_BTNH, k_BSKH, v_BSKH, by_row) -> types.Q
       rows.append(name)
       split *= mesh.shape[name]
   rows = tuple(rows) or None
-  heads = next((name for name in ("tensor", "model") if name in free and k_BSKH.shape[2] % mesh.shape[name] == 0), None)
+  heads = "tensor" if "tensor" in free and k_BSKH.shape[2] % mesh.shape["tensor"] == 0 else None
   spec = P(rows, None, heads, None)
   return jax.shard_map(attend, in_specs=(spec, spec, spec, P(rows)), out_specs=spec, axis_names=free, check_vma=False)(
       q_BTNH, k_BSKH, v_BSKH, by_row)
