@@ -128,19 +128,25 @@ def row_specs(tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _by_hand() -> bool:
-  """Whether this is traced inside `by_rows`."""
-  return "fsdp" in jax.sharding.get_abstract_mesh().manual_axes
+def _by_hand(axes: tuple[str, ...] = ROWS) -> tuple[str, ...]:
+  """Those of `axes` that have several devices, where this is traced inside `by_rows`; else none.
+
+  The partitioner of `tensor` refuses collectives over axes of one device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(axis for axis in axes if axis in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
 def total(tree: Any) -> Any:
   """Inside `by_rows`, sums over the devices of each leaf; else the leaves."""
-  return jax.lax.psum(tree, ROWS) if _by_hand() else tree
+  axes = _by_hand()
+  return jax.lax.psum(tree, axes) if axes else tree
 
 
 def most(count: jax.Array) -> jax.Array:
   """Inside `by_rows`, the largest over the devices, which so take the same branch of a condition."""
-  return jax.lax.pmax(jax.lax.stop_gradient(count), ROWS) if _by_hand() else count
+  axes = _by_hand()
+  return jax.lax.pmax(jax.lax.stop_gradient(count), axes) if axes else count
 
 
 def total_gradients(grads: Any) -> Any:
@@ -148,17 +154,16 @@ def total_gradients(grads: Any) -> Any:
 
   `gathered` has already summed over `fsdp` what it splits.
   """
-  if not _by_hand():
-    return grads
   def one(path, grad):
-    axes = "data" if "fsdp" in spec(path_name(path), grad.ndim) else ROWS
-    return jax.lax.psum(grad, axes)
+    axes = _by_hand(("data",) if "fsdp" in spec(path_name(path), grad.ndim) else ROWS)
+    return jax.lax.psum(grad, axes) if axes else grad
   return jax.tree_util.tree_map_with_path(one, grads)
 
 
 def first_row(num_rows: int) -> jax.Array | int:
   """The number, in the whole batch, of the first of a device's rows."""
-  return num_rows * jax.lax.axis_index(ROWS) if _by_hand() else 0
+  axes = _by_hand()
+  return num_rows * jax.lax.axis_index(axes) if axes else 0
 
 
 def gathered(params: Any, dtype: str, group: str) -> Any:
@@ -172,8 +177,7 @@ def gathered(params: Any, dtype: str, group: str) -> Any:
     dtype: of the computation.
     group: its path.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if not _by_hand() or mesh.shape["fsdp"] == 1:
+  if not _by_hand(("fsdp",)):
     return params
   def one(path, leaf):
     parts = tuple(spec("/".join(filter(None, (group, path_name(path)))), leaf.ndim))

@@ -17,6 +17,7 @@ CUTS = {
     "accumulation": dict(train=dict(accumulation=4)),
     "data": dict(mesh=dict(data=8)),
     "data_tensor": dict(mesh=dict(data=4, tensor=2)),
+    "tensor": dict(mesh=dict(data=1, tensor=2)),  # nothing left to be split by hand
     "fsdp": dict(mesh=dict(data=2, fsdp=4)),
     "fsdp_tensor": dict(mesh=dict(data=2, fsdp=2, tensor=2)),
     "fsdp_sequence": dict(mesh=dict(data=2, fsdp=2, sequence=2)),
