@@ -60,11 +60,20 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   steps = (None,) if decoder.tables.schedule.cyclic else range(decoder.num_steps)
   flag_B = jnp.zeros_like(stalled_B)
 
+  def runs(slots, step):
+    return (slots.phase_B == slots_lib.RUN) & (slots.step_B == step)
+
   def plain(slots):
-    ran_B = waits_B = flag_B
-    for step in steps:
+    def one(carry, step):
+      slots, ran_B, waits_B = carry
       slots, ran, waits, _ = _pass(decoder, weights, slots, None, step)
-      ran_B, waits_B = ran_B | ran, waits_B | waits
+      return slots, ran_B | ran, waits_B | waits
+
+    carry = one((slots, flag_B, flag_B), steps[0])
+    for step in steps[1:]:
+      # Apart, or XLA:CPU makes both passes' writes to a buffer one, and copies it for what reads it in between.
+      carry = branch.once(jnp.any(runs(carry[0], step)), functools.partial(one, step=step), carry)
+    slots, ran_B, waits_B = carry
     leave_B = slots.phase_B == slots_lib.LEAVE
     if together:
       leave_B &= ~jnp.any((slots.phase_B == slots_lib.RUN) | (slots.phase_B == slots_lib.START))
@@ -85,8 +94,7 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
     slots, out = _at_need(part, exits, slots, steps[0], nothing)
     for step in steps[1:]:
       slots, out = _if_any(
-          lambda slots, step=step: (slots.phase_B == slots_lib.RUN) & (slots.step_B == step),
-          lambda slots, step=step: _at_need(part, exits, slots, step, nothing), slots, out)
+          runs(slots, step), lambda slots, step=step: _at_need(part, exits, slots, step, nothing), slots, out)
     return slots, out
 
   # Tokens that look at no exit, and have nobody pending before them, pay nothing for exits.
@@ -105,7 +113,7 @@ def _at_need(part, exits, slots, step, nothing):
   return branch.once(some, lambda carry: part(carry[0], step, room), carry)
 
 
-def _if_any(wants, part, slots, out):
+def _if_any(wants_B, part, slots, out):
   """`part` where a slot wants it."""
   def run(carry):
     slots, old = carry
@@ -116,7 +124,7 @@ def _if_any(wants, part, slots, out):
     merged = jax.tree.map(pick, new[0], old[0])
     return slots, (merged, *(a | b for a, b in zip(new[1:], old[1:])))
 
-  return branch.once(jnp.any(wants(slots)), run, (slots, out))
+  return branch.once(jnp.any(wants_B), run, (slots, out))
 
 
 def _start(decoder, weights, slots, context):
