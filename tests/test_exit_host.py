@@ -24,12 +24,13 @@ def paced(pace, num, seconds, slow=()):
 
 def test_drafts_that_pay_are_kept():
   drafted = paced(exit_host.Pace(), 2000, {True: 1.0, False: 1.2})
-  assert drafted[100:].mean() > 0.98 and not drafted[:8].all()
+  assert drafted[:5].all(), "so that a short session has them, too"
+  assert drafted[100:].mean() > 0.98 and not drafted[:13].all()
 
 
 def test_drafts_that_cost_twice_as_much_take_a_hundredth_of_the_time():
   drafted = paced(exit_host.Pace(), 2000, {True: 2.0, False: 1.0})
-  assert 2 <= drafted.sum() <= 10
+  assert 5 <= drafted.sum() <= 12
 
 
 def test_the_other_side_is_chosen_when_it_is_the_faster_one_again():
@@ -39,8 +40,8 @@ def test_the_other_side_is_chosen_when_it_is_the_faster_one_again():
 
 
 def test_a_dispatch_that_compiles_decides_nothing():
-  drafted = paced(exit_host.Pace(), 400, {True: 1.0, False: 1.2}, slow=(32, 33))
-  assert drafted[-200:].mean() > 0.9
+  drafted = paced(exit_host.Pace(), 400, {True: 1.0, False: 1.2}, slow=(0, 1))
+  assert drafted[13:].mean() > 0.9
 
 
 def test_who_has_waited_longest_finds_room_first():

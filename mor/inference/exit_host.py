@@ -15,6 +15,7 @@ from mor.inference import exits as exits_lib
 from mor.inference import request as request_lib
 from mor.inference import ring as ring_lib
 
+_START = 5  # dispatches that draft before the other side is tried
 _TRIAL = 8  # dispatches of a trial, at most
 _FIRST, _MOST = 32, 8192  # dispatches between trials
 
@@ -88,12 +89,13 @@ def drafts_greedily(request: request_lib.Request) -> bool:
 class Pace:
   """Whether greedy requests that are verified draft: what gave more tokens a second.
 
-  Their tokens are the same either way. The other side is tried now and then, the rarer
-  the longer one side keeps winning, and not for long where it is clearly worse.
+  Their tokens are the same either way. It begins with drafts. The other side is tried
+  now and then, the rarer the longer one side keeps winning, and not for long where it
+  is clearly worse.
   """
 
   def __init__(self):
-    self._draft, self._left, self._exploit = False, _FIRST, _FIRST
+    self._draft, self._left, self._exploit = True, _START, _FIRST
     self._trial = False  # of the other side
     self._seen: dict[bool, collections.deque[tuple[int, float]]] = {
         side: collections.deque(maxlen=_TRIAL) for side in (False, True)}
