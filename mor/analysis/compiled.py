@@ -120,7 +120,8 @@ def engine_tick(config: config_lib.Config, device: Any, num_slots: int = 16,
     return tick_lib.run(decoder, *trees, num_ticks=1, vocab_size=model.vocab_size, together=False)
 
   one = jax.sharding.SingleDeviceSharding(device)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), jax.eval_shape(leaves, variables))
+  abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
+  shapes = jax.tree.map(abstract, jax.eval_shape(leaves, variables))
   return jax.jit(tick, donate_argnums=1).lower(*shapes).compile()
 
 

@@ -4,8 +4,9 @@
 
 For every model and slice: what a chip holds, what it moves, and the bound of a step
 (`analysis/compiled.py`). Parameters and moments are split over all chips of a slice, a
-micro-batch is four rows a chip, and attention is the splash kernel. Cells that the file
-already has, of the same commit, are kept, so the command can be run again.
+micro-batch is four rows a chip, and attention is the splash kernel. A cell takes minutes,
+so the table may grow over several runs: what the file has is kept, but for asked cells
+of another commit.
 """
 
 import json
@@ -45,7 +46,8 @@ def measure(model: str, slice_name: str) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
   """Command line."""
   parser = results.Parser(prog="python -m mor.benchmarks.compile_table", description=__doc__.splitlines()[0])
-  parser.add_argument("--models", default=",".join(m.format(s) for s in SIZES for m in MODELS), help="of configs/paper.py")
+  parser.add_argument("--models", default=",".join(m.format(s) for s in SIZES for m in MODELS),
+                      help="of configs/paper.py")
   parser.add_argument("--slices", default=",".join(SLICES), help=f"of {', '.join(SLICES)}")
   parser.add_argument("--out", default="", help="JSON file; standard output where empty")
   parser.add_argument("--effort", type=float, default=0.0, help="of the compiler, -1 (quickest) to 1")
@@ -57,23 +59,19 @@ def main(argv: list[str]) -> None:
     if name not in SLICES:
       raise ValueError(f"--slices={args.slices}: no slice {name!r}; use {', '.join(SLICES)}")
   record = results.header("compile_table", argv, "bfloat16", {"rows_of_a_chip": _ROWS, "seq_len": 2048})
-  record["cells"] = _kept(args.out, record["commit"])
-  have = {(cell["model"], cell["slice"]) for cell in record["cells"]}
-  for model, slice_name in ((m, s) for s in slices for m in models):
-    if (model, slice_name) in have:
+  cells = {(cell["model"], cell["slice"]): cell for cell in _kept(args.out)}
+  for key in ((m, s) for s in slices for m in models):
+    model, slice_name = key
+    if key in cells and cells[key]["commit"] == record["commit"]:
       continue
-    cell = measure(model, slice_name)
+    cell = cells[key] = measure(model, slice_name) | {"commit": record["commit"]}
     print(f"{model} on {slice_name}: {cell['step']['hbm_bytes']['total'] / 2**30:.2f} GiB, "
           f"{cell['compile_seconds']:.0f} s", file=sys.stderr, flush=True)
-    record["cells"].append(cell)
-    results.write(record, args.out)
+    results.write(record | {"cells": list(cells.values())}, args.out)
 
 
-def _kept(path: str, commit: str) -> list[dict[str, Any]]:
-  if not path or not pathlib.Path(path).is_file():
-    return []
-  record = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-  return record["cells"] if record["commit"] == commit else []
+def _kept(path: str) -> list[dict[str, Any]]:
+  return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["cells"] if pathlib.Path(path).is_file() else []
 
 
 if __name__ == "__main__":
