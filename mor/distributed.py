@@ -5,6 +5,7 @@ leaves the program's path alone (it alone stops, or reads another checkpoint) le
 others waiting in a collective for ever, so such choices are made together, here.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -13,10 +14,13 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+from orbax.checkpoint import multihost
 
 # A process is given up after so long without a sign of life, and so long do the others wait
 # at the end for process 0, which writes the report.
 _HEARTBEAT_SECONDS, _SHUTDOWN_SECONDS = 100, 3600
+_COMPILE_SECONDS = 7200
+_programs = itertools.count()  # that all processes have compiled
 
 
 def initialize(mode: str = "off", coordinator: str | None = None, num_processes: int | None = None,
@@ -102,6 +106,16 @@ def barrier(name: str) -> None:
   """Waits until every process is here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def compile_together(jitted: jax.stages.Wrapped, *args: Any) -> None:
+  """Compiles a function for its next call, and waits until every process has.
+
+  One is done minutes before another, and a collective of CPU devices waits 30 seconds only.
+  """
+  if jax.process_count() > 1:
+    jitted.lower(*args).compile()
+    multihost.get_barrier_sync_fn()(key=f"program {next(_programs)}", timeout_ms=1000 * _COMPILE_SECONDS)
 
 
 def gather(tree: Any) -> Any:

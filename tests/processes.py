@@ -55,7 +55,7 @@ class Started:
   def running(self) -> bool:
     return all(process.poll() is None for process in self.processes)
 
-  def wait(self, seconds: float = 240) -> list[int]:
+  def wait(self, seconds: float = 600) -> list[int]:
     """Exit statuses of all, killed after so many seconds."""
     until = time.monotonic() + seconds
     try:

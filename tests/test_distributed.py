@@ -1,6 +1,7 @@
 """What is asked of several processes is checked before any of them waits for another."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,3 +52,23 @@ def test_an_error_behind_another_says_that_a_process_is_gone(monkeypatch):
   assert distributed.is_lost(wrapped) and distributed.is_lost(jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"))
   assert not distributed.is_lost(OSError("no space left")) and not distributed.is_lost(None)
   assert not distributed.is_lost(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+
+
+def test_a_program_is_compiled_before_the_others_are_awaited_and_not_again(monkeypatch, caplog):
+  compilations = lambda: sum("Finished XLA compilation of jit(triple)" in r.message for r in caplog.records)
+  at_barrier = []
+  wait = lambda *, key, timeout_ms: at_barrier.append((key, compilations()))
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(distributed.multihost, "get_barrier_sync_fn", lambda: wait)
+
+  def triple(x, times):
+    return x * 3 * times
+
+  jitted = jax.jit(triple, static_argnums=1, donate_argnums=0)
+  with jax.log_compiles():
+    for times in (1, 2):
+      distributed.compile_together(jitted, jnp.ones(4), times)
+      assert jitted(jnp.ones(4), times)[0] == 3 * times
+  keys, counts = zip(*at_barrier)
+  assert counts == (1, 2) and compilations() == 2
+  assert len(set(keys)) == 2, "no barrier may be met twice"

@@ -88,21 +88,21 @@ def joint(model, prompt, vocab_size):
 @pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "cycle"])
 def test_sampled_and_verified_tokens_follow_the_full_depth(kind):
   """Chi-square over pairs of tokens; a true sampler fails at this level once in 10^6 choices of seeds."""
-  num, vocab_size, prompt = 4000, 5, [1, 3, 0]
+  num, vocab_size, prompt = 2000, 5, [1, 3, 0]
   model = exiting.model(kind, vocab_size=vocab_size)
-  expected_VV = num * joint(model, prompt, vocab_size)
+  chance_VV = joint(model, prompt, vocab_size)
   engine = exiting.engine(model, kind, num_slots=16)
 
-  def p_value(mode):
+  def p_value(mode, num):
     options = dict(temperature=TEMPERATURE, max_tokens=2, exit=mode, threshold=0.0)
     got = exiting.answers(
         engine, [(prompt, options | dict(seed=seed)) for seed in range(num)])
-    count_VV = np.zeros_like(expected_VV)
+    count_VV = np.zeros_like(chance_VV)
     for completion in got:
       count_VV[tuple(completion.tokens)] += 1
-    return scipy.stats.chisquare(count_VV.ravel(), expected_VV.ravel() * num / expected_VV.sum()).pvalue
+    return scipy.stats.chisquare(count_VV.ravel(), num * chance_VV.ravel() / chance_VV.sum()).pvalue
 
-  assert expected_VV.min() > 5
-  assert p_value("verify") > 1e-6
+  assert num * chance_VV.min() > 5
+  assert p_value("verify", num) > 1e-6
   assert 0.1 < engine.metrics()["acceptance"] < 0.99
-  assert p_value("trust") < 1e-6, "the exit's own distribution is the full depth's: nothing was shown"
+  assert p_value("trust", num // 2) < 1e-6, "the exit's own distribution is the full depth's: nothing was shown"

@@ -66,6 +66,11 @@ def waiting(slots: slots_lib.Slots) -> jax.Array:
   return jnp.any(_held(slots) & (slots.ring.count_B > 0))
 
 
+def crowded(slots: slots_lib.Slots) -> jax.Array:
+  """Slots that are done but for pending tokens, which found no room at the head."""
+  return (slots.phase_B == slots_lib.LEAVE) & (slots.ring.count_B > 0)
+
+
 def used(decoder: decoder_lib.Decoder, slots: slots_lib.Slots) -> jax.Array:
   """Whether any token waits, comes to an exit at which it looks, or is followed by what an exit has said."""
   ring = slots.ring

@@ -60,8 +60,7 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   steps = (None,) if decoder.tables.schedule.cyclic else range(decoder.num_steps)
   flag_B = jnp.zeros_like(stalled_B)
 
-  def runs(slots, step):
-    return (slots.phase_B == slots_lib.RUN) & (slots.step_B == step)
+  runs = lambda slots, step: (slots.phase_B == slots_lib.RUN) & (slots.step_B == step)
 
   def plain(slots):
     def one(carry, step):
@@ -85,16 +84,19 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
 
   def part(slots, step=None, room=0):
     slots, ran_B, waits_B, crowded_B = _pass(decoder, weights, slots, room, step)
+    room = room if step in (None, steps[-1]) else 0  # nobody is at the full depth before
     slots, new, pages_B, room_B = early_exit.finish(decoder, weights, slots, vocab_size, context, room)
     return slots, (new, ran_B, stalled_B | waits_B | pages_B, crowded_B | room_B)
 
-  nothing = slots_lib.nothing_new(decoder, flag_B.shape[0]), flag_B, flag_B, flag_B
+  room, nothing = exits.room(flag_B.shape[0]), (slots_lib.nothing_new(decoder, flag_B.shape[0]), flag_B, flag_B, flag_B)
 
   def parts(slots):
-    slots, out = _at_need(part, exits, slots, steps[0], nothing)
+    if decoder.tables.schedule.cyclic:
+      return _at_need(part, room, slots, nothing)
+    slots, out = part(slots, 0)  # where nobody is pending yet
     for step in steps[1:]:
-      slots, out = _if_any(
-          runs(slots, step), lambda slots, step=step: _at_need(part, exits, slots, step, nothing), slots, out)
+      wants_B = runs(slots, step) | ((step == steps[-1]) & early_exit.crowded(slots))
+      slots, out = _if_any(wants_B, functools.partial(part, step=step, room=room), slots, out)
     return slots, out
 
   # Tokens that look at no exit, and have nobody pending before them, pay nothing for exits.
@@ -103,14 +105,13 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   return branch.once(used, lambda carry: parts(carry[0]), carry)
 
 
-def _at_need(part, exits, slots, step, nothing):
+def _at_need(part, room, slots, nothing):
   """`part` with room for pending tokens where there are any."""
-  room = exits.room(slots.phase_B.shape[0])
   if not room:
-    return part(slots, step)
+    return part(slots)
   some = early_exit.waiting(slots)
-  carry = branch.once(~some, lambda carry: part(carry[0], step), (slots, nothing))
-  return branch.once(some, lambda carry: part(carry[0], step, room), carry)
+  carry = branch.once(~some, lambda carry: part(carry[0]), (slots, nothing))
+  return branch.once(some, lambda carry: part(carry[0], room=room), carry)
 
 
 def _if_any(wants_B, part, slots, out):

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, PartitionSpec as P
 import numpy as np
 
 from mor import config as config_lib
+from mor import distributed
 from mor import sharding
 from mor.model import transformer
 from mor.train import batches as batches_lib
@@ -50,8 +51,11 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
   def evaluate(params: dict, balance: dict, batches: Iterable[Batch]) -> dict[str, float]:
     total, pending = {}, None
     for batch in batches:
+      given = config, mesh, params, balance, num_bytes_V, batches_lib.put(mesh, batch)
       with jax.set_mesh(mesh):
-        sums = _sums(config, mesh, params, balance, num_bytes_V, batches_lib.put(mesh, batch))
+        if pending is None:
+          distributed.compile_together(_sums, *given)
+        sums = _sums(*given)
       total = _add(total, pending)  # the batch before, while this one runs
       pending = sums
     return _metrics(config.model, config.exit.layers, _add(total, pending))

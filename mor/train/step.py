@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import optax
 
 from mor import config as config_lib
+from mor import distributed
 from mor import restore
 from mor import sharding
 from mor.model import transformer
@@ -125,7 +126,7 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
   jitted = jax.jit(
       voted, static_argnums=3, donate_argnums=0, in_shardings=(shardings, placed, _teacher_shardings(mesh, teacher)),
       out_shardings=(shardings, replicated))
-  warmup = config.model.router.capacity_warmup_steps
+  warmup, ready = config.model.router.capacity_warmup_steps, set()
 
   def train_step(state: TrainState, batch: Mapping[str, jax.Array], step: int | None = None):
     bucket = None
@@ -133,6 +134,9 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
       step = int(state.step) if step is None else step
       bucket = min(expert_choice.WARMUP_BUCKETS, step * expert_choice.WARMUP_BUCKETS // warmup)
     with jax.set_mesh(mesh):
+      if bucket not in ready:
+        distributed.compile_together(jitted, state, batch, teacher, bucket)
+        ready.add(bucket)
       return jitted(state, batch, teacher, bucket)
 
   train_step.jitted = jitted
