@@ -12,6 +12,7 @@ again. Some minutes; run by hand.
 
 import argparse
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -115,6 +116,8 @@ def main() -> int:
   args = parser.parse_args()
   random.seed(args.seed)
   with tempfile.TemporaryDirectory() as directory:
+    os.environ.update(JAX_COMPILATION_CACHE_DIR=f"{directory}/programs", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+                      JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
     straight, killed = (Run(pathlib.Path(directory), name, args.processes) for name in ("straight", "killed"))
     seconds = run_through(straight)
     kills = []

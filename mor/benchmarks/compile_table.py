@@ -3,13 +3,14 @@
   python -m mor.benchmarks.compile_table --out=benchmarks/results/compile_tpu.json
 
 For every model and slice: what a chip holds, what it moves, and the bound of a step
-(`analysis/compiled.py`). Parameters and moments are split over all chips of a slice, a
-micro-batch is four rows a chip, and attention is the splash kernel. A cell takes minutes,
-so the table may grow over several runs: what the file has is kept, but for asked cells
-of another commit.
+(`analysis/compiled.py`). Parameters and moments are split over all chips of a slice, or as
+many as divide the model's width, a micro-batch is four rows a chip, and attention is the
+splash kernel. A cell takes minutes, so the table may grow over several runs: what the file
+has is kept, but for asked cells of another commit.
 """
 
 import json
+import math
 import pathlib
 import sys
 import time
@@ -31,7 +32,8 @@ def fields(model: str, num_chips: int) -> config_lib.Config:
   """The paper's config of a model, cut for that many chips."""
   from configs import paper  # pylint: disable=g-import-not-at-top
   config = paper.get_config(model)
-  config.mesh.update(data=1, fsdp=num_chips)
+  fsdp = math.gcd(num_chips, config.model.d_model)
+  config.mesh.update(data=num_chips // fsdp, fsdp=fsdp)
   config.train.accumulation = max(1, config.data.batch_size // (num_chips * _ROWS))
   return config_lib.from_config_dict(config)
 
@@ -39,7 +41,7 @@ def fields(model: str, num_chips: int) -> config_lib.Config:
 def measure(model: str, slice_name: str) -> dict[str, Any]:
   """One cell."""
   config, begun = fields(model, len(compiled.devices(SLICES[slice_name]))), time.perf_counter()
-  return {"model": model, "slice": slice_name, "accumulation": config.train.accumulation,
+  return {"model": model, "slice": slice_name, "fsdp": config.mesh.fsdp, "accumulation": config.train.accumulation,
           **compiled.step_figures(config, SLICES[slice_name]), "compile_seconds": time.perf_counter() - begun}
 
 
