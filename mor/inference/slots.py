@@ -90,6 +90,11 @@ class New:
   agreed_BW: types.Array
 
 
+def running(slots: Slots, step: int) -> jax.Array:
+  """True for the slots whose token runs that step next."""
+  return (slots.phase_B == RUN) & (slots.step_B == step)
+
+
 def nothing_new(decoder: decoder_lib.Decoder, num_slots: int) -> New:
   """No token for any slot; with exits one may get several at once."""
   exits = decoder.exits

@@ -14,11 +14,9 @@ that is cut into steps at its exits has a pass for each of them, in order, which
 nobody runs who has left before.
 
 A slot that finds no free page waits, untouched, and tries again in the next tick.
-The edges and the head take all slots at full width where that is as fast (matrix
-products do not grow with rows there), sorted so that attention reads active slots
-only; the head runs on the smallest of a few widths that holds the leavers.
-
-With exits (`ring.py`, `early_exit.py`) a slot's pending tokens take part in its
+The edges take all slots (a product of few rows costs as much), sorted so that attention
+reads active ones only; the head runs on the smallest of a few widths that holds the
+leavers. With exits (`ring.py`, `early_exit.py`) a slot's pending tokens take part in its
 passes as further rows of the same batch.
 """
 
@@ -59,26 +57,7 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   slots, stalled_B = _start(decoder, weights, slots, context)
   steps = (None,) if decoder.tables.schedule.cyclic else range(decoder.num_steps)
   flag_B = jnp.zeros_like(stalled_B)
-
-  runs = lambda slots, step: (slots.phase_B == slots_lib.RUN) & (slots.step_B == step)
-
-  def plain(slots):
-    def one(carry, step):
-      slots, ran_B, waits_B = carry
-      slots, ran, waits, _ = _pass(decoder, weights, slots, None, step)
-      return slots, ran_B | ran, waits_B | waits
-
-    carry = one((slots, flag_B, flag_B), steps[0])
-    for step in steps[1:]:
-      # Apart, or XLA:CPU makes both passes' writes to a buffer one, and copies it for what reads it in between.
-      carry = branch.once(jnp.any(runs(carry[0], step)), functools.partial(one, step=step), carry)
-    slots, ran_B, waits_B = carry
-    leave_B = slots.phase_B == slots_lib.LEAVE
-    if together:
-      leave_B &= ~jnp.any((slots.phase_B == slots_lib.RUN) | (slots.phase_B == slots_lib.START))
-    slots, new = _finish(decoder, weights, slots, leave_B, vocab_size)
-    return slots, (new, ran_B, stalled_B | waits_B, flag_B)
-
+  plain = functools.partial(_plain, decoder, weights, steps, stalled_B, vocab_size, together)
   if not exits:
     return plain(slots)
 
@@ -95,7 +74,7 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
       return _at_need(part, room, slots, nothing)
     slots, out = part(slots, 0)  # where nobody is pending yet
     for step in steps[1:]:
-      wants_B = runs(slots, step) | ((step == steps[-1]) & early_exit.crowded(slots))
+      wants_B = slots_lib.running(slots, step) | ((step == steps[-1]) & early_exit.crowded(slots))
       slots, out = _if_any(wants_B, functools.partial(part, step=step, room=room), slots, out)
     return slots, out
 
@@ -103,6 +82,26 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   used = early_exit.used(decoder, slots)
   carry = branch.once(~used, lambda carry: plain(carry[0]), (slots, nothing))
   return branch.once(used, lambda carry: parts(carry[0]), carry)
+
+
+def _plain(decoder, weights, steps, stalled_B, vocab_size, together, slots):
+  """All steps for the newest tokens alone."""
+  def one(carry, step):
+    slots, ran_B, waits_B = carry
+    slots, ran, waits, _ = _pass(decoder, weights, slots, None, step)
+    return slots, ran_B | ran, waits_B | waits
+
+  flag_B = jnp.zeros_like(stalled_B)
+  carry = one((slots, flag_B, flag_B), steps[0])
+  for step in steps[1:]:
+    # Apart, or XLA:CPU makes both passes' writes to a buffer one, and copies it for what reads it in between.
+    carry = branch.once(jnp.any(slots_lib.running(carry[0], step)), functools.partial(one, step=step), carry)
+  slots, ran_B, waits_B = carry
+  leave_B = slots.phase_B == slots_lib.LEAVE
+  if together:
+    leave_B &= ~jnp.any((slots.phase_B == slots_lib.RUN) | (slots.phase_B == slots_lib.START))
+  slots, new = _finish(decoder, weights, slots, leave_B, vocab_size)
+  return slots, (new, ran_B, stalled_B | waits_B, flag_B)
 
 
 def _at_need(part, room, slots, nothing):
