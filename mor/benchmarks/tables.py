@@ -155,7 +155,7 @@ NOTES = {
                   "{sizes[learning_rate]}; the model itself is at {source_nll:.3f} on the same {sizes[eval_rows]} rows.",
     "early_exit": "{model}, exits after {sizes[after]}; {sizes[prompt_tokens]} prompt and {sizes[new_tokens]} new tokens, "
                   "medians of {sizes[rounds]} rounds in turn.",
-    "compile_table": "Whole steps of the paper's 1,024 x {sizes[seq_len]} tokens, parameters split over all chips of a "
+    "compile_table": "Whole steps of the paper's 1,024 x {sizes[seq_len]} tokens, parameters split over the chips of a "
                      "slice, micro-batches of {sizes[rows_of_a_chip]} rows a chip, compiled for TPUs on",
     "throughput_k2": "Relaxed Recursive Transformers, Table K.2; {sizes[requests]} requests.",
 }
