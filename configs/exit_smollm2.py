@@ -16,11 +16,11 @@ own loss: a small budget has to be spent where it is needed.
 Decoded text is the model's own, so its answers teach best what will be drafted. The
 committed figures are of 1,000 answers of 160 tokens to openings of paragraphs of the books:
 
-  python -m mor.main --mode=generate --workdir=runs/smollm2 --prompt_file=openings.jsonl \
+  python -m mor.main --mode=generate --workdir=runs/smollm2 --prompt_file=openings.jsonl \\
     --max_tokens=160 --weight_format=bfloat16 --context=256 > runs/generated.jsonl
-  … --config.data.source=runs/generated.jsonl --config.data.validation_source= \
+  … --config.data.source=runs/generated.jsonl --config.data.validation_source= \\
     --config.exit.layers='(10,)' --config.train.steps=96      (56 steps, on the first 320)
-  … --mode=convert --source=mor:WORKDIR, then as before with --config.train.steps=192 \
+  … --mode=convert --source=mor:WORKDIR, then as before with --config.train.steps=192 \\
     --config.optim.learning_rate=4e-4                         (144 steps, on all)
 
 After these 200 steps of 1,024 tokens the exit agrees with the end on 54 % of the tokens of

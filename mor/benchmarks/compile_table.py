@@ -41,7 +41,7 @@ def fields(model: str, num_chips: int) -> config_lib.Config:
 def measure(model: str, slice_name: str) -> dict[str, Any]:
   """One cell."""
   config, begun = fields(model, len(compiled.devices(SLICES[slice_name]))), time.perf_counter()
-  return {"model": model, "slice": slice_name, "fsdp": config.mesh.fsdp, "accumulation": config.train.accumulation,
+  return {"model": model, "slice": slice_name, "accumulation": config.train.accumulation,
           **compiled.step_figures(config, SLICES[slice_name]), "compile_seconds": time.perf_counter() - begun}
 
 
