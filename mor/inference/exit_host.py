@@ -15,9 +15,11 @@ from mor.inference import exits as exits_lib
 from mor.inference import request as request_lib
 from mor.inference import ring as ring_lib
 
-_START = 5  # dispatches that draft before the other side is tried
+_START = 8  # dispatches that draft before the other side is tried
 _TRIAL = 8  # dispatches of a trial, at most
 _FIRST, _MOST = 32, 8192  # dispatches between trials
+_SEEN = 64  # dispatches that speak for a side
+_BETTER = 1.02  # what a side has to gain to take over
 
 
 def check(exits: exits_lib.Exits | None, batching: str, classifier: confidence.Classifier | None,
@@ -98,7 +100,7 @@ class Pace:
     self._draft, self._left, self._exploit = True, _START, _FIRST
     self._trial = False  # of the other side
     self._seen: dict[bool, collections.deque[tuple[int, float]]] = {
-        side: collections.deque(maxlen=_TRIAL) for side in (False, True)}
+        side: collections.deque(maxlen=_SEEN) for side in (False, True)}
 
   def next(self) -> bool:
     """For the next dispatch."""
@@ -117,7 +119,7 @@ class Pace:
       self._seen[self._draft].clear()
       return
     self._trial = False
-    won = bool(self._seen[self._draft]) and self._rate(self._draft) > self._rate(not self._draft)
+    won = bool(self._seen[self._draft]) and self._rate(self._draft) > _BETTER * self._rate(not self._draft)
     self._exploit = _FIRST if won else min(4 * self._exploit, _MOST)
     self._left, self._draft = self._exploit, self._draft if won else not self._draft
 
@@ -125,8 +127,9 @@ class Pace:
     seen = self._seen[side]
     if not seen:
       return 0.0
-    tokens, seconds = zip(*seen)
-    return float(np.mean(tokens) / np.median(seconds))  # one that had to wait, or to compile, does not count
+    tokens_N, seconds_N = np.array(seen).T
+    fair_N = seconds_N <= 5 * np.median(seconds_N)  # one that compiles says nothing
+    return float(tokens_N[fair_N].sum() / seconds_N[fair_N].sum())
 
   def _hopeless(self) -> bool:
     return len(self._seen[self._draft]) >= 2 and self._rate(self._draft) < 0.8 * self._rate(not self._draft)
