@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from tests import exit_oracle
 from tests import exiting
 from tests import serving
 
@@ -32,6 +33,24 @@ def test_trusted_tokens_are_their_exits(kind, first):
           assert completion.early[i - len(prompt) + 1] == (depth < len(logits))
           break
       depths.add(depth)
+  assert depths == {1, 2, 3}
+
+
+@pytest.mark.parametrize("kind, kv", [
+    ("plain", "copied"), pytest.param("cycle", "copied", marks=pytest.mark.slow),
+    pytest.param("cycle", "shared", marks=pytest.mark.slow)])
+def test_approximate_entries_are_what_they_are_said_to_be(kind, kv):
+  """The deeper layers' of the exit's state, or the last own ones: what is read from them is what a slow reference reads."""
+  model = exiting.model(kind)
+  requests = serving.requests(12, **exiting.GREEDY, exit="trust", threshold=0.3, stop_tokens=[], repetition_penalty=1.0,
+                              logprobs=True)
+  got, depths = exiting.answers(exiting.engine(model, kind, dict(kv=kv)), requests), set()
+  for (prompt, options), completion in zip(requests, got):
+    num = min(options["max_tokens"], serving.CONTEXT + 1 - len(prompt))
+    tokens, expected_depths, logprobs = exit_oracle.answer(model, exiting.KINDS[kind][1], kv, 0.3, prompt, num)
+    assert (completion.tokens, completion.depths) == (tokens, expected_depths), prompt
+    np.testing.assert_allclose(completion.logprobs, logprobs, rtol=0, atol=1e-4)
+    depths |= set(expected_depths)
   assert depths == {1, 2, 3}
 
 
