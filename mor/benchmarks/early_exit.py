@@ -178,7 +178,7 @@ def damped(model: model_lib.Model, first: int, factor: float) -> model_lib.Model
 
 
 def variants(args, model: model_lib.Model, num_slots: int) -> list[Variant | Peer]:
-  """All of them; those with the same engine share it."""
+  """All of them; those with the same engine share it, but for one that learns whether drafts of its threshold pay."""
   make = lambda **options: engine_lib.Engine(
       model, num_slots=num_slots, context=CONTEXT, weight_format=args.format,
       kv_format="float32" if args.format == "float32" else "bfloat16", **options)
@@ -188,7 +188,7 @@ def variants(args, model: model_lib.Model, num_slots: int) -> list[Variant | Pee
   for threshold in args.thresholds:
     ask = lambda mode, threshold=threshold: dict(exit=mode, threshold=threshold)
     made += [Variant(f"trust-{threshold}", shared, [ask("trust")]),
-             Variant(f"verify-{threshold}", shared, [ask("verify")]),
+             Variant(f"verify-{threshold}", make(exits=exits), [ask("verify")]),
              Variant(f"copied-{threshold}", copied, [ask("trust")])]
     if num_slots > 1:
       made.append(Variant(f"mixed-{threshold}", shared, [{}, ask("trust"), ask("verify")]))
