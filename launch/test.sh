@@ -8,4 +8,4 @@ source launch/venv.sh
 
 install test
 keep_compiled_programs
-exec .venv/bin/python -m pytest -n 2 --dist=loadfile "$@"
+exec .venv/bin/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -10,9 +10,10 @@ import pathlib
 import random
 
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-# Tiny programs cost more to compile than to run: no LLVM optimisation.
+# Tiny programs cost more to compile than to run: no LLVM optimisation, the simpler emitters, one module a program.
 _FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
-          "--xla_llvm_disable_expensive_passes=true")
+          "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
+          "--xla_cpu_parallel_codegen_split_count=1")
 
 _MAPS = pathlib.Path("/proc/self/maps")
 

@@ -44,11 +44,10 @@ class Turns:
     pass
 
 
-def quick(*chosen: tuple) -> list:
-  """All kinds with each value of a second parameter, if any; those not chosen are slow: each compiles for long."""
-  values = sorted({tuple(value) for _, *value in chosen})
-  return [pytest.param(kind, *value, marks=() if (kind, *value) in chosen else pytest.mark.slow)
-          for kind in KINDS for value in values]
+def quick(*chosen: tuple, slow: tuple[tuple, ...]) -> list:
+  """The chosen (kind, ...), and as slow ones all others of all kinds with `slow` values: each compiles for long."""
+  rest = [(kind, *values) for kind in KINDS for values in slow if (kind, *values) not in chosen]
+  return [*(pytest.param(*some) for some in chosen), *(pytest.param(*some, marks=pytest.mark.slow) for some in rest)]
 
 
 def engine(model: model_lib.Model, kind: str, fields: dict[str, Any] | None = None, **options: Any) -> Any:
