@@ -27,7 +27,7 @@ CUTS = {
 }
 QUICK = {
     *(("aux_router", cut) for cut in ("accumulation", "data_tensor", "tensor", "fsdp_tensor", "fsdp_sequence")),
-    *(("token_loss", cut) for cut in ("fsdp_sequence", "fsdp_accumulation")),
+    ("token_loss", "fsdp_sequence"),
 }
 
 
