@@ -19,7 +19,7 @@ def engine(kind, model, num_slots=8, **fields):
 @pytest.mark.parametrize("kind, pending", exiting.quick(("plain", 3), slow=((3,), (1,))))
 def test_verified_requests_are_the_full_depths(kind, pending):
   """Token for token, where all exit, some do, and none; stop tokens come from exits too."""
-  model, num = exiting.model(kind), {("plain", 3): 100}.get((kind, pending), 500)
+  model, num = exiting.model(kind), 100 if (kind, pending) == ("plain", 3) else 500
   requests = serving.requests(num, **exiting.GREEDY)
   expected = serving.reference(model, requests)
   assert {c.finish for c in expected} == {"stop", "length"}
