@@ -20,14 +20,14 @@ committed figures are of 1,000 answers of 160 tokens to openings of paragraphs o
     --max_tokens=160 --weight_format=bfloat16 --context=256 > runs/generated.jsonl
   … --config.data.source=runs/generated.jsonl --config.data.validation_source= \\
     --config.exit.layers='(10,)' --config.train.steps=96      (56 steps, on the first 320)
-  … --mode=convert --source=mor:WORKDIR, then as before with --config.train.steps=192 \
+  … --mode=convert --source=mor:WORKDIR, then as before with --config.train.steps=192 \\
     --config.optim.learning_rate=4e-4                         (144 steps, on all)
-  … --mode=convert --source=mor:WORKDIR, then once more with --config.train.steps=144 \
+  … --mode=convert --source=mor:WORKDIR, then once more with --config.train.steps=144 \\
     --config.optim.learning_rate=4e-4 --config.data.shuffle_seed=1
 
-That is 344 steps of 1,024 tokens. The exit agrees with the end on 45, 51, 54 % of the tokens of held-out
-answers after 48, 96, 144 steps of the second part, and on 56, 60, 61 % after those of the
-third, which holds others out: most of them the second part has seen.
+That is 344 steps of 1,024 tokens. The exit agrees with the end on 45, 51, 54 % of the tokens of
+held-out answers after 48, 96, 144 steps of the second part, and on 56, 60, 61 % after those of
+the third, which holds others out: most of them the second part has seen.
 
 Hardware: 2 CPU cores, 128 steps of 4 x 256 tokens, 20 to 30 minutes and 5 GB.
 """
