@@ -15,7 +15,7 @@ from mor.inference import exits as exits_lib
 from mor.inference import request as request_lib
 from mor.inference import ring as ring_lib
 
-_START = 8  # dispatches that draft before the other side is tried
+_START = 5  # dispatches that draft before the other side is tried
 _TRIAL = 8  # dispatches of a trial, at most
 _FIRST, _MOST = 32, 8192  # dispatches between trials
 _SEEN = 64  # dispatches that speak for a side
