@@ -2,6 +2,7 @@
 
   python -m tests.soak_kill --kills=10
   python -m tests.soak_kill --kills=10 --processes=4
+  python -m tests.soak_kill --kills=100 --steps=300 --processes=2
 
 Prints one JSON object; exit status 1 unless parameters, optimizer state and
 metrics are bitwise equal. A third of the kills fall on the start, a third on a
@@ -32,11 +33,10 @@ from mor.train import metrics
 from tests import processes
 from tests import tiny
 
-STEPS = 60
 FIELDS = {
     "model.vocab_size": 3001, "model.d_model": 96, "model.num_heads": 4, "model.num_kv_heads": 2, "model.head_dim": 12,
     "model.d_ff": 200, "model.num_layers": 5, "data.tokenizer": "bytes", "data.seq_len": 24, "data.batch_size": 4,
-    "data.validation_fraction": 0.2, "train.steps": STEPS, "train.log_every": 1, "train.eval_every": 7,
+    "data.validation_fraction": 0.2, "train.log_every": 1, "train.eval_every": 7,
     "train.eval_rows": 4, "train.checkpoint_every": 2, "train.sample_tokens": 3}
 MOMENTS = ("save", "step", "start")
 GRACE = 30
@@ -45,9 +45,9 @@ GRACE = 30
 class Run:
   """A workdir, and `count` processes that train in it."""
 
-  def __init__(self, directory: pathlib.Path, name: str, count: int):
-    self.workdir, self.count = directory / name, count
-    fields = {**FIELDS, "data.source": tiny.write_text(directory), "data.cache_dir": directory / "cache"}
+  def __init__(self, directory: pathlib.Path, name: str, count: int, steps: int):
+    self.workdir, self.count, self.steps = directory / name, count, steps
+    fields = {**FIELDS, "train.steps": steps, "data.source": tiny.write_text(directory), "data.cache_dir": directory / "cache"}
     self.command = [sys.executable, "-m", "mor.main", "--config=configs/base.py", f"--workdir={self.workdir}",
                     *(f"--config.{k}={v}" for k, v in fields.items())]
 
@@ -113,17 +113,18 @@ def main() -> int:
   parser.add_argument("--kills", type=int, default=10)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--processes", type=int, default=1)
+  parser.add_argument("--steps", type=int, default=60, help="of the run; some for every kill")
   args = parser.parse_args()
   random.seed(args.seed)
   with tempfile.TemporaryDirectory() as directory:
     os.environ.update(JAX_COMPILATION_CACHE_DIR=f"{directory}/programs", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
                       JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
-    straight, killed = (Run(pathlib.Path(directory), name, args.processes) for name in ("straight", "killed"))
+    straight, killed = (Run(pathlib.Path(directory), name, args.processes, args.steps) for name in ("straight", "killed"))
     seconds = run_through(straight)
     kills = []
     for i in range(args.kills):
       # Leave steps for the kills to come; what was lost is trained again.
-      until_step = killed.step() + random.randrange(1, max(2, (STEPS - killed.step()) // (args.kills - i)))
+      until_step = killed.step() + random.randrange(1, max(2, (args.steps - killed.step()) // (args.kills - i)))
       kills.append(kill_once(killed, MOMENTS[i % len(MOMENTS)], until_step, seconds))
       print(kills[-1], file=sys.stderr)
     status = max(killed.start().wait(1200), key=abs)
@@ -138,7 +139,7 @@ def main() -> int:
         arrays_equal=sum(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in leaves),
         metrics_equal=killed.rows() == straight.rows(),
         moments=kills)
-    result["ok"] = bool(status == 0 and step == STEPS and result["arrays"] == result["arrays_equal"]
+    result["ok"] = bool(status == 0 and step == args.steps and result["arrays"] == result["arrays_equal"]
                         and result["metrics_equal"] and result["kills"] == args.kills)
     print(json.dumps(result, indent=2))
     return 0 if result["ok"] else 1

@@ -20,7 +20,7 @@ HOMES = {
     "tensorflow_datasets": "mor.data.",
     # The exported model; pickled weights; other engines to race against.
     "torch": ("mor.conversion.modeling_mor", "mor.conversion.tensors", "mor.benchmarks.peers",
-              "mor.benchmarks.hf_early_exit"),
+              "mor.benchmarks.torch_train", "mor.benchmarks.hf_early_exit"),
 }
 
 

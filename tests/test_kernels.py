@@ -179,6 +179,49 @@ def test_a_model_with_splash_equals_one_with_xla(name):
     assert not re.search(r"bool\[2,(\d+),\1\]", our_text)
 
 
+@pytest.mark.parametrize("name", ["vanilla", "cycle", "expert_choice", "masked", "middle_cycle", "token_choice", "shared"])
+@pytest.mark.parametrize("cross_documents", [False, True])
+def test_a_model_with_cudnn_masks_only_what_is_not_causal_by_place(monkeypatch, name, cross_documents):
+  """cuDNN's calls stand in XLA here; `tests/check_gpu.py` runs them on a GPU."""
+  config = tiny.config(model=dict(attention="xla", cross_documents=cross_documents, scan_layers=False) | MODELS[name]).model
+  tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 21)))
+  segment_BT = np.ones((2, 21), np.int32)
+  segment_BT[1, 9:] = 2
+  segment_BT[1, 17:] = 0
+  params = jax.tree.map(jnp.asarray, weights.draw(config))
+
+  def run():
+    out = transformer.Transformer(config).apply({"params": params}, tokens_BT, jnp.asarray(segment_BT))
+    return jnp.where((segment_BT != 0)[:, :, None], out.hidden_BTD, 0.0)
+
+  theirs, masked = run(), []
+  real = kernels.cudnn
+
+  def cudnn(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+    masked.append(mask_BTS is not None)
+    return real(q_BTNH, k_BSKH, v_BSKH, mask_BTS, implementation="xla")
+
+  monkeypatch.setattr(kernels, "choose", lambda config, in_order: "cudnn")
+  monkeypatch.setattr(kernels, "cudnn", cudnn)
+  np.testing.assert_allclose(run(), theirs, rtol=0, atol=1e-5)
+  some_hidden = name in ("masked", "token_choice", "shared")  # a step that runs all tokens but shows the kept ones'
+  assert len(masked) >= config.num_layers
+  assert all(masked) if not cross_documents else any(masked) == some_hidden
+  assert not (cross_documents and all(masked) and name != "masked")
+
+
+def test_dots_keep_what_a_kernel_gives():
+  config = tiny.config(model=dict(attention="splash", scan_layers=False) | MODELS["vanilla"]).model
+  params = jax.tree.map(jnp.asarray, weights.draw(config))
+
+  def kernels_run(remat):
+    model = transformer.Transformer(dataclasses.replace(config, remat=remat))
+    total = lambda params: jnp.sum(jnp.sin(model.apply({"params": params}, jnp.zeros((2, 20), jnp.int32)).hidden_BTD))
+    return str(jax.make_jaxpr(jax.grad(total))(params)).count("pallas_call[")
+
+  assert kernels_run("none") == kernels_run("dots") == kernels_run("full") - 1
+
+
 @pytest.mark.slow
 def test_splash_under_remat_and_unrolled():
   config = tiny.config(model=dict(attention="splash") | MODELS["vanilla"]).model

@@ -81,3 +81,15 @@ def test_peers_show_their_ratio_to_the_best(tmp_path):
 def test_the_readme_shows_the_committed_results():
   readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
   assert tables.rewrite(readme, results.DIRECTORY) == readme, "run python -m mor.benchmarks.tables"
+
+
+def test_a_known_peak_and_a_peer_add_columns_and_a_row(tmp_path):
+  rows = [_row(model, ratio) | dict(tokens_per_second=rate, mfu=mfu, peak_memory_bytes=100)
+          for model, ratio, rate, mfu in (("vanilla", 1.0, 45_678.9, 0.55), ("mor-r2", 0.84, 60_000.0, 0.54))]
+  peer = dict(program="Peer", torch="2.0", wall_seconds=dict(median=1.5), tokens_per_second=30_000.0, mfu=0.4,
+              peak_memory_bytes=150)
+  (tmp_path / "speed.json").write_text(json.dumps(RECORD | dict(models=rows, peer=peer)))
+  lines = tables.rewrite("<!-- table:speed -->\n<!-- end -->\n", tmp_path).splitlines()
+  assert lines[1].endswith("| peak memory ratio | tokens/s | MFU |")
+  assert lines[3].endswith("| 0.700 | 45,679 | 0.550 |")
+  assert lines[5] == "| Peer, PyTorch 2.0 | 3.2M | 1.5 | 1.523 |  |  | 1.500 | 30,000 | 0.400 |"

@@ -51,6 +51,7 @@ def header(benchmark: str, argv: list[str], dtype: str, sizes: dict[str, Any]) -
       "dtype": dtype,
       "sizes": sizes,
       "jax": jax.__version__,
+      **({"xla_flags": os.environ["XLA_FLAGS"]} if os.environ.get("XLA_FLAGS") else {}),
       "python": platform.python_version(),
   }
 

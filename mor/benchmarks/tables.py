@@ -22,7 +22,7 @@ def train_throughput(record: dict) -> list[list[str]]:
   """Header and rows: time, FLOPs and memory of a step against the first model's."""
   head = ["model", "parameters*", "seconds a step", "time ratio (min–max)", "FLOP ratio: causal, executed",
           "time / FLOP ratio", "peak memory ratio"]
-  rows = []
+  rows, known = [], "mfu" in record["models"][0]
   for row in record["models"]:
     ratio, seconds = row[f"{record['clock']}_ratio"], row[f"{record['clock']}_seconds"]
     rows.append([
@@ -33,8 +33,15 @@ def train_throughput(record: dict) -> list[list[str]]:
         f"{row['flops_ratio']:.3f}, {row['flops_executed_ratio']:.3f}",
         f"{row['step_per_flops']:.3f}, {row['step_per_flops_executed']:.3f}",
         f"{row['peak_memory_bytes_ratio']:.3f}",
+        *([f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.3f}"] if known else []),
     ])
-  return [head, *rows]
+  if "peer" in record:
+    peer, first = record["peer"], record["models"][0]
+    rows.append([f"{peer['program']}, PyTorch {peer['torch']}", rows[0][1], f"{peer['wall_seconds']['median']:.3g}",
+                 f"{first['tokens_per_second'] / peer['tokens_per_second']:.3f}", "", "",
+                 f"{peer['peak_memory_bytes'] / first['peak_memory_bytes']:.3f}" if peer["peak_memory_bytes"] else "",
+                 *([f"{peer['tokens_per_second']:,.0f}", f"{peer['mfu']:.3f}"] if known else [])])
+  return [head + ["tokens/s", "MFU"] * known, *rows]
 
 
 def quickstart(record: dict) -> list[list[str]]:

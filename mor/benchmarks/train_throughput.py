@@ -20,11 +20,18 @@ once, so its counts, also of bytes, are of the same step with the loops over lay
 and over blocks of the loss unrolled; `--scan_layers=0` times that program too. Of a conditional
 (token-choice's overflow) XLA counts the dearer branch. Peak memory is XLA's
 plan for the timed program: arguments + temporaries + outputs - donated.
+
+On a device whose peak is known, `mfu` is `flops` over time and peak. `--profile=1` says
+where a step's time goes on a GPU, and `--peer=1` times a PyTorch Llama of the first
+model's shape before ours, alone on the device, as both at once might not fit.
 """
 
+from concurrent import futures
 import dataclasses
+import json
 import math
 import re
+import subprocess
 import sys
 import time
 from typing import Any
@@ -37,15 +44,20 @@ from mor import config as config_lib
 from mor import sharding
 from mor.analysis import flops
 from mor.analysis import memory
+from mor.analysis import profile
 from mor.benchmarks import results
+from mor.benchmarks import torch_train
+from mor.train import metrics as metrics_lib
 from mor.train import step as step_lib
 
 # CPU: 1 + 12 + 1 layers, so that R = 2, 3 and 4 divide. Others: as in the paper.
 CPU = dict(vocab_size=4096, d_model=256, num_heads=4, num_kv_heads=2, head_dim=64, d_ff=704, num_layers=14)
 DEFAULTS = {  # size -> where no option says otherwise
-    "cpu": dict(seq_len=512, batch=4, dtype="float32", remat="none", scan_layers=0),
-    **{size: dict(seq_len=2048, batch=8, dtype="bfloat16", remat="full", scan_layers=1) for size in paper.SIZES},
+    "cpu": dict(seq_len=512, batch=4, dtype="float32", remat="none", scan_layers=0, loss_block=2048),
+    **{size: dict(seq_len=2048, batch=8, dtype="bfloat16", remat="dots", scan_layers=1, loss_block=2048)
+       for size in paper.SIZES},
 }
+PEER_SECONDS = 150  # compiling included
 MODELS = sorted({member.replace("-135m", "") for member in paper.members() if "-135m" in member})
 WARM_UP = 2  # rounds that are not counted
 
@@ -86,7 +98,7 @@ def make_config(name: str, models: list[str], args) -> config_lib.Config:
   fields.model.update(num_layers=2 + -(-(depth - 2) // multiple) * multiple, compute_dtype=args.dtype,
                       remat=args.remat, scan_layers=bool(args.scan_layers))
   fields.data.update(seq_len=args.seq_len, batch_size=args.batch)
-  fields.train.accumulation = 1
+  fields.train.update(accumulation=1, loss_block=args.loss_block)
   fields.mesh.data = 1
   return config_lib.from_config_dict(fields)
 
@@ -122,14 +134,20 @@ def unrolled(config: config_lib.Config) -> config_lib.Config:
       train=dataclasses.replace(config.train, loss_block=max(tokens, config.train.loss_block)))
 
 
-def costs(runner: Runner) -> dict[str, Any]:
-  """Parameters, FLOPs, bytes and memory of one step."""
-  config, compiled = runner.config, runner.compiled
+def count(runner: Runner) -> dict[str, float]:
+  """What XLA counts of the step without its loops."""
+  config, counted = runner.config, runner.compiled
   one_block = config.data.batch_size * config.data.seq_len <= config.train.loss_block
-  counted = compiled
   if config.model.scan_layers or not one_block:
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     counted = compile_step(unrolled(config), mesh, runner.state, runner.batch)
+  analysis = counted.cost_analysis()
+  return {"flops_xla": analysis["flops"], "bytes_accessed_xla": analysis["bytes accessed"]}
+
+
+def costs(runner: Runner, counted: bool = True) -> dict[str, Any]:
+  """Parameters, FLOPs and memory of one step, and what XLA counts of it."""
+  config, compiled = runner.config, runner.compiled
   tokens = config.data.batch_size * config.data.seq_len
   embedding, rest = memory.parameter_count(config.model)
   forward = lambda executed: flops.forward_flops_per_token(config.model, config.data.seq_len, executed=executed)
@@ -140,23 +158,23 @@ def costs(runner: Runner) -> dict[str, Any]:
       "parameters_non_embedding": rest,
       "flops": 3 * tokens * forward(False),
       "flops_executed": 3 * tokens * forward(True),
-      "flops_xla": counted.cost_analysis()["flops"],
-      "bytes_accessed_xla": counted.cost_analysis()["bytes accessed"],
+      **(count(runner) if counted else {}),
       "memory_bytes": parts,
       "peak_memory_bytes": parts["argument"] + parts["temp"] + parts["output"] - parts["alias"],
   }
 
 
-def compare(runners: list[Runner], clock: str) -> list[dict[str, Any]]:
+def compare(runners: list[Runner], clock: str, counted: bool = True) -> list[dict[str, Any]]:
   """One row a model: its costs and seconds, and their ratios to the first's.
 
   Args:
     runners: timed models.
     clock: "wall" or "cpu", on which `step_ratio` and `tokens_per_second` go.
+    counted: whether XLA's counts are wanted, for which a step may compile once more.
   """
-  rows = []
+  rows, peak = [], metrics_lib.peak_flops(jax.devices()[0].device_kind)
   for runner in runners:
-    row = {"model": runner.name, **costs(runner)}
+    row = {"model": runner.name, **costs(runner, counted)}
     for kind in ("wall", "cpu"):
       seconds = getattr(runner, kind)
       row[f"{kind}_seconds"] = results.spread(seconds)
@@ -164,14 +182,47 @@ def compare(runners: list[Runner], clock: str) -> list[dict[str, Any]]:
     row["step_ratio"] = row[f"{clock}_ratio"]["median"]
     tokens = runner.config.data.batch_size * runner.config.data.seq_len
     row["tokens_per_second"] = tokens / row[f"{clock}_seconds"]["median"]
-    first = rows[0] if rows else row
-    for count in ("flops", "flops_executed", "flops_xla", "bytes_accessed_xla", "peak_memory_bytes"):
-      row[f"{count}_ratio"] = row[count] / first[count]
-    for count in ("flops", "flops_executed", "flops_xla"):
-      row[f"step_per_{count}"] = row["step_ratio"] / row[f"{count}_ratio"]
+    if peak:
+      row["mfu"] = row["flops"] / row[f"{clock}_seconds"]["median"] / peak
+    first, xla = rows[0] if rows else row, ("flops_xla",) * counted
+    for name in ("flops", "flops_executed", "peak_memory_bytes", *xla, *("bytes_accessed_xla",) * counted):
+      row[f"{name}_ratio"] = row[name] / first[name]
+    for name in ("flops", "flops_executed", *xla):
+      row[f"step_per_{name}"] = row["step_ratio"] / row[f"{name}_ratio"]
     row["load"] = {k: float(v) for k, v in runner.metrics.items() if k.startswith("load_")}
     rows.append(row)
   return rows
+
+
+def run_peer(config: config_lib.Config, rounds: int) -> dict[str, Any]:
+  """A PyTorch Llama's steps of the model's shape, in a process of its own.
+
+  Raises:
+    OSError: it failed, or took more than `PEER_SECONDS`.
+  """
+  model, data = config.model, config.data
+  sizes = {name: getattr(model, name) for name in CPU} | {"seq_len": data.seq_len, "batch": data.batch_size}
+  options = [*(f"--{name}={sizes[name]}" for name in torch_train.SIZES), f"--dtype={model.compute_dtype}",
+             f"--remat={int(model.remat == 'full')}", f"--rounds={rounds}"]
+  try:
+    done = subprocess.run([sys.executable, "-m", "mor.benchmarks.torch_train", *options], capture_output=True, text=True,
+                          timeout=PEER_SECONDS)
+  except subprocess.TimeoutExpired as error:
+    raise OSError(f"--peer=1: not done in {PEER_SECONDS} seconds; use --peer=0 or fewer rounds") from error
+  if done.returncode:
+    raise OSError(f"--peer=1: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
+  peer = json.loads(done.stdout.splitlines()[-1])
+  peer["wall_seconds"] = results.spread(peer.pop("seconds"))
+  peer["tokens_per_second"] = data.batch_size * data.seq_len / peer["wall_seconds"]["median"]
+  return peer
+
+
+def compare_peer(peer: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """The peer's MFU, of the same FLOPs as the first model's, and each model's speed over it."""
+  peak = metrics_lib.peak_flops(jax.devices()[0].device_kind)
+  mfu = {"mfu": rows[0]["flops"] / peer["wall_seconds"]["median"] / peak} if peak else {}
+  return peer | mfu | {"ours_to_peer": {row["model"]: row["tokens_per_second"] / peer["tokens_per_second"]
+                                        for row in rows}}
 
 
 def parse(argv: list[str]):
@@ -184,13 +235,19 @@ def parse(argv: list[str]):
   parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="compute dtype")
   parser.add_argument("--remat", choices=["none", "dots", "full"])
   parser.add_argument("--scan_layers", type=int, choices=[0, 1], help="1 loops over layers, 0 unrolls them")
+  parser.add_argument("--loss_block", type=int, help="tokens whose logits exist at once")
   parser.add_argument("--rounds", type=int, default=10, help="timed steps of each model")
+  parser.add_argument("--xla_counts", type=int, choices=[0, 1],
+                      help="1 lets XLA count the unrolled step, which compiles it too; default 1 for size cpu only")
+  parser.add_argument("--profile", type=int, default=0, choices=[0, 1], help="1 says where the time goes on a GPU")
+  parser.add_argument("--peer", type=int, default=0, choices=[0, 1], help="1 times a PyTorch Llama too")
   parser.add_argument("--pin", type=int, help="run on this core only and judge by processor time")
   parser.add_argument("--out", default="", help="JSON file; default standard output")
   args = parser.parse_args(argv)
   for name, default in DEFAULTS[args.size].items():
     if getattr(args, name) is None:
       setattr(args, name, default)
+  args.xla_counts = args.size == "cpu" if args.xla_counts is None else bool(args.xla_counts)
   args.models = args.models.split(",")
   for name in args.models:
     if name not in MODELS:
@@ -212,11 +269,11 @@ def main(argv: list[str]) -> None:
   model = configs[args.models[0]].model
   sizes = {name: getattr(args, name) for name in DEFAULTS["cpu"]}
   sizes |= {name: getattr(model, name) for name in CPU}
+  peer = run_peer(configs[args.models[0]], args.rounds) if args.peer else None  # before we hold the device
   record = results.header("train_throughput", argv, args.dtype, {"size": args.size, **sizes})
-  runners = []
-  for name, config in configs.items():
-    print(f"compiling {name}", file=sys.stderr)
-    runners.append(make_runner(name, config))
+  print(f"compiling {', '.join(configs)}", file=sys.stderr)
+  with futures.ThreadPoolExecutor() as pool:
+    runners = list(pool.map(make_runner, configs, configs.values()))
   for turn in range(WARM_UP + args.rounds):
     for runner in runners:
       runner.run()
@@ -224,7 +281,12 @@ def main(argv: list[str]) -> None:
     print(f"round {turn + 1} of {WARM_UP + args.rounds}: {seconds}", file=sys.stderr)
   for runner in runners:
     del runner.wall[:WARM_UP], runner.cpu[:WARM_UP]
-  record |= {"clock": clock, "warm_up": WARM_UP, "rounds": args.rounds, "models": compare(runners, clock)}
+  rows = compare(runners, clock, args.xla_counts)
+  record |= {"clock": clock, "warm_up": WARM_UP, "rounds": args.rounds, "models": rows}
+  if peer:
+    record["peer"] = compare_peer(peer, rows)
+  for runner, row in zip(runners, rows) if args.profile else ():
+    row["profile"] = profile.breakdown(runner.run, runner.compiled.as_text())
   results.write(record, args.out)
 
 

@@ -93,7 +93,7 @@ class Prescribed:
   def decide(self, plan: Plan, h_BTD: types.Activations, alive_BT: types.Mask, step) -> base.Routing:
     """Keeps the live tokens whose prescribed depth is beyond `step`."""
     routed = self.inner.decide(plan.inner, h_BTD, alive_BT, step)
-    return routed.replace(keep_BT=alive_BT & (plan.depth_BT > step))
+    return routed.replace(keep_BT=alive_BT & (plan.depth_BT > step), keeps_all=False)
 
   select = decide  # it never looks ahead
 

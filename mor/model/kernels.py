@@ -3,7 +3,7 @@
   xla     scores and probabilities [B, N, T, S] in memory; any mask, any device
   splash  TPU: blocks of queries against blocks of keys, later blocks skipped;
           neither scores nor mask ever exist whole
-  cudnn   GPU, 16 bits: blocks too, under a mask [B, T, S]
+  cudnn   GPU, 16 bits: blocks too, causal by place, or else under a mask [B, T, S]
 
 Splash knows masks that are causal by place and by segment. Routed tokens are
 gathered in ascending order, so "causal by original position" is causal by place
@@ -29,6 +29,7 @@ from mor import types
 
 _MOST_BLOCK = 512  # tokens of a side of splash's blocks
 _LANES = 128  # what a block must be a multiple of
+PRIMITIVES = ("pallas_call", "dot_product_attention_fwd_wrapper")  # what splash and cudnn are in a jaxpr
 _CUDNN_HEAD_DIM = 128  # older GPUs than Hopper take no more
 
 
@@ -97,15 +98,20 @@ def splash(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys,
     return _on_each_device(attend, q_BTNH, k_BSKH, v_BSKH, segment_BS)
 
 
-def cudnn(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys, mask_BTS: types.AttentionMask,
+def cudnn(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys, mask_BTS: types.AttentionMask | None,
           implementation: str = "cudnn") -> types.Queries:
-  """Attention under any mask; odd lengths are padded, as cuDNN's gradient takes even ones."""
+  """Attention under any mask, or without one causal by place, which skips the later blocks.
+
+  Odd lengths are padded, as cuDNN's gradient takes even ones.
+  """
   even = lambda x: _pad(x, x.shape[1] + x.shape[1] % 2)
 
   def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-    mask_BTS = jnp.swapaxes(even(jnp.swapaxes(even(mask_BTS), 1, 2)), 1, 2)
+    seen = dict(is_causal=True)  # padded keys come last
+    if mask_BTS is not None:
+      seen = dict(mask=jnp.swapaxes(even(jnp.swapaxes(even(mask_BTS), 1, 2)), 1, 2)[:, None])
     out_BTNH = jax.nn.dot_product_attention(
-        even(q_BTNH), even(k_BSKH), even(v_BSKH), mask=mask_BTS[:, None], implementation=implementation)
+        even(q_BTNH), even(k_BSKH), even(v_BSKH), **seen, implementation=implementation)
     return out_BTNH[:, :q_BTNH.shape[1]]
 
   with jax.named_scope("cudnn"):

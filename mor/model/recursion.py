@@ -98,11 +98,12 @@ class Recursion:
     advance = _Pass(self, params["stack"], params.get("lora", {}), segment_BT, entry_BTD=h_BTD,
                     exits=exits if self.schedule.num_steps == 1 else (), drop_UB=drop_UB)
 
-    state, alive_BT, store, traces, ends = h_BTD, valid_BT, {}, [], []
+    state, alive_BT, store, traces, ends, whole = h_BTD, valid_BT, {}, [], [], True
     first_scanned = self._first_scanned(widths, seq_len)
     for r in range(first_scanned):
       routed = route(plan, state, alive_BT, r)
-      state = advance(r, r, state, routed, store, widths[r])
+      whole = whole and routed.keeps_all
+      state = advance(r, r, state, routed, store, widths[r], whole)
       alive_BT = routed.keep_BT
       ends.append(state)
       traces.append((routed.keep_BT, routed.score_BT, routed.sums))
@@ -112,7 +113,7 @@ class Recursion:
       def body(carry, r):
         state, alive_BT = carry
         routed = route(plan, state, alive_BT, r)
-        state = advance(1 if store else 0, r, state, routed, store, seq_len)
+        state = advance(1 if store else 0, r, state, routed, store, seq_len, whole and routed.keeps_all)
         return (state, routed.keep_BT), ((routed.keep_BT, routed.score_BT, routed.sums), state if exits else None)
 
       steps_R = jnp.arange(first_scanned, self.schedule.num_steps)
@@ -156,7 +157,7 @@ class _Pass:
     self.position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
 
   def __call__(self, step: int, lora_step: jax.Array | int, state_BTD, routed: router_base.Routing, store: dict,
-               width: int):
+               width: int, whole: bool):
     """Returns the new state; a first step whose keys are shared fills `store`.
 
     Args:
@@ -166,6 +167,7 @@ class _Pass:
       routed: this step's routing.
       store: keys by slot, written by the first step of a sharing plan.
       width: static gather width; the full width does not gather.
+      whole: whether it is known that this step and those before it keep every token.
     """
     seq_len = state_BTD.shape[1]
     lora = lora_lib.at_step(self.lora, lora_step)
@@ -175,21 +177,23 @@ class _Pass:
           self.drop_UB, schedule.prelude + lora_step * schedule.depth, schedule.depth)
     shared_first = step == 0 and self.recursion.plan.shares
     if width == seq_len or shared_first:
-      return self._full(step, lora, state_BTD, routed, store)
+      return self._full(step, lora, state_BTD, routed, store, whole)
     gathered = lambda: self._gathered(step, lora, state_BTD, routed, store, width)
     if self.recursion.router.bounded:
       return gathered()
     fullest = sharding.most(jnp.max(jnp.sum(routed.keep_BT, axis=1)))
-    return jax.lax.cond(fullest > width, lambda: self._full(step, lora, state_BTD, routed, store), gathered)
+    return jax.lax.cond(fullest > width, lambda: self._full(step, lora, state_BTD, routed, store, whole), gathered)
 
-  def _full(self, step, lora, state_BTD, routed, store):
+  def _full(self, step, lora, state_BTD, routed, store, whole):
     seen_BT = self.segment_BT
-    if not self.recursion.plan.shares:
+    hides = not (whole or self.recursion.plan.shares)
+    if hides:
       seen_BT = jnp.where(routed.keep_BT, self.segment_BT, 0)
     view = kv_base.see(
         kernels.choose(self.config, in_order=True), self._rotation(self.position_BT),
         self.position_BT, self.segment_BT, self.position_BT, seen_BT,
-        index_BT=jnp.where(routed.keep_BT, self.position_BT, state_BTD.shape[1]))
+        index_BT=jnp.where(routed.keep_BT, self.position_BT, state_BTD.shape[1]),
+        causal=self.config.cross_documents and not hides)
     y_BTD = self._stack(step, lora, state_BTD, view, store)
     new_BTD = self._enter(state_BTD, y_BTD, routed, None)
     if routed.carry:
@@ -205,7 +209,8 @@ class _Pass:
     k_position, k_segment = (self.position_BT, self.segment_BT) if reads_base else (index_BC, segment_BC)
     view = kv_base.see(
         kernels.choose(self.config, in_order=not reads_base), self._rotation(index_BC),
-        index_BC, segment_BC, k_position, k_segment, index_BT=index_BC)
+        index_BC, segment_BC, k_position, k_segment, index_BT=index_BC,
+        causal=self.config.cross_documents and not reads_base)
     y_BCD = self._stack(step, lora, x_BCD, view, store)
     new_BCD = self._enter(x_BCD, y_BCD, routed, index_BC)
     with jax.named_scope("scatter"):

@@ -10,13 +10,18 @@ from mor import config as config_lib
 from mor import sharding
 from mor import types
 from mor.model import block as block_lib
+from mor.model import kernels
 from mor.model.kv import base as kv_base
 
-_REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+_DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
+def _dots_and_kernels(primitive, *avals, **params) -> bool:
+  """Keeps what projections and fused attention give, whose forward takes the time; the rest is cheap."""
+  return _DOTS(primitive, *avals, **params) or primitive.name in kernels.PRIMITIVES
+
+
+_REMAT = {"none": None, "dots": _dots_and_kernels, "full": jax.checkpoint_policies.nothing_saveable}
 
 
 def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activations, view: kv_base.KVView,

@@ -65,8 +65,8 @@ class Transformer(nn.Module):
 
     Args:
       tokens_BT: token ids.
-      segment_BT: document of each token, 1, 2, …; 0 is padding. None: one
-        document a row.
+      segment_BT: document of each token, 1, 2, …; 0 is padding, which follows a
+        row's last token where documents see each other. None: one document a row.
       routing: "select" is training's (expert-choice sees the whole sequence),
         "decide" is causal.
       train_step: current step, for warm-ups; None once trained.
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
     position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
     view = kv_base.see(
         kernels.choose(self.config, in_order=True), layers.rotation(position_BT, self.config),
-        position_BT, segment_BT, position_BT, segment_BT)
+        position_BT, segment_BT, position_BT, segment_BT, causal=self.config.cross_documents)
     with jax.named_scope(group):
       drop_LB = jax.tree.map(lambda a: a[:num_layers] if group == "prelude" else a[-num_layers:], drop_UB)
       return stacked.run_layers(

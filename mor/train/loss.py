@@ -108,8 +108,9 @@ def _blocked_gradient(student, others, block, terms):
   xs = jax.tree.map(lambda x: _blocks(x, length), (hidden_BTD, others))
   sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
       lambda hidden, rest: terms(_logits(hidden, head_VD), *rest)[0], *jax.tree.map(lambda x: x[0], xs)))
-  (sums, d_head_VD), (d_hidden, kept) = jax.lax.scan(
-      body, (sums, jnp.zeros(head_VD.shape, jnp.float32)), xs)
+  with jax.named_scope("loss"):
+    (sums, d_head_VD), (d_hidden, kept) = jax.lax.scan(
+        body, (sums, jnp.zeros(head_VD.shape, jnp.float32)), xs)
   return sums, (_unblock(d_hidden), d_head_VD.astype(head_VD.dtype)), jax.tree.map(_unblock, kept)
 
 

@@ -156,9 +156,10 @@ def update(config: config_lib.Config, mesh: Mesh, state: TrainState, batch: Mapp
       in_specs=(sharding.row_specs(state.replace(opt_state=())), P(sharding.ROWS), sharding.row_specs(teacher)),
       out_specs=(P(), P(), specs))
   terms, sums, grads = differentiate(state.replace(opt_state=()), batch, teacher)
-  updates, opt_state = optim.make(config).update(grads, state.opt_state, state.params)
-  new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state,
-                         _balance(config.model, state, sums))
+  with jax.named_scope("optimizer"):
+    updates, opt_state = optim.make(config).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+  new_state = TrainState(state.step + 1, params, opt_state, _balance(config.model, state, sums))
   metrics = {
       **terms,
       "grad_norm": optax.tree.norm(grads),

@@ -72,14 +72,19 @@ class KVView:
 
 def see(kernel: str, rotation: tuple[jax.Array, jax.Array], q_position_BT: types.Positions,
         q_segment_BT: types.Segments, k_position_BS: jax.Array, k_segment_BS: jax.Array,
-        index_BT: jax.Array | None = None) -> KVView:
+        index_BT: jax.Array | None = None, causal: bool = False) -> KVView:
   """The view of a pass, with a mask only where its kernel reads one.
+
+  Where `causal`, a query sees a key that stands no later: both are the same tokens
+  in ascending order, of one document, and what is hidden comes after all the rest.
 
   Splash gives each query its key's segment: a token whose key is hidden (segment 0
   among the keys) attends to the other hidden ones, and what it gives is to be dropped.
   """
   if kernel == "splash":
     return KVView(rotation, None, index_BT, k_segment_BS, kernel)
+  if kernel == "cudnn" and causal:
+    return KVView(rotation, None, index_BT, None, kernel)
   return KVView(rotation, visible(q_position_BT, q_segment_BT, k_position_BS, k_segment_BS), index_BT, None, kernel)
 
 

@@ -37,6 +37,7 @@ class Routing:
     entry_BT: factor on the state at the entrance; None is 0.
     carry: whether the state itself is kept (a residual around the step).
     change: whether the gate is on the stack's change of the state, not its output.
+    keeps_all: whether it is known, while tracing, that every live token is kept.
     sums: statistics and auxiliary losses of this step, summed over tokens; the
       recursion itself counts `tokens`, `candidates` and `kept`.
   """
@@ -47,6 +48,7 @@ class Routing:
   entry_BT: jax.Array | None = None
   carry: bool = struct.field(pytree_node=False, default=False)
   change: bool = struct.field(pytree_node=False, default=False)
+  keeps_all: bool = struct.field(pytree_node=False, default=False)
   sums: Mapping[str, jax.Array] = struct.field(default_factory=dict)
 
 

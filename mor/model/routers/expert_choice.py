@@ -119,7 +119,7 @@ class ExpertChoice:
     with jax.named_scope("top_k"):
       keep_BT = top(jax.lax.stop_gradient(score_BT), alive_BT, plan.kept_RB[step])
     if self.config.router.arch == "random":
-      return self._routing(keep_BT, logit_BT, score_BT, {})
+      return self._routing(keep_BT, logit_BT, score_BT, {}, step)
     predictor_BT = self._predictor(plan, h_BTD, logit_BT, step)
     sums = {
         "correct": base.count(alive_BT & ((predictor_BT >= 0) == keep_BT)),
@@ -128,7 +128,7 @@ class ExpertChoice:
     if self.config.router.sampling != "none":
       bce_BT = optax.sigmoid_binary_cross_entropy(predictor_BT, keep_BT.astype(jnp.float32))
       sums["sampling"] = base.total(bce_BT, alive_BT)
-    return self._routing(keep_BT, logit_BT, score_BT, sums)
+    return self._routing(keep_BT, logit_BT, score_BT, sums, step)
 
   def decide(self, plan: Plan, h_BTD: types.Activations, alive_BT: types.Mask, step) -> base.Routing:
     """Keeps the live tokens whose logit is >= 0; causal, one token at a time."""
@@ -140,7 +140,7 @@ class ExpertChoice:
     else:
       keep_BT = self._predictor(plan, h_BTD, logit_BT, step) >= 0
     keep_BT = alive_BT & (keep_BT | jnp.asarray(capacity_R == 1.0)[step])
-    return self._routing(keep_BT, logit_BT, score_BT, {})
+    return self._routing(keep_BT, logit_BT, score_BT, {}, step)
 
   def _score(self, plan, h_BTD, step):
     router = self.config.router
@@ -156,8 +156,9 @@ class ExpertChoice:
       return scores.logits(plan.aux_params, step, jax.lax.stop_gradient(h_BTD))[:, :, 0]
     return logit_BT
 
-  def _routing(self, keep_BT, logit_BT, score_BT, sums) -> base.Routing:
-    gating = self.config.router.gating
+  def _routing(self, keep_BT, logit_BT, score_BT, sums, step) -> base.Routing:
+    gating, capacity = self.config.router.gating, self.config.capacity
+    keeps_all = (capacity[step] if isinstance(step, int) else min(capacity)) == 1.0
     gate_BT = None if gating == "additive" else score_BT
     return base.Routing(keep_BT=keep_BT, score_BT=logit_BT, gate_BT=gate_BT, carry=True, change=gating == "residual",
-                        sums=sums)
+                        keeps_all=keeps_all, sums=sums)

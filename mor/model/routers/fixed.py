@@ -27,7 +27,7 @@ class Fixed:
   def select(self, plan, h_BTD, alive_BT, step):
     """Keeps every live token."""
     del plan, h_BTD, step
-    return base.Routing(keep_BT=alive_BT, score_BT=jnp.zeros(alive_BT.shape, jnp.float32))
+    return base.Routing(keep_BT=alive_BT, score_BT=jnp.zeros(alive_BT.shape, jnp.float32), keeps_all=True)
 
   decide = select
 

@@ -105,7 +105,7 @@ class TokenChoice:
     if gating == "residual":
       entry_BT = entry_BT * (1.0 - plan.gate_BT)
     return base.Routing(keep_BT=keep_BT, score_BT=jnp.take(plan.logits_BTR, step, axis=-1), gate_BT=gate_BT,
-                        entry_BT=entry_BT)
+                        entry_BT=entry_BT, keeps_all=isinstance(step, int) and step == 0)
 
   decide = select
 
