@@ -194,8 +194,9 @@ def table(name: str, directory: pathlib.Path) -> str:
   made = (f"{record['processor'] if record['device'] == 'cpu' else record['device']}, "
           f"{record['cores_used']} of {record['cores']} cores, {record['dtype']}, JAX {record['jax']}, "
           f"commit {record['commit']}")
+  flags = f"XLA_FLAGS={record['xla_flags']} " if "xla_flags" in record else ""
   return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "",
-                    f"{NOTES[benchmark].format(**record)} {made}:", f"`{record['command']}`", ""])
+                    f"{NOTES[benchmark].format(**record)} {made}:", f"`{flags}{record['command']}`", ""])
 
 
 def main(argv: list[str]) -> None:
