@@ -58,11 +58,12 @@ def test_relaxed_models(model):
 
 
 @pytest.mark.parametrize("router", [
-    pytest.param(dict(arch="random", sampling="none"), id="random"),
+    pytest.param(dict(arch="random", sampling="none"), id="random", marks=pytest.mark.slow),
     pytest.param(dict(arch="mlp", sampling="aux_router"), id="auxiliary"),
     pytest.param(dict(gating="additive", activation="tanh"), id="additive"),
     pytest.param(tiny.TOKEN_CHOICE | dict(balancing="loss_free", activation="sigmoid"), id="loss_free"),
-    pytest.param(tiny.TOKEN_CHOICE | dict(balancing="none", arch="random", gating="every_step"), id="random_token"),
+    pytest.param(tiny.TOKEN_CHOICE | dict(balancing="none", arch="random", gating="every_step"), id="random_token",
+                 marks=pytest.mark.slow),
 ])
 def test_every_kind_of_router(router):
   check(build("hybrid", router=router), "paged")
@@ -77,8 +78,9 @@ def test_bias_moves_depths():
   assert (depths[0] != depths[1]).any()
 
 
-@pytest.mark.parametrize("plan", kv_table.PLANS)
-@pytest.mark.parametrize("sharing, storage", [("sequence", "paged"), ("middle_sequence", "dense")])
+@pytest.mark.parametrize("sharing, storage, plan", [
+    pytest.param(*scheme, plan, marks=() if (scheme[1] == "paged") == (plan == "hybrid") else pytest.mark.slow)
+    for scheme in (("sequence", "paged"), ("middle_sequence", "dense")) for plan in kv_table.PLANS])
 def test_steps_with_layers_of_their_own(sharing, storage, plan):
   layers = 8 if sharing.startswith("middle") else 6
   check(build(plan, sharing=sharing, num_layers=layers, router=tiny.FIXED), storage)
@@ -102,7 +104,8 @@ def test_steps_with_layers_of_their_own_share_no_batch():
     decoder.run_pass(weights, cache, h_BD, cache_lib.one_each(step_B, step_B, step_B == 0))
 
 
-@pytest.mark.parametrize("plan, storage", [("recursion_wise", "dense"), ("hybrid", "paged")])
+@pytest.mark.parametrize("plan, storage", [
+    pytest.param("recursion_wise", "dense", marks=pytest.mark.slow), ("hybrid", "paged")])
 def test_bfloat16_follows_float32(plan, storage):
   """Random scores, so that rounding moves no token to another depth."""
   config = build(plan, router=dict(arch="random", sampling="none"))

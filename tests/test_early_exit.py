@@ -19,7 +19,7 @@ def engine(kind, model, num_slots=8, **fields):
 @pytest.mark.parametrize("kind, pending", exiting.quick(("plain", 3), slow=((3,), (1,))))
 def test_verified_requests_are_the_full_depths(kind, pending):
   """Token for token, where all exit, some do, and none; stop tokens come from exits too."""
-  model, num = exiting.model(kind), 100 if (kind, pending) == ("plain", 3) else 500
+  model, num = exiting.model(kind), 40 if (kind, pending) == ("plain", 3) else 500
   requests = serving.requests(num, **exiting.GREEDY)
   expected = serving.reference(model, requests)
   assert {c.finish for c in expected} == {"stop", "length"}
@@ -53,7 +53,7 @@ def test_every_entry_after_a_sync_is_the_full_forwards(kind, num_slots):
         seen.append((job.id, int(slots.position_B[slot]), exiting.entries(made.decoder, slots.cache, slot)))
   figures, compared = made.metrics(), 0
   assert figures["exit_rate"] > 0 and 0 < figures["acceptance"] < 1
-  for number, length, found in seen[::2]:
+  for number, length, found in seen[::4]:
     if length > len(done[number]):
       continue  # a stop token, which the request does not keep, and none after it
     expected = exiting.prefilled(made, done[number][:length])

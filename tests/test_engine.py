@@ -51,11 +51,11 @@ def test_every_router_and_plan(router, plan):
 
 @pytest.mark.parametrize("fields, options", [
     pytest.param(tiny.VANILLA, {}, id="vanilla"),
-    pytest.param(dict(sharing="cycle", num_layers=6), {}, id="no_edges"),
+    pytest.param(dict(sharing="cycle", num_layers=6), {}, id="no_edges", marks=pytest.mark.slow),
     pytest.param({}, dict(batching="sequence"), id="sequence"),
     pytest.param(dict(kv_plan="hybrid"), dict(storage="dense"), id="dense"),
     pytest.param(dict(lora=dict(q=2, k=1, o=3, gate=4, down=2), router=dict(gating="residual", alpha=1.5),
-                      tie_embeddings=False), {}, id="relaxed"),
+                      tie_embeddings=False), {}, id="relaxed", marks=pytest.mark.slow),
     pytest.param({}, dict(num_slots=1, ticks=1), id="one_slot_one_tick"),
 ])
 def test_other_engines(fields, options):

@@ -26,7 +26,7 @@ CUTS = {
     "fsdp_accumulation": dict(mesh=dict(fsdp=2), train=dict(accumulation=4)),
 }
 QUICK = {
-    *(("aux_router", cut) for cut in ("accumulation", "data_tensor", "tensor", "fsdp_tensor", "fsdp_sequence")),
+    *(("aux_router", cut) for cut in ("accumulation", "data_tensor", "fsdp_tensor", "fsdp_sequence")),
     ("token_loss", "fsdp_sequence"),
 }
 
@@ -79,12 +79,13 @@ def test_capacity_warmup_narrows_to_the_configured_width():
   mesh = sharding.make_mesh(cfg.mesh)
   state, train_step = step.init_state(cfg, mesh), step.make_train_step(cfg, mesh)
   loads = []
-  for i in range(6):
+  for i in (0, 2, 4, 5):  # each bucket is a program
+    state = state.replace(step=jnp.asarray(i))
     state, metrics = train_step(state, sharding.put_batch(mesh, tiny.batch(cfg, i)), step=i)
     loads.append([float(metrics[f"load_{r}"]) for r in (1, 2, 3)])
   assert loads[0] == [1.0, 1.0, 1.0]
   assert all(a[2] >= b[2] for a, b in zip(loads, loads[1:]))
-  assert loads[4][2] == loads[5][2] < 0.34
+  assert loads[2][2] == loads[3][2] < 0.34
 
 
 def test_same_seed_same_state():
