@@ -29,6 +29,11 @@ That is 344 steps of 1,024 tokens. The exit agrees with the end on 45, 51, 54 % 
 held-out answers after 48, 96, 144 steps of the second part, and on 56, 60, 61 % after those of
 the third, which holds others out: most of them the second part has seen.
 
+Those of r3 are after 56 steps, from a stepwise start, on all answers:
+
+  … --mode=convert --source=mor:runs/smollm2 --config=configs/exit_smollm2.py:r3, then as before with
+    --config.train.steps=56 --config.optim.learning_rate=6e-4
+
 Hardware: 2 CPU cores, 128 steps of 4 x 256 tokens, 20 to 30 minutes and 5 GB.
 """
 
