@@ -179,7 +179,9 @@ def test_a_model_with_splash_equals_one_with_xla(name):
     assert not re.search(r"bool\[2,(\d+),\1\]", our_text)
 
 
-@pytest.mark.parametrize("name", ["vanilla", "cycle", "expert_choice", "masked", "middle_cycle", "token_choice", "shared"])
+@pytest.mark.parametrize("name", [
+    "vanilla", "expert_choice", "masked", "shared",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("cycle", "middle_cycle", "token_choice"))])
 @pytest.mark.parametrize("cross_documents", [False, True])
 def test_a_model_with_cudnn_masks_only_what_is_not_causal_by_place(monkeypatch, name, cross_documents):
   """cuDNN's calls stand in XLA here; `tests/check_gpu.py` runs them on a GPU."""

@@ -103,7 +103,7 @@ def test_changing_the_future_changes_no_past(router, plan):
     assert (a.keep_RBT[:, :, :cut] != b.keep_RBT[:, :, :cut]).any()
 
 
-@pytest.mark.parametrize("routing", ["select", "decide"])
+@pytest.mark.parametrize("routing", ["select", pytest.param("decide", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("router,plan", EVERY)
 def test_padded_batch_equals_its_rows(router, plan, routing):
   config = build(router, plan)
