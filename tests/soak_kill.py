@@ -46,8 +46,9 @@ class Run:
   """A workdir, and `count` processes that train in it."""
 
   def __init__(self, directory: pathlib.Path, name: str, count: int, steps: int):
-    self.workdir, self.count, self.steps = directory / name, count, steps
-    fields = {**FIELDS, "train.steps": steps, "data.source": tiny.write_text(directory), "data.cache_dir": directory / "cache"}
+    self.workdir, self.count = directory / name, count
+    fields = {**FIELDS, "train.steps": steps, "data.source": tiny.write_text(directory),
+              "data.cache_dir": directory / "cache"}
     self.command = [sys.executable, "-m", "mor.main", "--config=configs/base.py", f"--workdir={self.workdir}",
                     *(f"--config.{k}={v}" for k, v in fields.items())]
 

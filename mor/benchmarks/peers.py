@@ -64,6 +64,21 @@ def make(name: str, model: config_lib.ModelConfig, params: dict, threads: int, d
   return build(name, model, params, threads, dtype, directory)
 
 
+def llama_config(shape: Any, **others: Any) -> Any:
+  """A `LlamaConfig` of transformers.
+
+  Args:
+    shape: has our names of the sizes, as a model's config has.
+    others: further fields, by their names there.
+  """
+  import transformers
+  return transformers.LlamaConfig(
+      vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.d_ff,
+      num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_kv_heads,
+      head_dim=shape.head_dim, bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="sdpa",
+      **others)
+
+
 class _HuggingFace:
   """`LlamaForCausalLM` with its own growing cache."""
 
@@ -73,13 +88,9 @@ class _HuggingFace:
     import torch
     import transformers
     self.name, self._threads = name, threads
-    config = transformers.LlamaConfig(
-        vocab_size=model.vocab_size, hidden_size=model.d_model, intermediate_size=model.d_ff,
-        num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads, head_dim=model.head_dim, rms_norm_eps=model.norm_eps,
-        rope_parameters=dict(rope_type="default", rope_theta=model.rope_theta),
-        tie_word_embeddings=model.tie_embeddings,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="sdpa")
+    config = llama_config(
+        model, rms_norm_eps=model.norm_eps, rope_parameters=dict(rope_type="default", rope_theta=model.rope_theta),
+        tie_word_embeddings=model.tie_embeddings)
     self._model = transformers.LlamaForCausalLM(config).eval().to(getattr(torch, dtype))
     state = {key: torch.from_numpy(np.array(weight, np.float32))
              for key, weight in names.write({"params": params}, model, "hf")}

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+from mor.benchmarks import peers
 from mor.benchmarks import results
 
 SIZES = ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "num_layers", "seq_len", "batch")
@@ -39,11 +40,7 @@ def make_step(args) -> Any:
   device = "cuda" if torch.cuda.is_available() else "cpu"
   torch.manual_seed(0)
   torch.set_float32_matmul_precision("high")
-  config = transformers.LlamaConfig(
-      vocab_size=args.vocab_size, hidden_size=args.d_model, intermediate_size=args.d_ff,
-      num_hidden_layers=args.num_layers, num_attention_heads=args.num_heads, num_key_value_heads=args.num_kv_heads,
-      head_dim=args.head_dim, tie_word_embeddings=True, use_cache=False, max_position_embeddings=args.seq_len,
-      bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="sdpa")
+  config = peers.llama_config(args, tie_word_embeddings=True, use_cache=False, max_position_embeddings=args.seq_len)
   with torch.device(device):
     model = transformers.LlamaForCausalLM(config)
     input_BT = torch.randint(args.vocab_size, (args.batch, args.seq_len))
