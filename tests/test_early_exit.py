@@ -53,7 +53,7 @@ def test_every_entry_after_a_sync_is_the_full_forwards(kind, num_slots):
         seen.append((job.id, int(slots.position_B[slot]), exiting.entries(made.decoder, slots.cache, slot)))
   figures, compared = made.metrics(), 0
   assert figures["exit_rate"] > 0 and 0 < figures["acceptance"] < 1
-  for number, length, found in seen[::4]:
+  for number, length, found in seen[::4 if (kind, num_slots) in (("plain", 8), ("expert_choice", 8)) else 2]:
     if length > len(done[number]):
       continue  # a stop token, which the request does not keep, and none after it
     expected = exiting.prefilled(made, done[number][:length])
