@@ -10,7 +10,9 @@ import sys
 import jax
 import pytest
 
+from mor import main
 from mor.analysis import compiled
+from tests import test_main
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,16 +29,16 @@ def run(*arguments):
     ((), "--mode=compile needs chips to compile for; give --topology="),
     (("--topology=v5e:2x2",), "--mode=compile needs a config"),
 ])
-def test_what_is_missing_is_said(given, said):
-  done = run(*given)
-  assert done.returncode == 2 and said in done.stderr
+def test_what_is_missing_is_said(given, said, capsys):
+  assert test_main.run("--mode=compile", *given) == main.WRONG
+  assert said in capsys.readouterr().err
 
 
 @pytest.mark.skipif(HAS_TPU_COMPILER, reason="the TPU compiler is installed")
-def test_a_missing_compiler_names_the_package():
-  done = run("--config=configs/quickstart.py", "--topology=v5e:2x2")
-  assert done.returncode == 2
-  assert done.stderr == "error: the TPU compiler is not installed; run pip install 'mor[tpu]'\n"
+def test_a_missing_compiler_names_the_package(capsys):
+  given = ("--mode=compile", "--config=configs/quickstart.py", "--topology=v5e:2x2")
+  assert test_main.run(*given) == main.WRONG
+  assert capsys.readouterr().err == "error: the TPU compiler is not installed; run pip install 'mor[tpu]'\n"
 
 
 @pytest.mark.skipif(not HAS_TPU_COMPILER, reason="needs pip install 'mor[tpu]'")
