@@ -51,6 +51,7 @@ from mor.model import transformer
 CONTEXT = 1024
 SCORED = ("full", "trust", "copied")  # the others' texts are the full depth's
 _ANSWER = 16  # tokens of an answer at most
+_WARM_UP = 16  # tokens of each prompt before anything is timed
 
 
 @dataclasses.dataclass
@@ -203,7 +204,7 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
   """All variants at one batch size, in turn."""
   made, asked = variants(args, model, num_slots), prompts(model, max(args.prompts, 2 * num_slots), args.prompt_tokens)
   for variant in made:
-    variant.run(asked, args.new_tokens)  # compiles
+    variant.run(asked, min(args.new_tokens, _WARM_UP))  # compiles
     variant.rates, variant.wall_rates = [], []
   for turn in range(args.rounds):
     for variant in made:
