@@ -4,8 +4,9 @@
   python -m mor.benchmarks.early_exit --shape=135m --after=10 --batches=16 --prompts=96 --pin=0
 
 Engines of the same weights take turns at the same prompts, all new tokens greedy and
-everything in the time, which ends when no prompt waits any more: until then every slot
-has a request. The requests are
+everything in the time. With one slot each takes a prompt in turn, so that what the
+machine does meanwhile meets all alike; with more, all prompts, and the time ends when
+none waits any more: until then every slot has a request. The requests are
 
   full         in an engine without exits
   none         at full depth in an engine that has exits
@@ -31,7 +32,6 @@ add, the more drafts are right, and each pass takes the time that it takes.
 import dataclasses
 import lzma
 import sys
-import time
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor.benchmarks import decode_throughput
+from mor.benchmarks import exit_turns
 from mor.benchmarks import hf_early_exit
 from mor.benchmarks import quality
 from mor.benchmarks import results
@@ -50,87 +51,7 @@ from mor.model import transformer
 
 CONTEXT = 1024
 SCORED = ("full", "trust", "copied")  # the others' texts are the full depth's
-_ANSWER = 16  # tokens of an answer at most
 _WARM_UP = 16  # tokens of each prompt before anything is timed
-
-
-@dataclasses.dataclass
-class Variant:
-  """Requests of one kind, what each turn took, and what came last."""
-
-  name: str
-  engine: engine_lib.Engine
-  options: list[dict[str, Any]]  # of the requests, in turn
-  rates: list[float] = dataclasses.field(default_factory=list)
-  wall_rates: list[float] = dataclasses.field(default_factory=list)
-  tokens: list[list[int]] = dataclasses.field(default_factory=list)
-  early: int = 0
-  drafts: int = 0
-  confirmed: int = 0
-
-  def run(self, prompts: list[list[int]], num_tokens: int) -> None:
-    """All prompts, as many at once as the engine has slots."""
-    before, given = self.engine.metrics(), 0
-    wall, cpu = time.perf_counter(), time.process_time()
-    numbers = self._submit(prompts, num_tokens)
-    while self.engine.scheduler.queue or not given:
-      given += len(self.engine.step())
-    self.rates.append(given / (time.process_time() - cpu))
-    self.wall_rates.append(given / (time.perf_counter() - wall))
-    done, after = self._finish(numbers), self.engine.metrics()
-    self.tokens, self.early = [c.tokens for c in done], sum(sum(c.early) for c in done)
-    self.drafts, self.confirmed = (after[name] - before[name] for name in ("drafts", "confirmed"))
-
-  def answer(self, prompts: list[list[int]]) -> list[list[int]]:
-    """Short continuations."""
-    return [c.tokens for c in self._finish(self._submit(prompts, _ANSWER))]
-
-  def figures(self) -> dict[str, Any]:
-    """Of the last turn."""
-    return {"exit_rate": self.early / sum(map(len, self.tokens)), "drafts": self.drafts,
-            "acceptance": self.confirmed / self.drafts if self.drafts else None,
-            "confirmed_per_token": self.confirmed / sum(map(len, self.tokens))}
-
-  def _submit(self, prompts, num_tokens):
-    return [self.engine.submit(prompt, max_tokens=num_tokens, stop_tokens=(), **self.options[i % len(self.options)])
-            for i, prompt in enumerate(prompts)]
-
-  def _finish(self, numbers):
-    while not self.engine.idle:
-      self.engine.step()
-    self.engine.wait()
-    return [self.engine.take(number) for number in numbers]
-
-
-@dataclasses.dataclass
-class Peer:
-  """The same of transformers."""
-
-  name: str
-  peer: hf_early_exit.EarlyExit
-  draft: hf_early_exit.Draft | None
-  rates: list[float] = dataclasses.field(default_factory=list)
-  wall_rates: list[float] = dataclasses.field(default_factory=list)
-  tokens: list[list[int]] = dataclasses.field(default_factory=list)
-  deep_passes: int = 0
-
-  def run(self, prompts: list[list[int]], num_tokens: int) -> None:
-    """All prompts, one at a time."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    done = [self.peer.generate(prompt, num_tokens, draft=self.draft) for prompt in prompts]
-    self.tokens, self.deep_passes = [o.tokens for o in done], sum(o.deep_passes for o in done)
-    num = sum(map(len, self.tokens))
-    self.rates.append(num / (time.process_time() - cpu))
-    self.wall_rates.append(num / (time.perf_counter() - wall))
-
-  def answer(self, prompts: list[list[int]]) -> list[list[int]]:
-    """Short continuations."""
-    return [self.peer.generate(prompt, _ANSWER, draft=self.draft).tokens for prompt in prompts]
-
-  def figures(self) -> dict[str, Any]:
-    """Of the last turn."""
-    return {"exit_rate": 0.0, "drafts": None, "acceptance": None,
-            "confirmed_per_token": 1.0 - self.deep_passes / sum(map(len, self.tokens))}
 
 
 def prompts(model: model_lib.Model, num: int, length: int) -> list[list[int]]:
@@ -178,25 +99,25 @@ def damped(model: model_lib.Model, first: int, factor: float) -> model_lib.Model
   return dataclasses.replace(model, variables=model.variables | {"params": params})
 
 
-def variants(args, model: model_lib.Model, num_slots: int) -> list[Variant | Peer]:
+def variants(args, model: model_lib.Model, num_slots: int) -> list[exit_turns.Variant | exit_turns.Peer]:
   """All of them; those with the same engine share it, but for one that learns whether drafts of its threshold pay."""
   make = lambda **options: engine_lib.Engine(
       model, num_slots=num_slots, context=CONTEXT, weight_format=args.format,
       kv_format="float32" if args.format == "float32" else "bfloat16", **options)
   exits = exits_lib.Exits(after=args.after, pending=args.pending, first=args.first)
   shared, copied = make(exits=exits), make(exits=dataclasses.replace(exits, kv="copied"))
-  made = [Variant("full", make(), [{}]), Variant("none", shared, [{}])]
+  made = [exit_turns.Variant("full", make(), [{}]), exit_turns.Variant("none", shared, [{}])]
   for threshold in args.thresholds:
     ask = lambda mode, threshold=threshold: dict(exit=mode, threshold=threshold)
-    made += [Variant(f"trust-{threshold}", shared, [ask("trust")]),
-             Variant(f"verify-{threshold}", make(exits=exits), [ask("verify")]),
-             Variant(f"copied-{threshold}", copied, [ask("trust")])]
+    made += [exit_turns.Variant(f"trust-{threshold}", shared, [ask("trust")]),
+             exit_turns.Variant(f"verify-{threshold}", make(exits=exits), [ask("verify")]),
+             exit_turns.Variant(f"copied-{threshold}", copied, [ask("trust")])]
     if num_slots > 1:
-      made.append(Variant(f"mixed-{threshold}", shared, [{}, ask("trust"), ask("verify")]))
+      made.append(exit_turns.Variant(f"mixed-{threshold}", shared, [{}, ask("trust"), ask("verify")]))
   if args.hf and num_slots == 1:
     peer = hf_early_exit.EarlyExit(args.hf, threads=results.num_cores())
     drafts = [hf_early_exit.Draft(args.after[0], num, sure) for num, sure in ((2, 0.0), (5, 0.4))]
-    made += [Peer("hf", peer, None), *(Peer(f"hf-{d.num_tokens}-{d.confidence}", peer, d) for d in drafts)]
+    made += [exit_turns.Peer("hf", peer, None), *(exit_turns.Peer(f"hf-{d.num_tokens}-{d.confidence}", peer, d) for d in drafts)]
   return made
 
 
@@ -205,10 +126,15 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
   made, asked = variants(args, model, num_slots), prompts(model, max(args.prompts, 2 * num_slots), args.prompt_tokens)
   for variant in made:
     variant.run(asked, min(args.new_tokens, _WARM_UP))  # compiles
-    variant.rates, variant.wall_rates = [], []
+  turns = [[prompt] for prompt in asked] if num_slots == 1 else [asked]
   for turn in range(args.rounds):
     for variant in made:
-      variant.run(asked, args.new_tokens)
+      variant.start()
+    for prompts_of_turn in turns:
+      for variant in made:
+        variant.run(prompts_of_turn, args.new_tokens)
+    for variant in made:
+      variant.stop()
     print(f"batch {num_slots}, round {turn + 1} of {args.rounds}: "
           + ", ".join(f"{v.name} {v.rates[-1]:.1f}" for v in made), file=sys.stderr, flush=True)
   full, rows, items = made[0], [], tasks(args) if num_slots == args.batches[0] else {}
