@@ -27,10 +27,10 @@ committed figures are of 1,000 answers of 160 tokens to openings of paragraphs o
   … --mode=convert --source=mor:WORKDIR, then with both exits, --config.train.steps=160 \\
     --config.optim.learning_rate=4e-4 --config.data.shuffle_seed=2
 
-That is 504 steps of 1,024 tokens. The exit after 10 layers agrees with the end on 45, 51, 54 % of
-the tokens of held-out answers after 48, 96, 144 steps of the second part; on 56 %
-of its answers to openings of unseen books and speeches after the third, 58 % after the fourth. The
-one after 20 layers agrees on 71 % after 40 steps of the fourth part, 78 % after all.
+That is 504 steps of 1,024 tokens. The exit after 10 layers agrees with the end on 45, 51, 54 % of the
+tokens of held-out answers after 48, 96, 144 steps of the second part, and on 56 and 58 % of answers
+to openings of unseen books and speeches after the third and the fourth. The exit after 20 layers
+agrees there on 71 % after 40 steps of the fourth part, and on 78 % after all.
 
 Those of r3 are after 56 steps, from a stepwise start, on all answers:
 
