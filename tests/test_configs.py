@@ -11,6 +11,7 @@ from ml_collections import config_flags
 import pytest
 
 from configs import paper
+from configs import exit_smollm2
 from configs import uptrain_smollm2
 from mor import config
 from mor.analysis import memory
@@ -65,6 +66,21 @@ def test_uptrained_member(name):
 def test_an_unknown_uptrained_member_is_refused():
   with pytest.raises(ValueError, match="r2, r3, r5"):
     uptrain_smollm2.get_config("r4")
+
+
+@pytest.mark.parametrize("name, layers, teacher", [
+    ("full", (10, 20), ""), ("r3", (10,), ""), ("full-gpu", (5, 10, 20), "runs/smollm2"),
+    ("r3-gpu", (10, 20), "runs/smollm2")])
+def test_exiting_member(name, layers, teacher):
+  made = config.from_config_dict(exit_smollm2.get_config(name))
+  _check(made)
+  assert (made.exit.layers, made.distill.teacher) == (layers, teacher)
+  assert made.model.num_recursions == (3 if name.startswith("r3") else 1)
+
+
+def test_an_unknown_exiting_member_is_refused():
+  with pytest.raises(ValueError, match="full, r3"):
+    exit_smollm2.get_config("r2-gpu")
 
 
 @pytest.mark.parametrize("name, layers, r, steps, warmup", [

@@ -4,7 +4,7 @@
   python -m mor.benchmarks.early_exit --shape=135m --after=10 --batches=16 --prompts=96 --pin=0
 
 Engines of the same weights take turns at the same prompts, all new tokens greedy and
-everything in the time. With one slot each takes a prompt in turn, so that what the
+everything in the time: the core's of one process with --pin, else the clock's. With one slot each takes a prompt in turn, so that what the
 machine does meanwhile meets all alike; with more, all prompts, and the time ends when
 none waits any more: until then every slot has a request. The requests are
 
@@ -123,6 +123,7 @@ def variants(args, model: model_lib.Model, num_slots: int) -> list[exit_turns.Va
 
 def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
   """All variants at one batch size, in turn."""
+  rates = lambda variant: variant.wall_rates if args.pin is None else variant.rates
   made, asked = variants(args, model, num_slots), prompts(model, max(args.prompts, 2 * num_slots), args.prompt_tokens)
   for variant in made:
     variant.run(asked, min(args.new_tokens, _WARM_UP))  # compiles
@@ -136,8 +137,8 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
     for variant in made:
       variant.stop()
     print(f"batch {num_slots}, round {turn + 1} of {args.rounds}: "
-          + ", ".join(f"{v.name} {v.rates[-1]:.1f}" for v in made), file=sys.stderr, flush=True)
-  full, rows, items = made[0], [], tasks(args) if num_slots == args.batches[0] else {}
+          + ", ".join(f"{v.name} {rates(v)[-1]:.1f}" for v in made), file=sys.stderr, flush=True)
+  full, rows, items = rates(made[0]), [], tasks(args) if num_slots == args.batches[0] else {}
   for variant in made:
     scores, kind = {}, variant.name.partition("-")[0]
     for name, task in items.items() if kind in SCORED else ():
@@ -147,8 +148,8 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
     rows.append({
         "variant": variant.name, "tokens_per_second": results.spread(variant.rates),
         "wall_tokens_per_second": results.spread(variant.wall_rates),
-        "to_full": results.spread([a / b for a, b in zip(variant.rates, full.rates)]), **variant.figures(),
-        "agreement": quality.agreement(variant.tokens, full.tokens), "nll": nll(model, asked, variant.tokens),
+        "to_full": results.spread([a / b for a, b in zip(rates(variant), full)]), **variant.figures(),
+        "agreement": quality.agreement(variant.tokens, made[0].tokens), "nll": nll(model, asked, variant.tokens),
         "scores": scores})
   return {"batch": num_slots, "variants": rows}
 
@@ -193,7 +194,7 @@ def main(argv: list[str]) -> None:
   if args.damp != 1.0:
     model = damped(model, args.after[0], args.damp)
   sizes = {name: value for name, value in vars(args).items() if name not in ("out", "pin")}
-  record = results.header("early_exit", argv, args.format, sizes)
+  record = results.header("early_exit", argv, args.format, sizes) | {"clock": "wall" if args.pin is None else "cpu"}
   record["model"] = args.workdir or f"random weights of the {args.shape} shape, three recursions"
   record["batches"] = [measure(args, model, num_slots) for num_slots in args.batches]
   results.write(record, args.out)
