@@ -40,7 +40,7 @@ class Turns:
     self._turn += 1
     return self._turn % 4 > 0
 
-  def saw(self, drafted: bool, tokens: int, seconds: float) -> None:
+  def saw(self, drafted: bool, tokens: int, seconds: float, alone: bool) -> None:
     pass
 
 

@@ -56,6 +56,36 @@ def test_a_dispatch_that_compiles_decides_nothing():
   assert drafted[13:].mean() > 0.9
 
 
+def test_where_drafts_are_not_expected_to_pay_it_begins_without_and_learns_that_they_do():
+  pace = exit_host.Pace(drafts=False)
+  drafted = paced(pace, 2000, {True: 0.8, False: 1.0})
+  assert not drafted[:5].any() and drafted[100:].mean() > 0.98
+
+
+@pytest.mark.parametrize("draft, full", [(1.2, 1.0), (1.0, 1.2)])
+def test_what_pays_is_learnt_though_a_prompt_is_read_beside_every_dispatch(draft, full):
+  rng, pace, drafted = np.random.default_rng(0), exit_host.Pace(), []
+  for _ in range(1000):
+    drafted.append(pace.next())
+    pace.saw(drafted[-1], 10, (draft if drafted[-1] else full) + rng.uniform(0.1, 0.2), alone=False)
+  assert np.mean(drafted) < 0.1 if draft > full else np.mean(drafted) > 0.9
+
+
+def test_a_prompt_beside_a_dispatch_counts_for_nothing_where_there_are_others():
+  """Prompts are read beside drafts only, which are the faster ones without."""
+  pace, drafted = exit_host.Pace(), []
+  for i in range(1000):
+    drafted.append(pace.next())
+    beside = drafted[-1] and i % 2 == 0
+    pace.saw(drafted[-1], 10, 3.0 if beside else 1.0 if drafted[-1] else 1.5, alone=not beside)
+  assert np.mean(drafted) > 0.9
+
+
+def test_drafts_are_not_expected_to_pay_where_each_row_is_paid_for():
+  model, exits = exiting.model("plain").config, exits_lib.Exits(after=(2,))
+  assert exits_lib.costs(model, exits, 1).drafts_pay and not exits_lib.costs(model, exits, 64).drafts_pay
+
+
 def test_who_has_waited_longest_finds_room_first():
   fits = ring.fit(jnp.array([3, 3, 2, 0, 3]), jnp.array([True, True, True, True, False]), jnp.array([0, 2, 1, 0, 9]), 5)
   assert fits.tolist() == [False, True, True, True, False]  # 3 and 2 of 5; 0 always fits; the last does not ask

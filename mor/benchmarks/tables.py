@@ -111,10 +111,11 @@ def uptraining(record: dict) -> list[list[str]]:
 def early_exit(record: dict) -> list[list[str]]:
   """Header and rows: each kind of request by batch, its speed and its quality."""
   number = lambda value, form=".3f": "" if value is None else format(value, form)
+  rates = "wall_tokens_per_second" if record.get("clock") == "wall" else "tokens_per_second"
   rows = []
   for batch in record["batches"]:
     for row in batch["variants"]:
-      rate, ratio, scores = row["tokens_per_second"], row["to_full"], row["scores"]
+      rate, ratio, scores = row[rates], row["to_full"], row["scores"]
       rows.append([
           str(batch["batch"]), row["variant"], f"{rate['median']:.1f}",
           f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})", number(row["exit_rate"], ".2f"),

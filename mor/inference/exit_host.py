@@ -19,6 +19,7 @@ _START = 5  # dispatches that draft before the other side is tried
 _TRIAL = 8  # dispatches of a trial, at most
 _FIRST, _MOST = 32, 8192  # dispatches between trials
 _SEEN = 64  # dispatches that speak for a side
+_QUIET = 2  # dispatches of a side without a prompt beside them that suffice
 _BETTER = 1.02  # what a side has to gain to take over
 
 
@@ -91,15 +92,17 @@ def drafts_greedily(request: request_lib.Request) -> bool:
 class Pace:
   """Whether greedy requests that are verified draft: what gave more tokens a second.
 
-  Their tokens are the same either way. It begins with drafts. The other side is tried
-  now and then, the rarer the longer one side keeps winning, and not for long where it
-  is clearly worse.
+  Their tokens are the same either way. The other side is tried now and then, the rarer
+  the longer one side keeps winning, and not for long where it is clearly worse.
+
+  Args:
+    drafts: whether it begins with them.
   """
 
-  def __init__(self):
-    self._draft, self._left, self._exploit = True, _START, _FIRST
+  def __init__(self, drafts: bool = True):
+    self._draft, self._left, self._exploit = drafts, _START, _FIRST
     self._trial = False  # of the other side
-    self._seen: dict[bool, collections.deque[tuple[int, float]]] = {
+    self._seen: dict[bool, collections.deque[tuple[int, float, bool]]] = {
         side: collections.deque(maxlen=_SEEN) for side in (False, True)}
 
   def next(self) -> bool:
@@ -109,9 +112,13 @@ class Pace:
     self._left -= 1
     return self._draft
 
-  def saw(self, drafted: bool, tokens: int, seconds: float) -> None:
-    """Results of a dispatch that had the device to itself."""
-    self._seen[drafted].append((tokens, seconds))
+  def saw(self, drafted: bool, tokens: int, seconds: float, alone: bool = True) -> None:
+    """Results of a dispatch; `alone` is whether no prompt was read meanwhile.
+
+    Where requests are short some prompt is read beside most dispatches. Those count
+    where either side has too few of the others: both sides read the same prompts.
+    """
+    self._seen[drafted].append((tokens, seconds, alone))
 
   def _turn(self) -> None:
     if not self._trial:  # time to try the other side
@@ -123,8 +130,12 @@ class Pace:
     self._exploit = _FIRST if won else min(4 * self._exploit, _MOST)
     self._left, self._draft = self._exploit, self._draft if won else not self._draft
 
+  def _samples(self, side: bool) -> list[tuple[int, float]]:
+    quiet = all(sum(alone for *_, alone in seen) >= _QUIET for seen in self._seen.values())
+    return [(tokens, seconds) for tokens, seconds, alone in self._seen[side] if alone or not quiet]
+
   def _rate(self, side: bool) -> float:
-    seen = self._seen[side]
+    seen = self._samples(side)
     if not seen:
       return 0.0
     tokens_N, seconds_N = np.array(seen).T
@@ -132,4 +143,4 @@ class Pace:
     return float(tokens_N[fair_N].sum() / seconds_N[fair_N].sum())
 
   def _hopeless(self) -> bool:
-    return len(self._seen[self._draft]) >= 2 and self._rate(self._draft) < 0.8 * self._rate(not self._draft)
+    return len(self._samples(self._draft)) >= 2 and self._rate(self._draft) < 0.8 * self._rate(not self._draft)

@@ -21,6 +21,8 @@ KV policies, for the deeper layers' entries of tokens that left:
 import dataclasses
 from typing import Literal, NamedTuple
 
+import jax
+
 from mor import config as config_lib
 from mor.inference import confidence
 from mor.model import schedule as schedule_lib
@@ -28,6 +30,8 @@ from mor.model import schedule as schedule_lib
 MODES = ("none", "trust", "verify")
 POLICIES = ("exact", "copied", "shared")
 VERIFY_THRESHOLD = 0.5  # of drafts, where neither request nor calibrator says one
+_BY_ROW = {"cpu": 16}  # rows whose products take as long as reading their weights, by backend: measured (AVX2)
+_ACCELERATOR = 256  # … by arithmetic: 240 to 300 FLOPs a byte (TPU v5e, H100)
 NO_LOGITS = ("saturation", "classifier")  # measures of the state alone
 
 
@@ -136,13 +140,18 @@ class Costs(NamedTuple):
   draft: float
   worth: float
 
+  @property
+  def drafts_pay(self) -> bool:
+    """Whether a draft that is always right would be worth its place in the batch."""
+    return self.look + self.draft < self.full
+
 
 def costs(model: config_lib.ModelConfig, exits: Exits, num_slots: int) -> Costs:
-  """Estimates: a pass of few rows is paid by the weights it reads, one of 32 by the row."""
+  """Estimates: a pass of few rows is paid by the weights it reads, one of `_BY_ROW` by the row."""
   layer, head = sum(a * b for a, b in model.projections.values()), model.vocab_size * model.d_model
   shallow, deep = exits.after[0] * layer, (model.num_layers - exits.after[0]) * layer
   look = 0 if exits.measure in NO_LOGITS else (exits.few or model.vocab_size) * model.d_model
-  by_row = min(1.0, num_slots / 32)
+  by_row = min(1.0, num_slots / _BY_ROW.get(jax.default_backend(), _ACCELERATOR))
   saved = head + (1.0 - by_row) * deep
   worth = min(look / saved, 0.9) if exits.worth is None else exits.worth
   return Costs(shallow + deep + head, look, shallow + look + by_row * (deep + head), worth)

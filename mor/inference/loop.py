@@ -33,7 +33,7 @@ class _Flight:
   out: slots_lib.Out
   jobs: list[scheduler_lib.Job | None]  # by slot
   drafted: bool  # whether requests that are verified did draft
-  alone: bool  # whether it had the device to itself
+  alone: bool  # whether nothing was prefilled beside it
 
 
 class Loop:
@@ -83,7 +83,7 @@ class Loop:
     self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
     self._starved = False  # a row waits and no page is free
     self._context = exit_host.context(config, exits, num_slots, classifier)
-    self._pace, self.calibrator = exit_host.Pace(), calibrator
+    self._pace, self.calibrator = exit_host.Pace(self._context is None or self._context.costs.drafts_pay), calibrator
     self._mark: float | None = None  # when the last dispatch was read, if the next one followed it at once
     self._alone = True  # whether nothing was prefilled since the last dispatch
     self.meter = meter.Meter(num_slots, pool)
@@ -186,8 +186,8 @@ class Loop:
   def _learn(self, flight, out, num) -> None:
     """From a dispatch: whether drafts pay, and what the exits' confidence is worth."""
     now = time.monotonic()
-    if self._mark is not None and flight.alone and num:
-      self._pace.saw(flight.drafted, int((out.new.token_BW[:num] >= 0).sum()), now - self._mark)
+    if self._mark is not None and num:
+      self._pace.saw(flight.drafted, int((out.new.token_BW[:num] >= 0).sum()), now - self._mark, flight.alone)
     self._mark = now
     if self.calibrator is not None and out.new.sure_BW.size:
       known_KBW = out.new.sure_BW[:num] >= 0
