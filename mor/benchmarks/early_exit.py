@@ -4,9 +4,10 @@
   python -m mor.benchmarks.early_exit --shape=135m --after=10 --batches=16 --prompts=96 --pin=0
 
 Engines of the same weights take turns at the same prompts, all new tokens greedy and
-everything in the time: the core's of one process with --pin, else the clock's. With one slot each takes a prompt in turn, so that what the
-machine does meanwhile meets all alike; with more, all prompts, and the time ends when
-none waits any more: until then every slot has a request. The requests are
+everything in the time: the core's of one process with --pin, else the clock's. With one
+slot each takes a prompt in turn, so that what the machine does meanwhile meets all
+alike; with more, all prompts, and the time ends when none waits any more: until then
+every slot has a request. The requests are
 
   full         in an engine without exits
   none         at full depth in an engine that has exits

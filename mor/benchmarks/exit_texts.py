@@ -7,7 +7,7 @@
 The first writes openings of paragraphs, `parts` files of prompts of which one in three
 is to be answered with temperature 0.8 and the others with the likeliest tokens, and the
 beginnings of the books. The last joins each prompt and its answer to a document. Both
-kinds of documents are for `data.source`: see launch/exit_smollm2.sh.
+kinds of documents are for `data.source`: see configs/exit_smollm2.py.
 """
 
 from collections.abc import Iterator
