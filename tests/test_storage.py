@@ -137,3 +137,14 @@ def test_rows_do_not_see_each_other(storage_of):
   attend = jax.jit(storage.attend)
   alone_M = np.where(np.arange(M) == 3, LENGTH_M, 0)
   np.testing.assert_array_equal(attend(q_MNH, [row.rows()])[3], attend(q_MNH, [row.rows(alone_M)])[3])
+
+
+@pytest.mark.parametrize("num, cuts", [(0, ()), (1, (1, 5)), (5, (1, 5, 10)), (8, ()), (9, (10, 15)), (17, (5,)), (M, ())])
+def test_rows_in_use_are_read_as_all_are(storage_of, num, cuts):
+  """By groups of whatever size, the last of which overlaps the one before; the rows behind them mean nothing."""
+  storage, rng = storage_of(2), np.random.default_rng(3)
+  filled, length_M = Filled(storage, 0), np.where(np.arange(M) < num, rng.integers(1, CONTEXT, M), 0)
+  q_MNH, part = jnp.asarray(rng.normal(size=(M, 4, H)), jnp.float32), filled.rows(length_M)
+  got_MNH = jax.jit(lambda num: storage.attend(q_MNH, [part], cuts, num))(jnp.int32(num))
+  expected_MNH = storage.attend(q_MNH, [part])
+  np.testing.assert_allclose(got_MNH[:num], expected_MNH[:num], rtol=0, atol=1e-6)

@@ -9,7 +9,7 @@ never meet: each reads and writes its own pages.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +17,12 @@ import jax.numpy as jnp
 from mor import config as config_lib
 from mor.inference import cache as cache_lib
 from mor.inference import exits as exits_lib
+from mor.inference import narrow as narrow_lib
 from mor.inference import weights as weights_lib
 from mor.model import layers
 from mor.model.kv import storage as storage_lib
 from mor.model.routers import base as router_base
 from mor.model.routers import table as router_table
-
-
-class Narrow(NamedTuple):
-  """The first `num` rows of a product matter; it is computed at the smallest of `widths` that holds them."""
-
-  num: jax.Array
-  widths: tuple[int, ...]
-
-
-def _narrow(function: Callable, narrow: Narrow | None, *args: Any) -> Any:
-  """A function of `[1, M, …]` or `[M]` arrays on the first rows; the other rows of its results are 0."""
-  if narrow is None:
-    return function(*args)
-  size = narrow.widths[-1]
-
-  def at(width):
-    cut = lambda a: a if isinstance(a, int) else a[:width] if a.ndim == 1 else a[:, :width]
-    pad = lambda a: jnp.pad(a, ((0, 0), (0, size - width)) + ((0, 0),) * (a.ndim - 2))
-    return lambda: jax.tree.map(pad, function(*jax.tree.map(cut, args)))
-
-  which = jnp.sum(narrow.num > jnp.asarray(narrow.widths[:-1]))
-  return jax.lax.switch(which, [at(width) for width in narrow.widths])
 
 
 class Decoder:
@@ -76,7 +55,7 @@ class Decoder:
 
   def layer(self, weights: weights_lib.Layer, x_1MD: jax.Array, rotation: Any, attend: Callable,
             deltas: Mapping[str, weights_lib.Delta] | None = None, step: jax.Array | int = 0,
-            narrow: Narrow | None = None) -> jax.Array:
+            narrow: narrow_lib.Narrow | None = None) -> jax.Array:
     """One decoder layer over M tokens; `attend(q_MNH, k_MKH, v_MKH)` does the rest.
 
     Args:
@@ -108,10 +87,10 @@ class Decoder:
         return x_1MD + project(jax.nn.silu(gate_MF) * up_MF, "down", step)[None]
 
     with jax.named_scope("attention"):
-      qk_1MNH, v_1MKH = _narrow(enter, narrow, x_1MD, rotation, step)
+      qk_1MNH, v_1MKH = narrow_lib.first(enter, narrow, x_1MD, rotation, step)
       out_MNH = attend(qk_1MNH[0, :, :num_q], qk_1MNH[0, :, num_q:], v_1MKH[0])
       out_1MO = out_MNH.reshape(1, out_MNH.shape[0], -1).astype(jnp.float32)
-    return _narrow(leave, narrow, x_1MD, out_1MO, step)
+    return narrow_lib.first(leave, narrow, x_1MD, out_1MO, step)
 
   def keys(self, weights: weights_lib.Layer, h_MD: jax.Array, rotation: Any,
            deltas: Mapping[str, weights_lib.Delta] | None = None, step: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -153,19 +132,25 @@ class Decoder:
         lambda a: a[order_M], (h_MD, tokens.position_M, page_M, offset_M, rows))
     x_1MD, buffers, rotation = x_1MD[None], list(cache.edge), self.rotation(position_M)
     narrow = self.narrow(tokens, cache.edge_page_BP.shape[0])
+    cuts = (narrow.widths, narrow.num) if narrow else ()
     for i, layer in enumerate(group_layers, start=first):
       def attend(q_MNH, k_MKH, v_MKH, i=i):
         buffers[i] = self.tables.storage.write(buffers[i], page_M, offset_M, k_MKH, v_MKH)
-        return self.tables.storage.attend(q_MNH, [(buffers[i], rows)], narrow.widths if narrow else ())
+        return self.tables.storage.attend(q_MNH, [(buffers[i], rows)], *cuts)
       x_1MD = self.layer(layer, x_1MD, rotation, attend, narrow=narrow)
     return cache.replace(edge=tuple(buffers)), jnp.zeros_like(h_MD).at[order_M].set(x_1MD[0], unique_indices=True)
 
-  def narrow(self, tokens: cache_lib.Tokens, num: int) -> Narrow | None:
-    """Products as wide as the running tokens need, where a pass has room for more than one of each of `num` sequences."""
-    if tokens.alone:
+  def narrow(self, tokens: cache_lib.Tokens, num: int, few: bool = False) -> narrow_lib.Narrow | None:
+    """Products as wide as the running tokens need, where there is room for more than one of each of `num` sequences.
+
+    Args:
+      tokens: of the pass.
+      num: sequences.
+      few: the same where there is not, because some sequences often have no token in the pass.
+    """
+    if tokens.alone and not few:
       return None
-    size = tokens.run_M.shape[0]
-    return Narrow(jnp.sum(tokens.run_M), tuple(sorted({-(-num // 2), num, (num + size) // 2, size})))
+    return narrow_lib.Narrow(jnp.sum(tokens.run_M), narrow_lib.widths(num, tokens.run_M.shape[0]))
 
   def decide(self, weights: weights_lib.Weights, h_BD: jax.Array, entry_BD: jax.Array, alive_B: jax.Array,
              position_B: jax.Array, step_B: jax.Array, steps: tuple[int, ...]) -> router_base.Routing:
@@ -189,7 +174,7 @@ class Decoder:
     return keep_B | (alive_B & (step_B == 0)) if self.tables.plan.shares else keep_B
 
   def run_pass(self, weights: weights_lib.Weights, cache: cache_lib.Cache, h_MD: jax.Array, tokens: cache_lib.Tokens,
-               static_step: int | None = None) -> tuple[cache_lib.Cache, jax.Array]:
+               static_step: int | None = None, few: bool = False) -> tuple[cache_lib.Cache, jax.Array]:
     """The stack once for the tokens that run, each at its step; the others' results mean nothing.
 
     Args:
@@ -199,6 +184,7 @@ class Decoder:
       tokens: which they are.
       static_step: the one step of all of them, where known; needed where steps use
         different layers.
+      few: see `narrow`.
     """
     if static_step is None and not self.tables.schedule.cyclic:
       raise ValueError(f"sharing={self.model.sharing!r} gives each step its own layers, so rows at different steps "
@@ -220,7 +206,8 @@ class Decoder:
     (h_1MD, position_M, page_M, offset_M, step_M, rows) = jax.tree.map(
         lambda a: a[order_M], (h_MD, position_M, page_M, offset_M, step_M, rows))
     h_1MD, buffers, rotation = h_1MD[None], list(cache.stack), self.rotation(position_M)
-    narrow = self.narrow(tokens, cache.page_BRP.shape[0])
+    narrow = self.narrow(tokens, cache.page_BRP.shape[0], few)
+    cuts = (narrow.widths, narrow.num) if narrow else ()
     for i, parameters in enumerate(self.tables.schedule.rows[static]):
       rule = rules[i]
       rule_rows = rows[tables.index((rule.own_R, rule.base_R))]
@@ -230,7 +217,7 @@ class Decoder:
         if any(own >= 0 for own in rule.own_R):
           buffers[i] = self.tables.storage.write(buffers[i], page_M, offset_M, k_MKH, v_MKH)
         parts = list(zip((buffers[source], buffers[i]), rule_rows))
-        return self.tables.storage.attend(q_MNH, parts, narrow.widths if narrow else ())
+        return self.tables.storage.attend(q_MNH, parts, *cuts)
 
       h_1MD = self.layer(weights.stack[parameters], h_1MD, rotation, attend, weights.deltas[i],
                          step_M if static_step is None else static_step, narrow)

@@ -61,51 +61,6 @@ def start(slots: slots_lib.Slots, start_B: jax.Array, context: Context) -> slots
                                depth=jnp.where(start_B, 0, ring.draft.depth))))
 
 
-def waiting(slots: slots_lib.Slots) -> jax.Array:
-  """Whether any token waits for the deeper layers."""
-  return jnp.any(_held(slots) & (slots.ring.count_B > 0))
-
-
-def crowded(slots: slots_lib.Slots) -> jax.Array:
-  """Slots that are done but for pending tokens, which found no room at the head."""
-  return (slots.phase_B == slots_lib.LEAVE) & (slots.ring.count_B > 0)
-
-
-def used(decoder: decoder_lib.Decoder, slots: slots_lib.Slots) -> jax.Array:
-  """Whether any token waits, comes to an exit at which it looks, or is followed by what an exit has said."""
-  ring = slots.ring
-  comes_B = ring.look_B & (ring.mode_B != ring_lib.NONE) & (slots.step_B < decoder.exit_steps[-1])
-  comes_B &= slots.phase_B == slots_lib.RUN
-  follows_B = (ring.count_B > 0) | ring.settled_B | exit_heads.bound(slots)
-  if decoder.exits.candidates:
-    follows_B |= ring.mode_B != ring_lib.NONE
-  if decoder.exits.monitor:
-    follows_B |= ring.draft.depth > 0
-  return jnp.any((_held(slots) & follows_B) | comes_B | (slots.phase_B == slots_lib.CHECK))
-
-
-def _held(slots):
-  return (slots.phase_B != slots_lib.FREE) & (slots.phase_B != slots_lib.DONE)
-
-
-def arrive(decoder: decoder_lib.Decoder, slots: slots_lib.Slots, ran_B: jax.Array) -> slots_lib.Slots:
-  """Stops newest tokens at exits that they look at, and lets those that leave wait for the ones behind."""
-  ring = slots.ring
-  at_exit_B = jnp.any(slots.step_B[:, None] == jnp.asarray(decoder.exit_steps)[None, :], axis=1)
-  check_B = ran_B & (slots.phase_B == slots_lib.RUN) & at_exit_B & ring.look_B & ~ring.settled_B
-  check_B &= ring.mode_B != ring_lib.NONE  # whose `look_B` may be of the request before
-  phase_B = jnp.where(check_B, slots_lib.CHECK, slots.phase_B)
-  behind_B = jnp.any(ring.behind(), axis=1)
-  phase_B = jnp.where((phase_B == slots_lib.LEAVE) & behind_B, slots_lib.DRAIN, phase_B)
-  return slots.replace(phase_B=jnp.where((phase_B == slots_lib.DRAIN) & ~behind_B, slots_lib.LEAVE, phase_B))
-
-
-def stored(decoder: decoder_lib.Decoder, tokens: cache_lib.Tokens) -> jax.Array:
-  """The rows `[M, R]` of the cache in which a pass has put each token's entry."""
-  own_M, stores_M = decoder.tables.stores(tokens.step_M)
-  return (own_M[:, None] == jnp.arange(decoder.tables.num_rows)[None, :]) & (stores_M & tokens.run_M)[:, None]
-
-
 def finish(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, vocab_size: int,
            context: Context, room: int) -> tuple[slots_lib.Slots, slots_lib.New, jax.Array, jax.Array]:
   """The slots at an exit or at the full depth, and `room` pending tokens; without room there must be none.

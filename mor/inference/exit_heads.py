@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from mor.inference import confidence
 from mor.inference import decoder as decoder_lib
 from mor.inference import exits as exits_lib
+from mor.inference import narrow
 from mor.inference import ring as ring_lib
 from mor.inference import sampling
 from mor.inference import slots as slots_lib
@@ -59,21 +60,10 @@ def measure(decoder: decoder_lib.Decoder, slots: slots_lib.Slots,
 
 def read(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, flat: Flat,
          vocab_size: int) -> Read:
-  """The whole head, on the smallest of a few widths that holds the tokens that need it."""
+  """The whole head, for the tokens that need it."""
   num_slots, size = slots.phase_B.shape[0], flat.slot_M.shape[0]
-  widths = sorted({0, -(-num_slots // 2), num_slots, (num_slots + size) // 2, size})
-  order_M = jnp.argsort(~flat.need_M, stable=True)
-
-  def head(width):
-    def run():
-      index_W = order_M[:width]
-      out = _heads(decoder, weights, slots, jax.tree.map(lambda a: a[index_W], flat), vocab_size)
-      put = lambda old, new: old.at[index_W].set(new, unique_indices=True)
-      return jax.tree.map(put, _unread(decoder, size), out)
-    return run if width else lambda: _unread(decoder, size)
-
-  which = jnp.sum(jnp.sum(flat.need_M) > jnp.asarray(widths[:-1]))
-  return jax.lax.switch(which, [head(width) for width in widths])
+  heads = lambda index_W: _heads(decoder, weights, slots, jax.tree.map(lambda a: a[index_W], flat), vocab_size)
+  return narrow.some(heads, flat.need_M, narrow.widths(num_slots, size), _unread(decoder, size))
 
 
 def _unread(decoder, size) -> Read:
@@ -134,36 +124,38 @@ def read_few(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: 
              vocab_size: int) -> Read:
   """Of the tokens alone that an exit chooses from: each slot's candidates, or the first ones."""
   exits, ring, num_slots = decoder.exits, slots.ring, slots.phase_B.shape[0]
-  normed_BD = layers.rms_norm(slots.h_BD[None], weights.final_norm_D, decoder.model.norm_eps)[0]
 
-  def run():
+  def run(index_W):
+    take = lambda tree: jax.tree.map(lambda a: a[index_W], tree)
+    normed_WD = layers.rms_norm(slots.h_BD[index_W][None], weights.final_norm_D, decoder.model.norm_eps)[0]
+    candidate_WE = ring.candidate_BE[index_W]
     if exits.first:
-      logits_BE = sampling.mask(weights_lib.project(normed_BD, weights.draft_head), vocab_size)
-      token_B = sampling.most_likely(logits_BE)
+      logits_WE = sampling.mask(weights_lib.project(normed_WD, weights.draft_head), vocab_size)
+      token_W = sampling.most_likely(logits_WE)
     else:
-      rows_BED = weights_lib.head_rows(weights, ring.candidate_BE)
-      logits_BE, token_B = confidence.restrict(normed_BD, rows_BED, ring.candidate_BE)
-    top_B, row_B1 = token_B, jnp.arange(num_slots)[:, None]
-    logprob_B = jnp.max(logits_BE, axis=-1) - jax.nn.logsumexp(logits_BE, axis=-1)
+      logits_WE, token_W = confidence.restrict(normed_WD, weights_lib.head_rows(weights, candidate_WE), candidate_WE)
+    top_W = token_W
+    logprob_W = jnp.max(logits_WE, axis=-1) - jax.nn.logsumexp(logits_WE, axis=-1)
 
     def draw():
-      column_BE = jnp.where(ring.candidate_BE >= 0, ring.candidate_BE, decoder.model.vocab_size)
+      column_WE = jnp.where(candidate_WE >= 0, candidate_WE, decoder.model.vocab_size)
       if exits.first:
-        column_BE = jnp.arange(exits.first)[None, :]
-      logits_BV = jnp.full((num_slots, decoder.model.vocab_size), -jnp.inf).at[row_B1, column_BE].set(
-          logits_BE, mode="drop")
-      offset_B = jnp.where(ring.mode_B == ring_lib.VERIFY, ring.count_B, 0)
-      drawn_B = sampling.sample(logits_BV, slots.rows, _seen(slots, row_B1[:, 0], offset_B), slots.index_B + offset_B, vocab_size)
-      logprob_B = sampling.log_probability(logits_BV, drawn_B, vocab_size)
-      return jnp.where(top_B >= 0, drawn_B, -1), logprob_B
+        column_WE = jnp.arange(exits.first)[None, :]
+      logits_WV = jnp.full((index_W.shape[0], decoder.model.vocab_size), -jnp.inf).at[
+          jnp.arange(index_W.shape[0])[:, None], column_WE].set(logits_WE, mode="drop")
+      offset_W = jnp.where(ring.mode_B == ring_lib.VERIFY, ring.count_B, 0)[index_W]
+      drawn_W = sampling.sample(logits_WV, take(slots.rows), _seen(slots, index_W, offset_W),
+                                slots.index_B[index_W] + offset_W, vocab_size)
+      logprob_W = sampling.log_probability(logits_WV, drawn_W, vocab_size)
+      return jnp.where(top_W >= 0, drawn_W, -1), logprob_W
     other_B = few_B & ((slots.rows.temperature_B > 0) | (slots.rows.penalty_B != 1.0))
-    token_B, logprob_B = jax.lax.cond(jnp.any(other_B), draw, lambda: (top_B, logprob_B))
-    sure_B = jnp.zeros(num_slots, jnp.float32)
+    token_W, logprob_W = jax.lax.cond(jnp.any(other_B), draw, lambda: (top_W, logprob_W))
+    sure_W = jnp.zeros(index_W.shape, jnp.float32)
     if exits.measure not in exits_lib.NO_LOGITS:
-      previous_B, previous_BD = previous(slots)
-      sure_B = confidence.MEASURES[exits.measure](confidence.Exit(
-          logits_BV=logits_BE, token_B=top_B, hidden_BD=slots.h_BD, previous_token_B=previous_B,
-          previous_hidden_BD=previous_BD))
-    return _unread(decoder, num_slots).replace(token=token_B, logprob=logprob_B, sure=sure_B, top=top_B)
+      previous_W, previous_WD = take(previous(slots))
+      sure_W = confidence.MEASURES[exits.measure](confidence.Exit(
+          logits_BV=logits_WE, token_B=top_W, hidden_BD=slots.h_BD[index_W], previous_token_B=previous_W,
+          previous_hidden_BD=previous_WD))
+    return _unread(decoder, index_W.shape[0]).replace(token=token_W, logprob=logprob_W, sure=sure_W, top=top_W)
 
-  return jax.lax.cond(jnp.any(few_B), run, lambda: _unread(decoder, num_slots))
+  return narrow.some(run, few_B, narrow.widths(num_slots, num_slots), _unread(decoder, num_slots))

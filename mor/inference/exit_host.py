@@ -89,6 +89,11 @@ def drafts_greedily(request: request_lib.Request) -> bool:
   return request.exit == "verify" and request.sampling.temperature == 0
 
 
+def drafts_pay(costs: exits_lib.Costs, pending: int) -> bool:
+  """Whether drafts are expected to, before any was judged."""
+  return int(ring_lib.best_length(jnp.array([ring_lib.FIRST_RATE]), pending, costs)[0]) > 0
+
+
 class Pace:
   """Whether greedy requests that are verified draft: what gave more tokens a second.
 

@@ -30,7 +30,7 @@ from mor.model import schedule as schedule_lib
 MODES = ("none", "trust", "verify")
 POLICIES = ("exact", "copied", "shared")
 VERIFY_THRESHOLD = 0.5  # of drafts, where neither request nor calibrator says one
-_BY_ROW = {"cpu": 16}  # rows whose products take as long as reading their weights, by backend: measured (AVX2)
+_ROWS = {"cpu": 9}  # rows that take as long as reading a pass's weights, by backend: measured (bfloat16, AVX2)
 _ACCELERATOR = 256  # … by arithmetic: 240 to 300 FLOPs a byte (TPU v5e, H100)
 NO_LOGITS = ("saturation", "classifier")  # measures of the state alone
 
@@ -44,7 +44,8 @@ class Exits:
     measure: of confidence, a name in `confidence.MEASURES`.
     pending: tokens of a request that may wait for the deeper layers, at most (S_max).
     carry: pending tokens that one pass takes along, of all requests together; 0 is
-      `pending` for each request, `4 * pending` at most. What does not fit waits.
+      `pending` for each request, but of many requests `4 * pending` or two for each.
+      What does not fit waits.
     candidates: tokens an exit chooses from, the likeliest of the last full depth's;
       0 is the whole vocabulary.
     first: tokens an exit chooses from, those of the lowest ids, which a tokenizer of
@@ -122,36 +123,34 @@ class Exits:
     """Pending tokens that one pass takes along."""
     if self.kv != "exact":
       return 0
-    return self.carry or min(num_slots, 4) * self.pending
+    return self.carry or min(num_slots * self.pending, max(4 * self.pending, 2 * num_slots))
 
 
 class Costs(NamedTuple):
-  """Of decoding with exits, in weights that are multiplied by.
+  """Of decoding with exits, in weights that are multiplied by; a token's share of a pass with one of each slot.
 
   Attributes:
     full: a token at the full depth.
+    turn: a token to its first exit, with its confidence there.
     look: at one exit, its confidence.
     draft: one more pending token, from start to confirmation.
     worth: share of exits at which looking for them pays (trust).
   """
 
   full: float
+  turn: float
   look: float
   draft: float
   worth: float
 
-  @property
-  def drafts_pay(self) -> bool:
-    """Whether a draft that is always right would be worth its place in the batch."""
-    return self.look + self.draft < self.full
-
 
 def costs(model: config_lib.ModelConfig, exits: Exits, num_slots: int) -> Costs:
-  """Estimates: a pass of few rows is paid by the weights it reads, one of `_BY_ROW` by the row."""
+  """Estimates: a pass takes the time of reading its weights, and as much again for each `_ROWS` rows."""
   layer, head = sum(a * b for a, b in model.projections.values()), model.vocab_size * model.d_model
   shallow, deep = exits.after[0] * layer, (model.num_layers - exits.after[0]) * layer
   look = 0 if exits.measure in NO_LOGITS else (exits.few or model.vocab_size) * model.d_model
-  by_row = min(1.0, num_slots / _BY_ROW.get(jax.default_backend(), _ACCELERATOR))
+  by_row = num_slots / (num_slots + _ROWS.get(jax.default_backend(), _ACCELERATOR))  # of a share, one more row
   saved = head + (1.0 - by_row) * deep
   worth = min(look / saved, 0.9) if exits.worth is None else exits.worth
-  return Costs(shallow + deep + head, look, shallow + look + by_row * (deep + head), worth)
+  turn = shallow + look
+  return Costs(shallow + deep + head, turn, look, turn + by_row * (deep + head), worth)

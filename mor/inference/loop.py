@@ -83,7 +83,8 @@ class Loop:
     self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
     self._starved = False  # a row waits and no page is free
     self._context = exit_host.context(config, exits, num_slots, classifier)
-    self._pace, self.calibrator = exit_host.Pace(self._context is None or self._context.costs.drafts_pay), calibrator
+    self._pace = exit_host.Pace(not exits or exit_host.drafts_pay(self._context.costs, exits.pending))
+    self.calibrator = calibrator
     self._mark: float | None = None  # when the last dispatch was read, if the next one followed it at once
     self._alone = True  # whether nothing was prefilled since the last dispatch
     self.meter = meter.Meter(num_slots, pool)

@@ -30,6 +30,8 @@ from mor.inference import branch
 from mor.inference import cache as cache_lib
 from mor.inference import decoder as decoder_lib
 from mor.inference import early_exit
+from mor.inference import exit_pass
+from mor.inference import narrow
 from mor.inference import prefill
 from mor.inference import ring as ring_lib
 from mor.inference import sampling
@@ -72,14 +74,17 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   def parts(slots):
     if decoder.tables.schedule.cyclic:
       return _at_need(part, room, slots, nothing)
+    num_B = slots.ring.count_B
     slots, out = part(slots, 0)  # where nobody is pending yet
     for step in steps[1:]:
-      wants_B = slots_lib.running(slots, step) | ((step == steps[-1]) & early_exit.crowded(slots))
-      slots, out = _if_any(wants_B, functools.partial(part, step=step, room=room), slots, out)
+      runs = jnp.any(slots_lib.running(slots, step)) & ~exit_pass.holds(slots, step, num_B, room, context.costs)
+      if step == steps[-1]:
+        runs |= jnp.any(exit_pass.crowded(slots))
+      slots, out = _if(runs, functools.partial(part, step=step, room=room), slots, out)
     return slots, out
 
   # Tokens that look at no exit, and have nobody pending before them, pay nothing for exits.
-  used = early_exit.used(decoder, slots)
+  used = exit_pass.used(decoder, slots)
   carry = branch.once(~used, lambda carry: plain(carry[0]), (slots, nothing))
   return branch.once(used, lambda carry: parts(carry[0]), carry)
 
@@ -108,13 +113,13 @@ def _at_need(part, room, slots, nothing):
   """`part` with room for pending tokens where there are any."""
   if not room:
     return part(slots)
-  some = early_exit.waiting(slots)
+  some = exit_pass.waiting(slots)
   carry = branch.once(~some, lambda carry: part(carry[0]), (slots, nothing))
   return branch.once(some, lambda carry: part(carry[0], room=room), carry)
 
 
-def _if_any(wants_B, part, slots, out):
-  """`part` where a slot wants it."""
+def _if(on, part, slots, out):
+  """`part` where on."""
   def run(carry):
     slots, old = carry
     slots, new = part(slots)
@@ -124,7 +129,7 @@ def _if_any(wants_B, part, slots, out):
     merged = jax.tree.map(pick, new[0], old[0])
     return slots, (merged, *(a | b for a, b in zip(new[1:], old[1:])))
 
-  return branch.once(jnp.any(wants_B), run, (slots, out))
+  return branch.once(on, run, (slots, out))
 
 
 def _start(decoder, weights, slots, context):
@@ -152,18 +157,16 @@ def _start(decoder, weights, slots, context):
 def _pass(decoder, weights, slots, room, static_step=None):
   """The shared stack for newest and `room` pending tokens, and each one's next decision; None is without exits."""
   ring, num_steps, num_slots = slots.ring, decoder.num_steps, slots.phase_B.shape[0]
-  wants_B = fits_B = newest_B = slots.phase_B == slots_lib.RUN
+  newest_B = slots.phase_B == slots_lib.RUN
   if static_step is not None:
-    wants_B = fits_B = newest_B = wants_B & (slots.step_B == static_step)
+    newest_B &= slots.step_B == static_step
+  wants_B = fits_B = goes_B = newest_B
   step_B, count_B = slots.step_B, 1
   if room:
-    drain_B = slots.phase_B == slots_lib.DRAIN
-    least_B = jnp.min(jnp.where(ring.behind(), ring.step_BS, num_steps), axis=1)
-    wants_B, step_B = wants_B | drain_B, jnp.where(drain_B, least_B, step_B)
-    along_BS = ring.behind() & (ring.step_BS == step_B[:, None])
-    num_B = jnp.sum(along_BS, axis=1, dtype=jnp.int32)
-    fits_B, count_B = ring_lib.fit(num_B, wants_B, ring.wait_B, room), num_B + newest_B
-  cache, run_B = decoder.tables.reserve_stack(slots.cache, step_B, fits_B, count_B)
+    wants_B, fits_B, goes_B, step_B, along_BS = exit_pass.company(slots, newest_B, room, num_steps, static_step)
+    newest_B &= fits_B
+    count_B = jnp.sum(along_BS, axis=1, dtype=jnp.int32) + newest_B
+  cache, run_B = decoder.tables.reserve_stack(slots.cache, step_B, goes_B, count_B)
   newest_B &= run_B
   state = (slots.h_BD, slots.entry_BD, ring_lib.arrays(slots.routed), slots.position_B)
   tokens = cache_lib.one_each(slots.position_B, slots.step_B, newest_B)
@@ -175,7 +178,8 @@ def _pass(decoder, weights, slots, room, static_step=None):
         jnp.concatenate([tokens.slot_M, packed.slot_P]), state[3],
         jnp.concatenate([slots.step_B, packed.take(ring.step_BS)]), jnp.concatenate([newest_B, packed.run_P]))
   h_MD, entry_MD, routed = *state[:2], slots.routed.replace(**state[2])
-  cache, y_MD = decoder.run_pass(weights, cache, h_MD, tokens, static_step)
+  few = room is not None and static_step is not None  # others wait for another step
+  cache, y_MD = decoder.run_pass(weights, cache, h_MD, tokens, static_step, few)
   run_M1 = tokens.run_M[:, None]
   h_MD = jnp.where(run_M1, decoder.merge(h_MD, y_MD, entry_MD, routed), h_MD)
   kept_M = tokens.run_M & routed.keep_BT[:, 0]
@@ -194,8 +198,8 @@ def _pass(decoder, weights, slots, room, static_step=None):
       depth_B=slots.depth_B + first(kept_M).astype(jnp.int32),
       phase_B=jnp.where(newest_B, jnp.where(first(go_M), slots_lib.RUN, slots_lib.LEAVE), slots.phase_B))
   if room is not None:
-    stored_MR = early_exit.stored(decoder, tokens)
-    waits_B = jnp.where(run_B, 0, ring.wait_B + wants_B.astype(jnp.int32))
+    stored_MR = exit_pass.stored(decoder, tokens)
+    waits_B = jnp.where(fits_B & run_B, 0, ring.wait_B + wants_B.astype(jnp.int32))
     ring = ring.replace(wait_B=waits_B, stored_BR=ring.stored_BR | first(stored_MR))
     if room:
       rest = lambda a: a[num_slots:]
@@ -205,7 +209,7 @@ def _pass(decoder, weights, slots, room, static_step=None):
           routed=jax.tree.map(lambda old, new: packed.put(old, rest(new)), ring.routed, ring_lib.arrays(routed)),
           depth_BS=packed.put(ring.depth_BS, packed.take(ring.depth_BS) + rest(kept_M).astype(jnp.int32)),
           stored_BSR=packed.put(ring.stored_BSR, packed.take(ring.stored_BSR) | rest(stored_MR)))
-    slots = early_exit.arrive(decoder, slots.replace(ring=ring), newest_B)
+    slots = exit_pass.arrive(decoder, slots.replace(ring=ring), newest_B)
   return slots, run_B, fits_B & ~run_B, wants_B & ~fits_B
 
 
@@ -234,27 +238,18 @@ def _finish(decoder, weights, slots, leave_B, vocab_size):
 def next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size):
   """Tokens and log-probabilities of the leavers, by a head as wide as they need."""
   num_slots = leave_B.shape[0]
-  widths = sorted({0, *(-(-num_slots * quarter // 4) for quarter in (1, 2, 3, 4))})
-  order_B = jnp.argsort(~leave_B, stable=True)
 
-  def head(width):
-    if not width:
-      return lambda: (jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, jnp.float32))
+  def head(index_M):
+    logits_MV = decoder.head(weights, h_BD[index_M])
+    rows_M = jax.tree.map(lambda a: a[index_M], slots.rows)
+    token_M = sampling.sample(logits_MV, rows_M, slots.seen_BV[index_M], slots.index_B[index_M], vocab_size)
+    logprob_M = jax.lax.cond(
+        jnp.any(slots.logprob_B), lambda: sampling.log_probability(logits_MV, token_M, vocab_size),
+        lambda: jnp.zeros(token_M.shape, jnp.float32))
+    return token_M, logprob_M
 
-    def run():
-      index_M = order_B[:width]
-      logits_MV = decoder.head(weights, h_BD[index_M])
-      rows_M = jax.tree.map(lambda a: a[index_M], slots.rows)
-      token_M = sampling.sample(logits_MV, rows_M, slots.seen_BV[index_M], slots.index_B[index_M], vocab_size)
-      logprob_M = jax.lax.cond(
-          jnp.any(slots.logprob_B), lambda: sampling.log_probability(logits_MV, token_M, vocab_size),
-          lambda: jnp.zeros(width, jnp.float32))
-      put = lambda new_M: jnp.zeros(num_slots, new_M.dtype).at[index_M].set(new_M, unique_indices=True)
-      return put(token_M), put(logprob_M)
-    return run
-
-  which = jnp.sum(jnp.sum(leave_B) > jnp.asarray(widths[:-1]))
-  return jax.lax.switch(which, [head(width) for width in widths])
+  nobody = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, jnp.float32)
+  return narrow.some(head, leave_B, narrow.widths(num_slots, num_slots), nobody)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together"), donate_argnums=2)

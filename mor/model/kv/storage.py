@@ -92,7 +92,8 @@ class Dense:
     v = buffer.v.at[page_M, offset_M].set(encode(v_MKH, buffer.v), mode="drop")
     return Buffer(k, v)
 
-  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, Rows]], cuts: Sequence[int] = ()) -> jax.Array:
+  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, Rows]], cuts: Sequence[int] = (),
+             num: jax.Array | None = None) -> jax.Array:
     """Softmax attention over all entries of the rows, hidden ones masked."""
     pages = [self.read(buffer, row) for buffer, row in parts]
     k_MSKH, v_MSKH, seen_MS = (jnp.concatenate(parts, axis=1) for parts in zip(*pages))
@@ -141,14 +142,36 @@ class Paged:
 
     return Buffer(put(buffer.k, k_MKH), put(buffer.v, v_MKH))
 
-  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, Rows]], cuts: Sequence[int] = ()) -> jax.Array:
-    """Softmax attention that reads the pages in use only; `cuts` are rows at which groups end."""
-    out, ends = [], sorted({*cuts, q_MNH.shape[0]})
-    groups = [(at, min(at + _GROUP, end)) for start, end in zip((0, *ends), ends) for at in range(start, end, _GROUP)]
-    for start, end in groups:
-      take = lambda a, start=start, end=end: a[start:end]
-      out.append(self._attend(take(q_MNH), [(buffer, jax.tree.map(take, rows)) for buffer, rows in parts]))
-    return jnp.concatenate(out)
+  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, Rows]], cuts: Sequence[int] = (),
+             num: jax.Array | None = None) -> jax.Array:
+    """Softmax attention that reads the pages in use only.
+
+    Args:
+      q_MNH: queries, those that see much first.
+      parts: what they see.
+      cuts: rows at which a group ends, if it were larger.
+      num: rows in use, at the front; None is all.
+    """
+    size, ends = q_MNH.shape[0], sorted(cut for cut in cuts if cut < min(_GROUP, q_MNH.shape[0]))
+    starts = [0, *ends]
+    if num is None or size - starts[-1] <= _GROUP:
+      starts += range(starts[-1] + _GROUP, size, _GROUP)
+
+    def group(start, size):
+      take = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
+      return self._attend(take(q_MNH), [(buffer, jax.tree.map(take, rows)) for buffer, rows in parts])
+
+    out = [group(start, min(end, start + _GROUP) - start) for start, end in zip(starts, [*starts[1:], size])]
+    first, last = starts[-1], starts[-1] + _GROUP
+    if last >= size:
+      return jnp.concatenate(out)
+
+    def more(g, out_MNH):
+      start = jnp.minimum(first + g * _GROUP, size - _GROUP)  # the last ones overlap
+      return jax.lax.dynamic_update_slice_in_dim(out_MNH, group(start, _GROUP), start, 0)
+
+    out_MNH = jnp.concatenate([*out, jnp.zeros((size - last, *q_MNH.shape[1:]), out[0].dtype)])
+    return jax.lax.fori_loop(1, (num - first + _GROUP - 1) // _GROUP, more, out_MNH)
 
   def read(self, buffer: Buffer, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whole rows: keys and values `[M, S, K, H]` in float32, and which entries are seen."""
