@@ -16,8 +16,8 @@ nobody runs who has left before.
 A slot that finds no free page waits, untouched, and tries again in the next tick.
 The edges take all slots (a product of few rows costs as much), sorted so that attention
 reads active ones only; the head runs on the smallest of a few widths that holds the
-leavers. With exits (`ring.py`, `early_exit.py`) a slot's pending tokens take part in its
-passes as further rows of the same batch.
+leavers. With exits (`ring.py`, `early_exit.py`) pending tokens of slots take part in the
+passes as further rows of the same batch; `exit_pass.py` says when, and whose.
 """
 
 import functools
