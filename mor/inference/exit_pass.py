@@ -54,9 +54,9 @@ def holds(slots: slots_lib.Slots, step: int, num_B: jax.Array, room: int, costs:
     room: for pending tokens in the pass.
     costs: of tokens.
   """
-  ring = slots.ring
-  along_BS = slots_lib.running(slots, step)[:, None] & ring.behind() & (ring.step_BS == step)
-  num_rows = jnp.sum(slots_lib.running(slots, step)) + jnp.sum(along_BS)
+  ring, newest_B = slots.ring, slots_lib.running(slots, step)
+  along_BS = newest_B[:, None] & ring.behind() & (ring.step_BS == step)
+  num_rows = jnp.sum(newest_B) + jnp.sum(along_BS)
   num_left = jnp.sum(ring.count_B > num_B)  # each a place nearer to a full ring, so none waits forever
   return (num_left * costs.full > num_rows * costs.turn) & (num_rows < slots.phase_B.shape[0] + room)
 

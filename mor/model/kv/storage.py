@@ -154,7 +154,7 @@ class Paged:
     """
     size, ends = q_MNH.shape[0], sorted(cut for cut in cuts if cut < min(_GROUP, q_MNH.shape[0]))
     starts = [0, *ends]
-    if num is None or size - starts[-1] <= _GROUP:
+    if num is None:
       starts += range(starts[-1] + _GROUP, size, _GROUP)
 
     def group(start, size):
