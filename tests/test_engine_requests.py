@@ -178,3 +178,14 @@ def test_schemes_whose_steps_have_layers_of_their_own_are_refused(sharing, layer
   model = serving.model(sharing=sharing, num_layers=layers, router=tiny.FIXED)
   with pytest.raises(ValueError, match=rf"sharing='{sharing}' gives each step its own layers.*use generate\(\)"):
     engine_lib.Engine(model)
+
+
+def test_what_was_read_while_waiting_comes_with_the_next_step(engine):
+  numbers = [engine.submit([token, 3], max_tokens=6) for token in (1, 2)]
+  got = {number: [] for number in numbers}
+  while not engine.idle:
+    for number, event in engine.step():
+      got[number].append(event.token)
+    engine.wait()
+    assert not engine._flights
+  assert got == {number: engine.take(number).tokens for number in numbers} and all(map(len, got.values()))

@@ -4,10 +4,10 @@
   python -m mor.benchmarks.early_exit --shape=135m --after=10 --batches=16 --prompts=96 --pin=0
 
 Engines of the same weights take turns at the same prompts, all new tokens greedy and
-everything in the time: the core's of one process with --pin, else the clock's. With one
-slot each takes a prompt in turn, so that what the machine does meanwhile meets all
-alike; with more, all prompts, and the time ends when none waits any more: until then
-every slot has a request. The requests are
+everything in the time: the core's of one process with --pin, else the clock's. So that
+what the machine does meanwhile meets all alike, each takes a prompt in turn with one
+slot, and a dispatch with more; then the time ends when no prompt waits any more: until
+then every slot has a request. The requests are
 
   full         in an engine without exits
   none         at full depth in an engine that has exits
@@ -51,6 +51,7 @@ from mor.inference import model as model_lib
 from mor.model import transformer
 
 CONTEXT = 1024
+KINDS = ("none", "trust", "verify", "copied", "mixed")
 SCORED = ("full", "trust", "copied")  # the others' texts are the full depth's
 _WARM_UP = 16  # tokens of each prompt before anything is timed
 
@@ -101,20 +102,25 @@ def damped(model: model_lib.Model, first: int, factor: float) -> model_lib.Model
 
 
 def variants(args, model: model_lib.Model, num_slots: int) -> list[exit_turns.Variant | exit_turns.Peer]:
-  """All of them; those with the same engine share it, but for one that learns whether drafts of its threshold pay."""
-  make = lambda **options: engine_lib.Engine(
-      model, num_slots=num_slots, context=CONTEXT, weight_format=args.format,
-      kv_format="float32" if args.format == "float32" else "bfloat16", **options)
+  """All that are asked for, each with an engine of its own."""
   exits = exits_lib.Exits(after=args.after, pending=args.pending, first=args.first)
-  shared, copied = make(exits=exits), make(exits=dataclasses.replace(exits, kv="copied"))
-  made = [exit_turns.Variant("full", make(), [{}]), exit_turns.Variant("none", shared, [{}])]
+  weights = {}  # one copy for all with the same exits
+
+  def make(name, asked, exits=exits):
+    engine = engine_lib.Engine(
+        model, num_slots=num_slots, context=CONTEXT, weight_format=args.format,
+        kv_format="float32" if args.format == "float32" else "bfloat16", exits=exits)
+    engine.weights = weights.setdefault(exits, engine.weights)
+    return exit_turns.Variant(name, engine, asked)
+
+  made, ask = [make("full", [{}], None)], lambda mode, threshold: dict(exit=mode, threshold=threshold)
+  if "none" in args.kinds:
+    made.append(make("none", [{}]))
   for threshold in args.thresholds:
-    ask = lambda mode, threshold=threshold: dict(exit=mode, threshold=threshold)
-    made += [exit_turns.Variant(f"trust-{threshold}", shared, [ask("trust")]),
-             exit_turns.Variant(f"verify-{threshold}", make(exits=exits), [ask("verify")]),
-             exit_turns.Variant(f"copied-{threshold}", copied, [ask("trust")])]
-    if num_slots > 1:
-      made.append(exit_turns.Variant(f"mixed-{threshold}", shared, [{}, ask("trust"), ask("verify")]))
+    trust, verify = ask("trust", threshold), ask("verify", threshold)
+    several = dict(trust=[trust], verify=[verify], copied=[trust], mixed=[{}, trust, verify])
+    made += [make(f"{kind}-{threshold}", asked, dataclasses.replace(exits, kv="copied") if kind == "copied" else exits)
+             for kind, asked in several.items() if kind in args.kinds and (kind != "mixed" or num_slots > 1)]
   if args.hf and num_slots == 1:
     peer = hf_early_exit.EarlyExit(args.hf, threads=results.num_cores())
     drafts = [hf_early_exit.Draft(args.after[0], num, sure) for num, sure in ((2, 0.0), (5, 0.4))]
@@ -128,13 +134,14 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
   made, asked = variants(args, model, num_slots), prompts(model, max(args.prompts, 2 * num_slots), args.prompt_tokens)
   for variant in made:
     variant.run(asked, min(args.new_tokens, _WARM_UP))  # compiles
-  turns = [[prompt] for prompt in asked] if num_slots == 1 else [asked]
   for turn in range(args.rounds):
     for variant in made:
       variant.start()
-    for prompts_of_turn in turns:
+    if num_slots > 1:
+      exit_turns.together(made, asked, args.new_tokens)
+    for prompt in asked if num_slots == 1 else ():
       for variant in made:
-        variant.run(prompts_of_turn, args.new_tokens)
+        variant.run([prompt], args.new_tokens)
     for variant in made:
       variant.stop()
     print(f"batch {num_slots}, round {turn + 1} of {args.rounds}: "
@@ -171,6 +178,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--shape", default="135m", choices=("135m", "360m"), help="of random weights, three recursions")
   parser.add_argument("--after", type=numbers(int), default=(10,), help="layers of the exits")
   parser.add_argument("--thresholds", type=numbers(float), default=(0.0, 0.3, 0.6, 0.9))
+  parser.add_argument("--kinds", type=lambda text: tuple(text.split(",")), default=KINDS,
+                      help="of requests, beside `full`: of " + ", ".join(KINDS))
   parser.add_argument("--batches", type=numbers(int), default=(1,))
   parser.add_argument("--format", default="bfloat16", choices=("float32", "bfloat16", "int8"))
   parser.add_argument("--pending", type=int, default=7)
@@ -186,6 +195,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--pin", type=int, default=None, help="core to stay on")
   parser.add_argument("--out", default="", help="file; else standard output")
   args = parser.parse_args(argv)
+  if unknown := set(args.kinds) - set(KINDS):
+    raise ValueError(f"--kinds={','.join(args.kinds)}: no {', '.join(sorted(unknown))}; use some of {', '.join(KINDS)}")
   if args.pin is not None:
     results.pin(args.pin)
   if not args.workdir and (args.hf or args.eval):

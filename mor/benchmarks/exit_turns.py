@@ -1,5 +1,6 @@
 """Who takes turns in the benchmark of early exit (`early_exit.py`), and what a round of turns took."""
 
+from collections.abc import Sequence
 import dataclasses
 import time
 from typing import Any
@@ -48,17 +49,33 @@ class Variant(Timed):
 
   def run(self, prompts: list[list[int]], num_tokens: int) -> None:
     """Some prompts, as many at once as the engine has slots."""
-    before, given = self.engine.metrics(), 0
+    self.begin(prompts, num_tokens)
+    while self.step():
+      pass
+    self.end()
+
+  def begin(self, prompts: list[list[int]], num_tokens: int) -> None:
+    """Takes the prompts in."""
+    self._before = self.engine.metrics()
+    self._lone, self._given, self._cpu, self._wall = len(prompts) == 1, 0, 0.0, 0.0
+    self._numbers = self._submit(prompts, num_tokens)
+
+  def step(self) -> bool:
+    """One dispatch, to its end; False where the time has ended, which is when no prompt waits any more."""
+    if self._given and not self.engine.scheduler.queue and not self._lone or self.engine.idle:
+      return False
     wall, cpu = time.perf_counter(), time.process_time()
-    numbers = self._submit(prompts, num_tokens)
-    while self.engine.scheduler.queue or not given:
-      given += len(self.engine.step())
-    if len(prompts) == 1:  # nobody follows: its own end
-      while not self.engine.idle:
-        given += len(self.engine.step())
+    self._given += len(self.engine.step())
+    if not self._lone:  # others take their turn now
       self.engine.wait()
-    self.taken.append((given, time.process_time() - cpu, time.perf_counter() - wall))
-    done, after = self._finish(numbers), self.engine.metrics()
+    self._cpu += time.process_time() - cpu
+    self._wall += time.perf_counter() - wall
+    return True
+
+  def end(self) -> None:
+    """Notes what has come, and lets the last prompts run to their ends."""
+    self.taken.append((self._given, self._cpu, self._wall))
+    done, before, after = self._finish(self._numbers), self._before, self.engine.metrics()
     self.tokens += [c.tokens for c in done]
     self.early += sum(sum(c.early) for c in done)
     self.drafts += after["drafts"] - before["drafts"]
@@ -115,3 +132,14 @@ class Peer(Timed):
     """Of the last round."""
     return {"exit_rate": 0.0, "drafts": None, "acceptance": None,
             "confirmed_per_token": 1.0 - self.deep_passes / sum(map(len, self.tokens))}
+
+
+def together(variants: Sequence[Variant], prompts: list[list[int]], num_tokens: int) -> None:
+  """All variants run the same prompts, a dispatch each in turn, so that the machine's moods meet all alike."""
+  for variant in variants:
+    variant.begin(prompts, num_tokens)
+  left = list(variants)
+  while left:
+    left = [variant for variant in left if variant.step()]
+  for variant in variants:
+    variant.end()

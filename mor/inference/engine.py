@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 import collections
 from typing import Any
 
-import jax
-
 from mor.inference import exit_host
 from mor.inference import loop
 from mor.inference import request as request_lib
@@ -130,10 +128,6 @@ class Engine(loop.Loop):
   def metrics(self) -> dict[str, float]:
     """Figures since the engine was made; see `meter.py`."""
     return self.meter.figures()
-
-  def wait(self) -> None:
-    """Blocks until the device has done what was dispatched."""
-    jax.block_until_ready(self.slots.phase_B)
 
   def _find(self, number: int) -> scheduler_lib.Job:
     if number not in self._jobs:

@@ -32,6 +32,7 @@ class _Flight:
 
   out: slots_lib.Out
   jobs: list[scheduler_lib.Job | None]  # by slot
+  began: float  # when it was dispatched
   drafted: bool  # whether requests that are verified did draft
   alone: bool  # whether nothing was prefilled beside it
 
@@ -85,14 +86,15 @@ class Loop:
     self._context = exit_host.context(config, exits, num_slots, classifier)
     self._pace = exit_host.Pace(not exits or exit_host.drafts_pay(self._context.costs, exits.pending))
     self.calibrator = calibrator
-    self._mark: float | None = None  # when the last dispatch was read, if the next one followed it at once
+    self._mark: float | None = None  # when the last dispatch was read
+    self._events: list[tuple[int, request_lib.Event]] = []  # read, and not returned yet
     self._alone = True  # whether nothing was prefilled since the last dispatch
     self.meter = meter.Meter(num_slots, pool)
 
   @property
   def idle(self) -> bool:
-    """Whether no request waits or runs, and all results have been read."""
-    return self.scheduler.idle and not self._flights
+    """Whether no request waits or runs, and all results have been returned."""
+    return self.scheduler.idle and not self._flights and not self._events
 
   def step(self) -> list[tuple[int, request_lib.Event]]:
     """Admits, prefills, dispatches, and reads the dispatch before; returns what is new."""
@@ -103,14 +105,19 @@ class Loop:
       dispatched = not self._starved and any(job.started for job in self.scheduler.held)
       if dispatched:
         self._dispatch()
-      else:
-        self._mark = None
-      events = []
+      events, self._events = self._events, []
       while len(self._flights) > (1 if dispatched else 0):
         events += self._harvest(self._flights.popleft())
       if self._starved and not self._flights:
         self._relieve()
       return events
+
+  def wait(self) -> None:
+    """Blocks until the device has done what was dispatched; the next `step` returns what was new."""
+    with self.meter.busy():
+      while self._flights:
+        self._events += self._harvest(self._flights.popleft())
+      jax.block_until_ready(self.slots.phase_B)
 
   def _prefill(self) -> None:
     """Prompts into their slots, oldest first, by chunks; all of them where nobody decodes yet."""
@@ -154,10 +161,11 @@ class Loop:
     if any(job and exit_host.drafts_greedily(job.payload.request) for job in jobs):
       drafted = self._pace.next()
       self._context = self._context.replace(draft=jnp.bool_(drafted))
+    began = time.monotonic()
     self.slots, out = tick.run(
         self.decoder, self.weights, self.slots, num_ticks=self._ticks, vocab_size=self.model.vocab_size,
         together=self._together, context=self._context)
-    self._flights.append(_Flight(out, jobs, drafted, self._alone))
+    self._flights.append(_Flight(out, jobs, began, drafted, self._alone))
     self._alone = True
 
   def _harvest(self, flight: _Flight) -> list[tuple[int, request_lib.Event]]:
@@ -187,8 +195,9 @@ class Loop:
   def _learn(self, flight, out, num) -> None:
     """From a dispatch: whether drafts pay, and what the exits' confidence is worth."""
     now = time.monotonic()
-    if self._mark is not None and num:
-      self._pace.saw(flight.drafted, int((out.new.token_BW[:num] >= 0).sum()), now - self._mark, flight.alone)
+    if self._mark is not None and num:  # the first one compiles
+      seconds = now - max(self._mark, flight.began)
+      self._pace.saw(flight.drafted, int((out.new.token_BW[:num] >= 0).sum()), seconds, flight.alone)
     self._mark = now
     if self.calibrator is not None and out.new.sure_BW.size:
       known_KBW = out.new.sure_BW[:num] >= 0
