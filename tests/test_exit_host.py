@@ -153,13 +153,13 @@ def test_approximate_entries_cannot_verify():
 
 def test_the_time_of_a_dispatch_is_its_own():
   """Not that of what the host does between it and the next one."""
-  engine, seen, own = exiting.engine(exiting.model("plain"), "plain"), [], 0.0
+  engine, seen, own = exiting.engine(exiting.model("plain"), "plain"), [], []
   engine._pace.saw = lambda drafted, tokens, seconds, alone: seen.append(seconds)
   engine.submit([1, 5], max_tokens=20, stop_tokens=(), exit="verify", threshold=0.2)
   while not engine.idle:
     start = time.monotonic()
     engine.step()
     engine.wait()
-    own += time.monotonic() - start
+    own.append(time.monotonic() - start)
     time.sleep(0.1)
-  assert len(seen) > 1 and 0 < sum(seen) <= own
+  assert len(seen) > 1 and 0 < sum(seen) <= sum(own[1:])  # the first one compiles, and is not told
