@@ -19,12 +19,12 @@ Decoded text is the model's own, so its answers teach best what will be drafted.
 with -gpu read 20,480 answers of up to 128 tokens, and beginnings of 400 books, 5 M
 tokens in all:
 
-  python -m mor.benchmarks.exit_texts --books='data/books/train-*.jsonl.xz' --out=runs/exit-texts \\
+  python -m benchmarks.exit_texts --books='data/books/train-*.jsonl.xz' --out=runs/exit-texts \\
     --num=20480 --parts=16
   for i in $(seq 0 15); do python -m mor.main --mode=generate --workdir=runs/smollm2 --batching=none \\
     --context=192 --weight_format=bfloat16 --prompt_file=runs/exit-texts/openings-$i.jsonl \\
     > runs/exit-texts/answers-$i.jsonl; done
-  python -m mor.benchmarks.exit_texts --answers=runs/exit-texts --out=runs/exit-texts
+  python -m benchmarks.exit_texts --answers=runs/exit-texts --out=runs/exit-texts
   C="--config=configs/exit_smollm2.py:full-gpu --workdir=runs/smollm2-exit-full"
   python -m mor.main --mode=convert --source=mor:runs/smollm2 $C
   python -m mor.main $C

@@ -13,7 +13,7 @@ python -m mor.main --config=configs/paper.py:mor-360m-r3 --workdir=WORKDIR \\
   --config.data.source='DIR/*.jsonl.gz' --config.data.tokenizer=DIR/tokenizer.json
 
 Where the paper is silent: the learning rate and warm-up are those of 360M, and
-the steps not in STEPS are what 16.5e18 FLOPs pay for by `mor/analysis/info.py`.
+the steps not in STEPS are what 16.5e18 FLOPs pay for by `mor/info.py`.
 """
 
 import re
@@ -22,7 +22,7 @@ import ml_collections
 
 from configs import base
 from mor import config as config_lib
-from mor.analysis import info
+from mor import info
 
 MODELS = ("vanilla", "recursive", "mor", "mor_token", "mor_share")
 SIZES = {  # layers, d_model, num_heads, num_kv_heads, d_ff (paper Table 6)

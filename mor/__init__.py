@@ -10,9 +10,9 @@ import importlib
 from typing import Any
 
 _PUBLIC = {  # name -> module; imported at first use
-    "load": "mor.inference.model",
-    "Model": "mor.inference.model",
-    "Engine": "mor.inference.engine",
+    "load": "mor.serve.model",
+    "Model": "mor.serve.model",
+    "Engine": "mor.serve.engine",
 }
 __all__ = list(_PUBLIC)
 

@@ -38,15 +38,15 @@ from ml_collections import config_flags
 from mor import checkpoint
 from mor import config as config_lib
 from mor import distributed
+from mor import info
 from mor import sharding
-from mor.analysis import compiled
-from mor.analysis import info
-from mor.analysis import study as study_lib
-from mor.analysis import study_plan
+from mor.aot import compiled
 from mor.conversion import command as conversion
 from mor.data import text
-from mor.inference import command
-from mor.inference import model as model_lib
+from mor.serve import cli as command
+from mor.serve import model as model_lib
+from mor.study import plan as study_plan
+from mor.study import run as study_lib
 from mor.train import evaluate
 from mor.train import loop
 from mor.train import step as step_lib
@@ -73,7 +73,7 @@ _PROCESSES = {  # see mor/distributed.py
     "num_processes": flags.DEFINE_integer("num_processes", None, "train, eval: processes of the run."),
     "process_id": flags.DEFINE_integer("process_id", None, "train, eval: which of them this is, from 0."),
 }
-_OPTIONS = {  # of a request; see mor/inference/request.py and sampling.py
+_OPTIONS = {  # of a request; see mor/serve/request.py and sampling.py
     "max_tokens": flags.DEFINE_integer("max_tokens", 64, "generate: new tokens at most."),
     "temperature": flags.DEFINE_float("temperature", 0.8, "generate: 0 takes the most likely token."),
     "top_k": flags.DEFINE_integer("top_k", None, "generate: draw from so many of the likeliest tokens."),
@@ -87,7 +87,7 @@ _OPTIONS = {  # of a request; see mor/inference/request.py and sampling.py
                               "generate: what an exit's token is: nothing, the next token, or a draft."),
     "threshold": flags.DEFINE_float("threshold", None, "generate: confidence above which an exit is taken."),
 }
-_HOW = {  # of the engine; see mor/inference/engine.py
+_HOW = {  # of the engine; see mor/serve/engine.py
     "batching": flags.DEFINE_enum("batching", "depth", ["depth", "sequence", "none"],
                                   "generate: the engine's, or none for the plain batch, which takes any model."),
     "num_slots": flags.DEFINE_integer("num_slots", None, "generate: prompts that run at once; default up to 16."),
@@ -95,7 +95,7 @@ _HOW = {  # of the engine; see mor/inference/engine.py
     "weight_format": flags.DEFINE_string("weight_format", None, "generate: float32 (default), bfloat16 or int8."),
     "kv_format": flags.DEFINE_string("kv_format", None, "generate: of stored keys, float32 (default) or bfloat16."),
 }
-_EXITS = {  # see mor/inference/exits.py
+_EXITS = {  # see mor/exits/policy.py
     "after": flags.DEFINE_list("exit_after", None, "generate: layers after which a token may leave, e.g. 10,20."),
     "first": flags.DEFINE_integer("exit_first", 0, "generate: tokens that an exit chooses from; 0 is all."),
 }

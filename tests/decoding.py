@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor.inference import decoder as decoder_lib
-from mor.inference import generate
-from mor.inference import prefill as prefill_lib
-from mor.inference import weights as weights_lib
+from mor.decode import decoder as decoder_lib
+from mor.decode import pages as pages_lib
+from mor.decode import prefill as prefill_lib
+from mor.decode import storage as storage_lib
+from mor.decode import weights as weights_lib
 from mor.model import transformer
-from mor.model.kv import pages as pages_lib
-from mor.model.kv import storage as storage_lib
+from mor.serve import generate
 from tests import weights as parameters
 
 CONTEXT, PAGE = 12, 4

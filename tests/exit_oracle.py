@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mor.inference import model as model_lib
+from mor.serve import model as model_lib
 from tests import oracle
 
 # What takes the place of the keys and values that layer `deep` would have given a token that left before layer `left`.

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.inference import exits as exits_lib
-from mor.inference import model as model_lib
+from mor.decode import storage as storage_lib
+from mor.exits import policy as exits_lib
 from mor.model import transformer
-from mor.model.kv import storage as storage_lib
+from mor.serve import model as model_lib
 from tests import decoding
 from tests import serving
 from tests import tiny

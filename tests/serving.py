@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from mor.inference import decoder as decoder_lib
-from mor.inference import engine as engine_lib
-from mor.inference import generate
-from mor.inference import model as model_lib
-from mor.inference import request as request_lib
-from mor.inference import slots as slots_lib
-from mor.inference import weights as weights_lib
-from mor.model.kv import storage as storage_lib
+from mor.decode import decoder as decoder_lib
+from mor.decode import slots as slots_lib
+from mor.decode import storage as storage_lib
+from mor.decode import weights as weights_lib
+from mor.serve import engine as engine_lib
+from mor.serve import generate
+from mor.serve import model as model_lib
+from mor.serve import request as request_lib
 from tests import decoding
 from tests import tiny
 

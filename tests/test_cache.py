@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from mor.analysis import memory
-from mor.inference import decoder as decoder_lib
-from mor.inference import weights as weights_lib
-from mor.model.kv import storage as storage_lib
+from mor import memory
+from mor.decode import decoder as decoder_lib
+from mor.decode import storage as storage_lib
+from mor.decode import weights as weights_lib
 from mor.model.kv import table as kv_table
 from mor.model.routers import table as router_table
 from tests import decoding

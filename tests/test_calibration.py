@@ -9,7 +9,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from mor.inference import calibration
+from mor.exits import calibration
 
 CLOSED = {"beta_mixture": calibration.beta_mixture, "learn_then_test": calibration.learn_then_test}
 ALIKE = np.linspace(0.05, 0.95, 200)  # confidences that tell nothing, where both classes have them

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from mor.data import tokenizer as tokenizer_lib
-from mor.inference import command
-from mor.inference import engine as engine_lib
-from mor.inference import model as model_lib
-from mor.inference import request as request_lib
+from mor.serve import cli as command
+from mor.serve import engine as engine_lib
+from mor.serve import model as model_lib
+from mor.serve import request as request_lib
 from tests import test_main
 from tests import tiny
 from tests import weights as test_weights

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from mor import main
-from mor.analysis import compiled
+from mor.aot import compiled
 from tests import test_main
 from tests import tiny
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from mor.inference import confidence
+from mor.exits import confidence
 
 B, D, V, E = 3, 20, 61, 7
 OF_LOGITS = ("margin", "maximum", "entropy")

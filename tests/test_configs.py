@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 import pytest
 
-from configs import paper
 from configs import exit_smollm2
+from configs import paper
 from configs import uptrain_smollm2
 from mor import config
-from mor.analysis import memory
+from mor import memory
 from mor.model import transformer
 
 DIRECTORY = pathlib.Path(paper.__file__).parent

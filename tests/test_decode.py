@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.inference import cache as cache_lib
-from mor.inference import weights as weights_lib
-from mor.model.kv import pages as pages_lib
+from mor.decode import cache as cache_lib
+from mor.decode import pages as pages_lib
+from mor.decode import weights as weights_lib
 from mor.model.kv import table as kv_table
 from mor.model.routers import table as router_table
 from tests import decoding

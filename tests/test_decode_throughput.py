@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import decode as benchmark
+from benchmarks import decode_parts
 from configs import paper
-from mor.benchmarks import decode_parts
-from mor.benchmarks import decode_throughput as benchmark
-from mor.inference import engine as engine_lib
-from mor.inference import model as model_lib
 from mor.model import transformer
+from mor.serve import engine as engine_lib
+from mor.serve import model as model_lib
 from tests import tiny
 
 

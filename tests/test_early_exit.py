@@ -6,7 +6,7 @@ The quick tests of a kind share one program, whose dispatches are of one tick.
 import numpy as np
 import pytest
 
-from mor.inference import slots as slots_lib
+from mor.decode import slots as slots_lib
 from tests import exiting
 from tests import serving
 

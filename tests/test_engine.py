@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mor.inference import decoder as decoder_lib
+from mor.decode import decoder as decoder_lib
 from mor.model.kv import table as kv_table
 from mor.model.routers import table as router_table
 from tests import decoding

@@ -3,8 +3,8 @@
 import pytest
 
 from mor.data import tokenizer as tokenizer_lib
-from mor.inference import engine as engine_lib
-from mor.inference import model as model_lib
+from mor.serve import engine as engine_lib
+from mor.serve import model as model_lib
 from tests import decoding
 from tests import serving
 from tests import tiny

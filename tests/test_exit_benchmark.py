@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 import pytest
 
-from mor.benchmarks import early_exit
+from benchmarks import early_exit
 from tests import exiting
 
 

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.inference import calibration
-from mor.inference import exit_host
-from mor.inference import exits as exits_lib
-from mor.inference import request as request_lib
-from mor.inference import ring
+from mor.exits import calibration
+from mor.exits import policy as exits_lib
+from mor.exits import ring
+from mor.serve import early_exit as exit_host
+from mor.serve import request as request_lib
 from tests import exiting
 from tests import serving
 

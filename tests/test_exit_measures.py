@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.inference import calibration
-from mor.inference import confidence
+from mor.exits import calibration
+from mor.exits import confidence
 from tests import exiting
 from tests import serving
 

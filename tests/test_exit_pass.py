@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.inference import exit_pass
-from mor.inference import exits as exits_lib
-from mor.inference import narrow
-from mor.inference import slots as slots_lib
+from mor.decode import narrow
+from mor.decode import slots as slots_lib
+from mor.exits import pending as exit_pass
+from mor.exits import policy as exits_lib
 from tests import exiting
 from tests import serving
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mor.benchmarks import exit_texts
+from benchmarks import exit_texts
 
 WORDS = [f"w{i}" for i in range(80)]
 BOOK = " ".join(WORDS) + "\n\nToo short.\n\n" + " ".join(reversed(WORDS))

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mor import sharding
 from mor.model import transformer
 from mor.train import evaluate
-from mor.train import exits
+from mor.train import exit_losses as exits
 from mor.train import step as step_lib
-from mor import sharding
 from tests import decoding
 from tests import tiny
 

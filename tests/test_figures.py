@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from mor.benchmarks import figures
-from mor.benchmarks import quickstart
-from mor.benchmarks import results
-from mor.benchmarks import tables
+from benchmarks import figures
+from benchmarks import harness as results
+from benchmarks import quickstart
+from benchmarks import tables
 
-RECORD = dict(benchmark="quickstart", command="python -m mor.benchmarks.quickstart", commit="abc", device="cpu",
+RECORD = dict(benchmark="quickstart", command="python -m benchmarks.quickstart", commit="abc", device="cpu",
               processor="A Processor", cores=2, cores_used=2, dtype="float32", jax="9.9", mean_depth=1.75,
               sizes=dict(steps=7, batch=4, seq_len=12, num_recursions=3), parts=["one ", "two ", "three "],
               depths=[1, 2, 3], summary=dict(bpb_causal=1.5, bpb_oracle=1.25, bpb_xz=2.0, bpb_gzip=2.5,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mor.analysis import flops
+from mor import flops
 from mor.model import transformer
 from mor.model.kv import table
 from tests import tiny

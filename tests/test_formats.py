@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mor.benchmarks import formats
-from mor.inference import model as model_lib
+from benchmarks import formats
 from mor.model import transformer
+from mor.serve import model as model_lib
 from mor.train import loop
 from tests import tiny
 

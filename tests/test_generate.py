@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mor.data import tokenizer as tokenizer_lib
-from mor.inference import model as model_lib
-from mor.inference import request as request_lib
+from mor.serve import model as model_lib
+from mor.serve import request as request_lib
 from tests import decoding
 from tests import tiny
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from mor.benchmarks import hf_early_exit
+from benchmarks import hf_early_exit
 from mor.conversion import hf_export
-from mor.inference import model as model_lib
+from mor.serve import model as model_lib
 from tests import tiny
 from tests import weights
 

@@ -16,7 +16,7 @@ import transformers
 
 from mor.conversion import hf_export
 from mor.conversion import hf_import
-from mor.inference import model as model_lib
+from mor.serve import model as model_lib
 from tests import exported
 from tests import tiny
 

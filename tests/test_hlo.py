@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import pytest
 
-from mor.analysis import hlo
+from mor.aot import hlo
 
 PROGRAM = textwrap.dedent("""\
     HloModule small

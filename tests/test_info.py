@@ -6,7 +6,7 @@ import pytest
 
 from configs import paper
 from mor import config
-from mor.analysis import info
+from mor import info
 from tests import tiny
 
 BUDGET = 16.5e18

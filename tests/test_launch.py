@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from benchmarks import launch_costs
 from mor import main
-from mor.analysis import launch_costs
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -235,7 +235,7 @@ def test_commands_of_the_page_are_right(launch):
 
 def test_costs_of_the_page_are_current():
   page = launch_costs.README.read_text(encoding="utf-8")
-  assert launch_costs.rewrite(page) == page, "run python -m mor.analysis.launch_costs"
+  assert launch_costs.rewrite(page) == page, "run python -m benchmarks.launch_costs"
 
 
 def test_costs_by_hand():

@@ -12,7 +12,7 @@ import pytest
 import mor
 from mor import checkpoint
 from mor import sharding
-from mor.inference import tick
+from mor.decode import tick
 from mor.train import loop
 from tests import tiny
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mor.analysis import memory
+from mor import memory
 from mor.model import transformer
 from mor.model.kv import table
 from tests import tiny

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.inference import narrow
+from mor.decode import narrow
 
 
 @pytest.mark.parametrize("num, size", [(1, 1), (1, 8), (2, 16), (4, 32), (8, 8), (8, 36), (16, 16), (16, 48), (64, 192)])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor.model.kv import pages
+from mor.decode import pages
 
 ROWS, COLUMNS, SIZE, POOL = 4, 5, 3, 11
 

@@ -11,9 +11,9 @@ import pytest
 from mor import checkpoint
 from mor import paths
 from mor import restore
-from mor.analysis import study
-from mor.analysis import study_plan
 from mor.conversion import command
+from mor.study import plan as study_plan
+from mor.study import run as study
 from mor.train import loop
 from mor.train import metrics
 from tests import bucket

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.benchmarks import peers
+from benchmarks import peers
 from mor.model import transformer
 from tests import tiny
 from tests import weights

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from mor.analysis import plots
-from mor.analysis import report
+from mor import plots
+from mor import report
 from tests import tiny
 
 ROWS = [{"step": s, "train/nll": 6 - s / 10, "train/load_1": 1.0, "train/load_2": 0.66} for s in range(1, 9)] + [

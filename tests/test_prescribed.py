@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.inference import decoder as decoder_lib
-from mor.inference import engine as engine_lib
-from mor.inference import generate as generate_lib
-from mor.inference import model as model_lib
-from mor.inference import prescribed
-from mor.inference import weights as weights_lib
-from mor.model.kv import storage as storage_lib
+from mor.decode import decoder as decoder_lib
+from mor.decode import storage as storage_lib
+from mor.decode import weights as weights_lib
+from mor.model.routers import prescribed
 from mor.model.routers import table
+from mor.serve import engine as engine_lib
+from mor.serve import generate as generate_lib
+from mor.serve import model as model_lib
 from tests import tiny
 from tests import weights as test_weights
 

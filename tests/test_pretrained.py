@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.benchmarks import pretrained
-from mor.benchmarks import tables
-from mor.benchmarks import uptraining
+from benchmarks import pretrained
+from benchmarks import tables
+from benchmarks import uptraining
 from mor.conversion import pretrained as conversion
 from mor.model import transformer
 from tests import tiny

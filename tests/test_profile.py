@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mor.analysis import profile
+from benchmarks import profile
 
 SPACE = """
 planes {

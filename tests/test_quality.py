@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mor.benchmarks import quality
+from benchmarks import quality
 
 
 def write(path, lines):

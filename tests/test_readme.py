@@ -14,14 +14,14 @@ import pytest
 import mor
 from mor import main
 from mor.data import tokenizer as tokenizer_lib
-from mor.inference import decoder as decoder_lib
-from mor.inference import generate as generate_lib
-from mor.inference import model as model_lib
-from mor.inference import request as request_lib
-from mor.inference import weights as weights_lib
-from mor.model.kv import storage as storage_lib
+from mor.decode import decoder as decoder_lib
+from mor.decode import storage as storage_lib
+from mor.decode import weights as weights_lib
 from mor.model import transformer
 from mor.model.routers import table
+from mor.serve import generate as generate_lib
+from mor.serve import model as model_lib
+from mor.serve import request as request_lib
 from tests import tiny
 from tests import weights as test_weights
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mor.inference import sampling
+from mor.decode import sampling
 
 V = 13
 sample = jax.jit(sampling.sample, static_argnums=4)

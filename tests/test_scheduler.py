@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from mor.inference import scheduler as scheduler_lib
+from mor.serve import scheduler as scheduler_lib
 
 POOL = scheduler_lib.Pool(page_size=4, num_rows=3, num_pages=30, num_edge_pages=10)
 

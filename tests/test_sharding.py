@@ -8,7 +8,7 @@ import pytest
 
 from mor import config as config_lib
 from mor import sharding
-from mor.analysis import hlo
+from mor.aot import hlo
 from mor.train import step
 from tests import tiny
 

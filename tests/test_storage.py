@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.model.kv import storage as storage_lib
+from mor.decode import storage as storage_lib
 
 M, H, CONTEXT, PAGE = 19, 6, 16, 4  # two groups of eight rows and a rest
 SIZES = {"dense": (storage_lib.Dense, CONTEXT), "paged": (storage_lib.Paged, PAGE)}

@@ -12,12 +12,12 @@ from configs import study_cpu
 from configs import study_gpu
 from mor import checkpoint
 from mor import config as config_lib
+from mor import flops
+from mor import memory
 from mor import sharding
-from mor.analysis import flops
-from mor.analysis import memory
-from mor.analysis import study as study_lib
-from mor.analysis import study_plan
-from mor.analysis import study_report
+from mor.study import plan as study_plan
+from mor.study import report as study_report
+from mor.study import run as study_lib
 from mor.train import finish
 from mor.train import loop
 from mor.train import optim

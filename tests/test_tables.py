@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from mor.benchmarks import results
-from mor.benchmarks import tables
+from benchmarks import harness as results
+from benchmarks import tables
 
 RECORD = dict(
-    benchmark="train_throughput", command="python -m mor.benchmarks.train_throughput --pin=0", commit="abc123",
+    benchmark="train_throughput", command="python -m benchmarks.train --pin=0", commit="abc123",
     device="cpu", processor="A Processor", cores=4, cores_used=1, dtype="float32", jax="9.9", clock="cpu", rounds=7,
     load_average=0.25,
     sizes=dict(batch=3, seq_len=12, num_layers=8, d_model=20, vocab_size=61))
@@ -80,7 +80,7 @@ def test_peers_show_their_ratio_to_the_best(tmp_path):
 
 def test_the_readme_shows_the_committed_results():
   readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
-  assert tables.rewrite(readme, results.DIRECTORY) == readme, "run python -m mor.benchmarks.tables"
+  assert tables.rewrite(readme, results.DIRECTORY) == readme, "run python -m benchmarks.tables"
 
 
 def test_a_known_peak_and_a_peer_add_columns_and_a_row(tmp_path):

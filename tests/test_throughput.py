@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mor.analysis import throughput
+from benchmarks import throughput
 
 # Three requests; the loops of each token.
 REQUESTS = [np.array(loops_T) for loops_T in ([1, 3], [2], [1, 1])]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mor.benchmarks import torch_train
-from mor.benchmarks import train_throughput
+from benchmarks import torch_train
+from benchmarks import train as train_throughput
 
 SIZES = dict(vocab_size=61, d_model=96, num_heads=6, num_kv_heads=2, head_dim=16, d_ff=96, num_layers=2, seq_len=24,
              batch=2)

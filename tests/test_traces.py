@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from mor import colour
 from mor import sharding
-from mor.analysis import colour
-from mor.analysis import traces
+from mor import traces
 from mor.data import tokenizer as tokenizer_lib
 from mor.model import transformer
 from mor.train import sample

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mor.benchmarks import train_throughput
+from benchmarks import train as train_throughput
 
 TINY = dict(vocab_size=61, d_model=64, num_heads=6, num_kv_heads=2, head_dim=16, d_ff=224, num_layers=4)
 
@@ -21,7 +21,7 @@ def record(tmp_path_factory):
 
 
 def test_record_says_how_it_was_made(record):
-  assert record["command"].startswith("python -m mor.benchmarks.train_throughput --models=vanilla,mor-r2 --seq_len=72")
+  assert record["command"].startswith("python -m benchmarks.train --models=vanilla,mor-r2 --seq_len=72")
   assert record["device"] == "cpu" and record["dtype"] == "float32" and record["clock"] == "wall"
   assert record["sizes"] == TINY | dict(size="cpu", seq_len=72, batch=3, dtype="float32", remat="none", scan_layers=0,
                                           loss_block=2048)
@@ -94,7 +94,7 @@ def test_bad_options_are_named(options, message):
 
 
 def test_the_command_fails_in_one_line():
-  done = subprocess.run([sys.executable, "-m", "mor.benchmarks.train_throughput", "--models=big"],
+  done = subprocess.run([sys.executable, "-m", "benchmarks.train", "--models=big"],
                         capture_output=True, text=True)
   assert done.returncode == 2 and not done.stdout
   assert done.stderr.startswith("error: --models: 'big' is not a model") and done.stderr.count("\n") == 1

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.inference import decoder as decoder_lib
-from mor.inference import generate
-from mor.inference import weights
+from mor.decode import decoder as decoder_lib
+from mor.decode import storage
+from mor.decode import weights
 from mor.model import transformer
-from mor.model.kv import storage
+from mor.serve import generate
 from tests import tiny
 
 ERROR = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 2e-2}  # of a product, relative to the greatest

@@ -21,9 +21,9 @@ import numpy as np
 
 from mor import checkpoint
 from mor import config as config_lib
+from mor import memory
 from mor import paths
 from mor import restore
-from mor.analysis import memory
 from mor.conversion import hf_export
 from mor.conversion import recursive_init
 from mor.conversion import source as source_lib

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from mor import colour
 from mor import config as config_lib
 from mor import distributed
-from mor.analysis import colour
-from mor.analysis import report
-from mor.analysis import traces
+from mor import report
+from mor import traces
 from mor.train import evaluate as evaluate_lib
 from mor.train import metrics as metrics_lib
 from mor.train import sample as sample_lib

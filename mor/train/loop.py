@@ -20,8 +20,8 @@ import jax
 from mor import checkpoint
 from mor import config as config_lib
 from mor import distributed
+from mor import flops
 from mor import sharding
-from mor.analysis import flops
 from mor.data import prefetch
 from mor.data import text
 from mor.train import batches as batches_lib

@@ -15,7 +15,7 @@ from mor import restore
 from mor import sharding
 from mor.model import transformer
 from mor.model.routers import expert_choice
-from mor.train import exits
+from mor.train import exit_losses as exits
 from mor.train import loss as loss_lib
 from mor.train import optim
 

@@ -1,0 +1,145 @@
+"""Who takes turns in the benchmark of early exit (`early_exit.py`), and what a round of turns took."""
+
+from collections.abc import Sequence
+import dataclasses
+import time
+from typing import Any
+
+from benchmarks import hf_early_exit
+from mor.serve import engine as engine_lib
+
+_ANSWER = 16  # tokens of an answer at most
+
+
+@dataclasses.dataclass
+class Timed:
+  """What each round of some requests took, and what came in the last one."""
+
+  name: str
+  rates: list[float] = dataclasses.field(default_factory=list, init=False)
+  wall_rates: list[float] = dataclasses.field(default_factory=list, init=False)
+  tokens: list[list[int]] = dataclasses.field(default_factory=list, init=False)
+  taken: list[tuple[int, float, float]] = dataclasses.field(default_factory=list, init=False)  # tokens, seconds
+
+  def start(self) -> None:
+    """A round begins."""
+    self.tokens, self.taken = [], []
+
+  def stop(self) -> None:
+    """It has ended."""
+    num, cpu, wall = map(sum, zip(*self.taken))
+    self.rates.append(num / cpu)
+    self.wall_rates.append(num / wall)
+
+
+@dataclasses.dataclass
+class Variant(Timed):
+  """Requests of one kind."""
+
+  engine: engine_lib.Engine
+  options: list[dict[str, Any]]  # of the requests, in turn
+  early: int = 0
+  drafts: int = 0
+  confirmed: int = 0
+
+  def start(self) -> None:
+    """A round begins."""
+    super().start()
+    self.early = self.drafts = self.confirmed = 0
+
+  def run(self, prompts: list[list[int]], num_tokens: int) -> None:
+    """Some prompts, as many at once as the engine has slots."""
+    self.begin(prompts, num_tokens)
+    while self.step():
+      pass
+    self.end()
+
+  def begin(self, prompts: list[list[int]], num_tokens: int) -> None:
+    """Takes the prompts in."""
+    self._before = self.engine.metrics()
+    self._lone, self._given, self._cpu, self._wall = len(prompts) == 1, 0, 0.0, 0.0
+    self._numbers = self._submit(prompts, num_tokens)
+
+  def step(self) -> bool:
+    """One dispatch, to its end; False where the time has ended, which is when no prompt waits any more."""
+    if self._given and not self.engine.scheduler.queue and not self._lone or self.engine.idle:
+      return False
+    wall, cpu = time.perf_counter(), time.process_time()
+    self._given += len(self.engine.step())
+    if not self._lone:  # others take their turn now
+      self.engine.wait()
+    self._cpu += time.process_time() - cpu
+    self._wall += time.perf_counter() - wall
+    return True
+
+  def end(self) -> None:
+    """Notes what has come, and lets the last prompts run to their ends."""
+    self.taken.append((self._given, self._cpu, self._wall))
+    done, before, after = self._finish(self._numbers), self._before, self.engine.metrics()
+    self.tokens += [c.tokens for c in done]
+    self.early += sum(sum(c.early) for c in done)
+    self.drafts += after["drafts"] - before["drafts"]
+    self.confirmed += after["confirmed"] - before["confirmed"]
+
+  def answer(self, prompts: list[list[int]]) -> list[list[int]]:
+    """Short continuations."""
+    return [c.tokens for c in self._finish(self._submit(prompts, _ANSWER))]
+
+  def figures(self) -> dict[str, Any]:
+    """Of the last round."""
+    return {"exit_rate": self.early / sum(map(len, self.tokens)), "drafts": self.drafts,
+            "acceptance": self.confirmed / self.drafts if self.drafts else None,
+            "confirmed_per_token": self.confirmed / sum(map(len, self.tokens))}
+
+  def _submit(self, prompts, num_tokens):
+    return [self.engine.submit(prompt, max_tokens=num_tokens, stop_tokens=(), **self.options[i % len(self.options)])
+            for i, prompt in enumerate(prompts)]
+
+  def _finish(self, numbers):
+    while not self.engine.idle:
+      self.engine.step()
+    self.engine.wait()
+    return [self.engine.take(number) for number in numbers]
+
+
+@dataclasses.dataclass
+class Peer(Timed):
+  """The same of transformers."""
+
+  peer: hf_early_exit.EarlyExit
+  draft: hf_early_exit.Draft | None
+  deep_passes: int = 0
+
+  def start(self) -> None:
+    """A round begins."""
+    super().start()
+    self.deep_passes = 0
+
+  def run(self, prompts: list[list[int]], num_tokens: int) -> None:
+    """Some prompts, one at a time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    done = [self.peer.generate(prompt, num_tokens, draft=self.draft) for prompt in prompts]
+    num = sum(len(o.tokens) for o in done)
+    self.taken.append((num, time.process_time() - cpu, time.perf_counter() - wall))
+    self.tokens += [o.tokens for o in done]
+    self.deep_passes += sum(o.deep_passes for o in done)
+
+  def answer(self, prompts: list[list[int]]) -> list[list[int]]:
+    """Short continuations."""
+    return [self.peer.generate(prompt, _ANSWER, draft=self.draft).tokens for prompt in prompts]
+
+  def figures(self) -> dict[str, Any]:
+    """Of the last round."""
+    return {"exit_rate": 0.0, "drafts": None, "acceptance": None,
+            "confirmed_per_token": 1.0 - self.deep_passes / sum(map(len, self.tokens))}
+
+
+def together(variants: Sequence[Variant], prompts: list[list[int]], num_tokens: int) -> None:
+  """All variants run the same prompts, a dispatch each in turn, so that the machine's moods meet all alike."""
+  for variant in variants:
+    variant.begin(prompts, num_tokens)
+  left = list(variants)
+  while left:
+    left = [variant for variant in left if variant.step()]
+  for variant in variants:
+    variant.end()

@@ -1,0 +1,242 @@
+"""One decoded token: the same layers, routers and KV plans, a token at a time.
+
+  start   embed, prelude, the router's entrance, its decision for step 0
+  pass    the shared stack once, every row at its own recursion step
+  finish  coda, norm, head
+
+`generate` and the engine call these three in different orders. Rows of a batch
+never meet: each reads and writes its own pages.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mor import config as config_lib
+from mor.decode import cache as cache_lib
+from mor.decode import narrow as narrow_lib
+from mor.decode import storage as storage_lib
+from mor.decode import weights as weights_lib
+from mor.exits import policy as exits_lib
+from mor.model import layers
+from mor.model.routers import base as router_base
+from mor.model.routers import table as router_table
+
+
+class Decoder:
+  """A model's static tables, and its passes over a cache.
+
+  Args:
+    model: the model's config.
+    storage: of keys and values.
+    router: in place of the model's own; same interface (`routers/base.py`).
+    exits: where tokens may leave early, if anywhere.
+  """
+
+  def __init__(self, model: config_lib.ModelConfig, storage: Any, router: Any = None,
+               exits: exits_lib.Exits | None = None):
+    self.model = model
+    self.exits = exits
+    self.tables = cache_lib.Tables(model, storage, exits.after if exits else ())
+    self.router = router or router_table.ROUTERS[model.router.name](model)
+    self.num_steps = self.tables.schedule.num_steps
+    self._key = (model, storage, router, exits)  # equal decoders share their compiled programs
+    if exits:
+      exits.check(model, self.tables.schedule)
+      self.exit_steps = tuple(1 + self.tables.schedule.boundaries().index(n) for n in exits.after)
+
+  def __eq__(self, other: Any) -> bool:
+    return isinstance(other, Decoder) and self._key == other._key
+
+  def __hash__(self) -> int:
+    return hash(self._key)
+
+  def layer(self, weights: weights_lib.Layer, x_1MD: jax.Array, rotation: Any, attend: Callable,
+            deltas: Mapping[str, weights_lib.Delta] | None = None, step: jax.Array | int = 0,
+            narrow: narrow_lib.Narrow | None = None) -> jax.Array:
+    """One decoder layer over M tokens; `attend(q_MNH, k_MKH, v_MKH)` does the rest.
+
+    Args:
+      weights: of the layer.
+      x_1MD: hidden states.
+      rotation: of the tokens.
+      attend: attention, and what it stores.
+      deltas: of the layer in every step.
+      step: whose deltas: one static step, or each token's `[M]`.
+      narrow: how many tokens at the front the products are of; None is all.
+    """
+    model = self.model
+    num_q, num_k = model.num_heads, model.num_kv_heads
+
+    def project(x_MI, name, step):
+      y_MO = weights_lib.project(x_MI, getattr(weights, name))
+      return y_MO + weights_lib.project_delta(x_MI, deltas[name], step) if deltas and name in deltas else y_MO
+
+    def enter(x_1MD, rotation, step):
+      normed_MD = layers.rms_norm(x_1MD, weights.attention_norm_D, model.norm_eps)[0]
+      qkv_1MNH = project(normed_MD, "qkv", step).reshape(1, -1, num_q + 2 * num_k, model.head_dim)
+      return layers.rotate(qkv_1MNH[:, :, :num_q + num_k], rotation), qkv_1MNH[:, :, num_q + num_k:]
+
+    def leave(x_1MD, out_1MO, step):
+      x_1MD = x_1MD + project(out_1MO[0], "o", step)[None]
+      with jax.named_scope("ffw"):
+        normed_MD = layers.rms_norm(x_1MD, weights.ffw_norm_D, model.norm_eps)[0]
+        gate_MF, up_MF = jnp.split(project(normed_MD, "gate_up", step), 2, axis=-1)
+        return x_1MD + project(jax.nn.silu(gate_MF) * up_MF, "down", step)[None]
+
+    with jax.named_scope("attention"):
+      qk_1MNH, v_1MKH = narrow_lib.first(enter, narrow, x_1MD, rotation, step)
+      out_MNH = attend(qk_1MNH[0, :, :num_q], qk_1MNH[0, :, num_q:], v_1MKH[0])
+      out_1MO = out_MNH.reshape(1, out_MNH.shape[0], -1).astype(jnp.float32)
+    return narrow_lib.first(leave, narrow, x_1MD, out_1MO, step)
+
+  def keys(self, weights: weights_lib.Layer, h_MD: jax.Array, rotation: Any,
+           deltas: Mapping[str, weights_lib.Delta] | None = None, step: int = 0) -> tuple[jax.Array, jax.Array]:
+    """A layer's keys (rotated) and values `[M, K, H]` of states that it does not process."""
+    model = self.model
+    normed_MD = layers.rms_norm(h_MD[None], weights.attention_norm_D, model.norm_eps)[0]
+    qkv_MO = weights_lib.project(normed_MD, weights.qkv)
+    if deltas and "qkv" in deltas:
+      qkv_MO = qkv_MO + weights_lib.project_delta(normed_MD, deltas["qkv"], step)
+    kv_1MKH = qkv_MO[:, model.num_heads * model.head_dim:].reshape(1, -1, 2 * model.num_kv_heads, model.head_dim)
+    k_1MKH, v_1MKH = jnp.split(kv_1MKH, 2, axis=2)
+    return layers.rotate(k_1MKH, rotation)[0], v_1MKH[0]
+
+  def rotation(self, position_M: jax.Array) -> Any:
+    """Of flat tokens."""
+    return layers.rotation(position_M[None], self.model)
+
+  # The passes of one token.
+
+  def embed(self, weights: weights_lib.Weights, token_B: jax.Array) -> jax.Array:
+    """Hidden states before the prelude."""
+    return storage_lib.decode(weights.lookup_VD.at[token_B].get(mode="clip")).astype(jnp.float32)
+
+  def edge(self, group: str, weights: weights_lib.Weights, cache: cache_lib.Cache, h_MD: jax.Array,
+           tokens: cache_lib.Tokens) -> tuple[cache_lib.Cache, jax.Array]:
+    """Prelude or coda, for the tokens that run; the others' results mean nothing.
+
+    The page that holds a token's position must have been reserved.
+    """
+    group_layers = getattr(weights, group)
+    if not group_layers:
+      return cache, h_MD
+    first = 0 if group == "prelude" else self.tables.schedule.prelude
+    page_MP = cache.edge_page_BP[tokens.slot_M]
+    page_M, offset_M = self.tables.place(page_MP, tokens.position_M, tokens.run_M, cache.edge[first])
+    rows = storage_lib.Rows(page_MP, jnp.where(tokens.run_M, tokens.position_M + 1, 0))
+    order_M = jnp.argsort(-rows.length_M)  # alike together; see `Paged`
+    x_1MD, position_M, page_M, offset_M, rows = jax.tree.map(
+        lambda a: a[order_M], (h_MD, tokens.position_M, page_M, offset_M, rows))
+    x_1MD, buffers, rotation = x_1MD[None], list(cache.edge), self.rotation(position_M)
+    narrow = self.narrow(tokens, cache.edge_page_BP.shape[0])
+    cuts = (narrow.widths, narrow.num) if narrow else ()
+    for i, layer in enumerate(group_layers, start=first):
+      def attend(q_MNH, k_MKH, v_MKH, i=i):
+        buffers[i] = self.tables.storage.write(buffers[i], page_M, offset_M, k_MKH, v_MKH)
+        return self.tables.storage.attend(q_MNH, [(buffers[i], rows)], *cuts)
+      x_1MD = self.layer(layer, x_1MD, rotation, attend, narrow=narrow)
+    return cache.replace(edge=tuple(buffers)), jnp.zeros_like(h_MD).at[order_M].set(x_1MD[0], unique_indices=True)
+
+  def narrow(self, tokens: cache_lib.Tokens, num: int, few: bool = False) -> narrow_lib.Narrow | None:
+    """Products as wide as the running tokens need, where there is room for more than one of each of `num` sequences.
+
+    Args:
+      tokens: of the pass.
+      num: sequences.
+      few: the same where there is not, because some sequences often have no token in the pass.
+    """
+    if tokens.alone and not few:
+      return None
+    return narrow_lib.Narrow(jnp.sum(tokens.run_M), narrow_lib.widths(num, tokens.run_M.shape[0]))
+
+  def decide(self, weights: weights_lib.Weights, h_BD: jax.Array, entry_BD: jax.Array, alive_B: jax.Array,
+             position_B: jax.Array, step_B: jax.Array, steps: tuple[int, ...]) -> router_base.Routing:
+    """The causal decision of each row for its own step, one of `steps`."""
+    plan = self.router.enter(weights.router, entry_BD[:, None], alive_B[:, None], bias_R=weights.bias_R,
+                             position_BT=position_B[:, None])
+    routed = [self.router.decide(plan, h_BD[:, None], alive_B[:, None], r) for r in steps]
+
+    def pick(*values):
+      if values[0] is None:
+        return None
+      conditions = [(step_B == r)[:, None] for r in steps]
+      return jnp.select(conditions, values, jnp.zeros_like(values[0]))
+    return router_base.Routing(
+        keep_BT=pick(*(r.keep_BT for r in routed)), score_BT=pick(*(r.score_BT for r in routed)),
+        gate_BT=pick(*(r.gate_BT for r in routed)), entry_BT=pick(*(r.entry_BT for r in routed)),
+        carry=routed[0].carry, change=routed[0].change)
+
+  def runs(self, keep_B: jax.Array, alive_B: jax.Array, step_B: jax.Array) -> jax.Array:
+    """Rows that the stack processes: the kept ones, and where keys are shared every token in step 0."""
+    return keep_B | (alive_B & (step_B == 0)) if self.tables.plan.shares else keep_B
+
+  def run_pass(self, weights: weights_lib.Weights, cache: cache_lib.Cache, h_MD: jax.Array, tokens: cache_lib.Tokens,
+               static_step: int | None = None, few: bool = False) -> tuple[cache_lib.Cache, jax.Array]:
+    """The stack once for the tokens that run, each at its step; the others' results mean nothing.
+
+    Args:
+      weights: of the model.
+      cache: where the next entries' pages are reserved.
+      h_MD: hidden states.
+      tokens: which they are.
+      static_step: the one step of all of them, where known; needed where steps use
+        different layers.
+      few: see `narrow`.
+    """
+    if static_step is None and not self.tables.schedule.cyclic:
+      raise ValueError(f"sharing={self.model.sharing!r} gives each step its own layers, so rows at different steps "
+                       "cannot share a batch; use a cyclic scheme, or generate()")
+    slot_M, position_M, step_M = tokens.slot_M, tokens.position_M, tokens.step_M
+    own_M, stores_M = self.tables.stores(step_M)
+    stores_M &= tokens.run_M
+    index_M = cache.length_BR[slot_M, own_M] + tokens.before(stores_M)
+    page_M, offset_M = self.tables.place(cache.page_BRP[slot_M, own_M], index_M, stores_M, cache.stack[0])
+    cache = cache.replace(length_BR=cache.length_BR.at[slot_M, own_M].add(stores_M.astype(jnp.int32)))
+    if self.tables.overlays:
+      hidden_BRS = cache.hidden_BRS.at[slot_M, own_M, position_M].max(stores_M, mode="drop")
+      cache = cache.replace(hidden_BRS=hidden_BRS)
+    static = static_step or 0
+    rules = self.tables.rules[:len(self.tables.schedule.rows[static])]
+    tables = sorted({(rule.own_R, rule.base_R) for rule in rules})  # one, where the scheme is cyclic
+    rows = [self.tables.rows(*table, cache, tokens, index_M) for table in tables]
+    order_M = jnp.argsort(-sum(row.length_M for row in rows[0]))  # alike together; see `Paged`
+    (h_1MD, position_M, page_M, offset_M, step_M, rows) = jax.tree.map(
+        lambda a: a[order_M], (h_MD, position_M, page_M, offset_M, step_M, rows))
+    h_1MD, buffers, rotation = h_1MD[None], list(cache.stack), self.rotation(position_M)
+    narrow = self.narrow(tokens, cache.page_BRP.shape[0], few)
+    cuts = (narrow.widths, narrow.num) if narrow else ()
+    for i, parameters in enumerate(self.tables.schedule.rows[static]):
+      rule = rules[i]
+      rule_rows = rows[tables.index((rule.own_R, rule.base_R))]
+      source = i if self.tables.schedule.cyclic or rule.base_buffer_R[static] < 0 else rule.base_buffer_R[static]
+
+      def attend(q_MNH, k_MKH, v_MKH, i=i, rule=rule, rule_rows=rule_rows, source=source):
+        if any(own >= 0 for own in rule.own_R):
+          buffers[i] = self.tables.storage.write(buffers[i], page_M, offset_M, k_MKH, v_MKH)
+        parts = list(zip((buffers[source], buffers[i]), rule_rows))
+        return self.tables.storage.attend(q_MNH, parts, *cuts)
+
+      h_1MD = self.layer(weights.stack[parameters], h_1MD, rotation, attend, weights.deltas[i],
+                         step_M if static_step is None else static_step, narrow)
+    return cache.replace(stack=tuple(buffers)), jnp.zeros_like(h_MD).at[order_M].set(h_1MD[0], unique_indices=True)
+
+  def merge(self, h_BD: jax.Array, y_BD: jax.Array, entry_BD: jax.Array,
+            routed: router_base.Routing) -> jax.Array:
+    """The state after a pass, where the router kept the token; see `routers/base.py`."""
+    new_BD = y_BD - h_BD if routed.change else y_BD
+    if routed.gate_BT is not None:
+      new_BD = new_BD * routed.gate_BT
+    if routed.entry_BT is not None:
+      new_BD = new_BD + routed.entry_BT * entry_BD
+    if routed.carry:
+      new_BD = new_BD + h_BD
+    return jnp.where(routed.keep_BT, new_BD, h_BD)
+
+  def head(self, weights: weights_lib.Weights, h_MD: jax.Array) -> jax.Array:
+    """Logits `[M, V]` after the coda."""
+    normed_MD = layers.rms_norm(h_MD[None], weights.final_norm_D, self.model.norm_eps)[0]
+    with jax.named_scope("head"):
+      return weights_lib.project(normed_MD, weights.head)

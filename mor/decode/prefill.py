@@ -1,0 +1,192 @@
+"""Prompt tokens through the model at once, for their keys and values.
+
+One chunk of T tokens a sequence, after the tokens that the cache holds already.
+Every step runs all T (masked execution; see `model/recursion.py`) with the router's
+causal decision, and stores the entries that decoding token by token would store.
+Hidden states leave no trace: the last token of a prompt is decoded, not prefilled.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mor.decode import cache as cache_lib
+from mor.decode import decoder as decoder_lib
+from mor.decode import pages as pages_lib
+from mor.decode import storage as storage_lib
+from mor.decode import weights as weights_lib
+from mor.model import attention
+from mor.model.kv import base as kv_base
+
+
+def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: cache_lib.Cache, tokens_BT: jax.Array,
+        start_B: jax.Array, length_B: jax.Array, context: bool) -> tuple[cache_lib.Cache, jax.Array, jax.Array]:
+  """Stores a chunk of prompts.
+
+  Args:
+    decoder: the model's tables.
+    weights: of the model.
+    cache: of B sequences.
+    tokens_BT: the chunk, padded at the end.
+    start_B: position of each sequence's first token.
+    length_B: tokens of the chunk; 0 leaves a sequence alone.
+    context: whether any `start_B` is above 0, static.
+
+  Returns:
+    The cache, the depth `[B, T]` of each token, and whether the pages sufficed;
+    otherwise the cache is of no use.
+  """
+  chunk = _Chunk(decoder, tokens_BT, start_B, length_B, context)
+  h_BTD = decoder.embed(weights, tokens_BT.reshape(-1)).reshape(*tokens_BT.shape, -1)
+  cache = chunk.reserve_edge(cache)
+  cache, h_BTD = chunk.edge("prelude", weights, cache, h_BTD)
+  cache, h_BTD, depth_BT = chunk.recursion(weights, cache, h_BTD)
+  cache, _ = chunk.edge("coda", weights, cache, h_BTD)
+  return cache, depth_BT, chunk.ok
+
+
+class _Chunk:
+  """The queries of one chunk, and what they see."""
+
+  def __init__(self, decoder, tokens_BT, start_B, length_B, context):
+    self.decoder, self.storage, self.context = decoder, decoder.tables.storage, context
+    batch, seq_len = self.shape = tokens_BT.shape
+    self.start_B, self.length_B = start_B, length_B
+    self.valid_BT = jnp.arange(seq_len)[None, :] < length_B[:, None]
+    self.position_BT = start_B[:, None] + jnp.arange(seq_len)[None, :]
+    self.batch_BT = jnp.broadcast_to(jnp.arange(batch)[:, None], self.shape)
+    self.rotation = decoder.rotation(self.position_BT.reshape(-1))
+    self.ok = jnp.bool_(True)
+
+  def reserve_edge(self, cache):
+    if not self.decoder.tables.num_edges:
+      return cache
+    free, page_BP, ok_B = pages_lib.reserve(
+        cache.edge_free, cache.edge_page_BP, self.start_B, self.length_B, self.storage.page_size)
+    self.ok &= jnp.all(ok_B)
+    return cache.replace(edge_free=free, edge_page_BP=page_BP, edge_length_B=cache.edge_length_B + self.length_B)
+
+  def edge(self, group: str, weights, cache, h_BTD):
+    """Prelude or coda over the whole chunk."""
+    if not getattr(weights, group):
+      return cache, h_BTD
+    first = 0 if group == "prelude" else self.decoder.tables.schedule.prelude
+    buffers, place = list(cache.edge), self._place(cache.edge_page_BP, self.position_BT, self.valid_BT, cache.edge[0])
+    rows = storage_lib.Rows(cache.edge_page_BP, self.start_B)
+    for i, layer in enumerate(getattr(weights, group), start=first):
+      def attend(q, fresh, i=i):
+        out = self._attend(q, fresh, self.valid_BT, [(buffers[i], rows)])
+        buffers[i] = self._write(buffers[i], place, fresh)
+        return out
+      h_BTD = self._layer(layer, h_BTD, attend)
+    return cache.replace(edge=tuple(buffers)), h_BTD
+
+  def recursion(self, weights, cache, h_BTD):
+    """All steps: decide, run the stack, store, merge."""
+    decoder, entry_BTD = self.decoder, h_BTD
+    self.before = cache  # the chunk's own keys are fresh, not read back
+    plan = decoder.router.enter(weights.router, h_BTD, self.valid_BT, bias_R=weights.bias_R,
+                                position_BT=self.position_BT)
+    alive_BT, depth_BT, shared = self.valid_BT, jnp.zeros(self.shape, jnp.int32), {}
+    for r in range(decoder.tables.schedule.num_steps):
+      routed = decoder.router.decide(plan, h_BTD, alive_BT, r)
+      run_BT = alive_BT if r == 0 and decoder.tables.plan.shares else routed.keep_BT
+      cache, y_BTD = self._step(weights, cache, h_BTD, run_BT, r, shared)
+      flat = lambda x: None if x is None else x.reshape(-1, x.shape[2] if x.ndim > 2 else 1)
+      routed_M = routed.replace(keep_BT=flat(routed.keep_BT), gate_BT=flat(routed.gate_BT),
+                                entry_BT=flat(routed.entry_BT))
+      h_BTD = decoder.merge(flat(h_BTD), flat(y_BTD), flat(entry_BTD), routed_M).reshape(h_BTD.shape)
+      alive_BT = routed.keep_BT
+      depth_BT += alive_BT.astype(jnp.int32)
+    return cache, h_BTD, depth_BT
+
+  def _step(self, weights, cache, h_BTD, run_BT, r: int, shared: dict):
+    """The stack once; `shared` keeps the fresh keys of layers that later ones read."""
+    decoder = self.decoder
+    own_rows = {rule.own_R[r] for rule in decoder.tables.rules} - {-1}
+    place = None
+    if own_rows:
+      (own,) = own_rows
+      cache, place = self._store(cache, own, run_BT)
+    buffers = list(cache.stack)
+    seen_BT = self.valid_BT if decoder.tables.plan.shares else run_BT
+    for i, parameters in enumerate(decoder.tables.schedule.rows[r]):
+      rule = decoder.tables.rules[i]
+      own, base, base_buffer = rule.own_R[r], rule.base_R[r], rule.base_buffer_R[r]
+
+      def attend(q, fresh, i=i, own=own, base=base, base_buffer=base_buffer):
+        rows = []
+        if base >= 0:
+          hidden_BS = self.before.hidden_BRS[:, own] if own >= 0 else None
+          rows.append((buffers[base_buffer], self._context(base, hidden_BS)))
+        if own >= 0:
+          rows.append((buffers[i], self._context(own, None)))
+        if base >= 0:
+          fresh = self._overlay(shared[base, base_buffer], fresh if own >= 0 else None, run_BT)
+        out = self._attend(q, fresh, seen_BT, rows)
+        if own >= 0:
+          buffers[i] = self._write(buffers[i], place, fresh)
+          shared.setdefault((own, i), fresh)
+        return out
+
+      h_BTD = self._layer(weights.stack[parameters], h_BTD, attend, weights.deltas[i], r)
+    return cache.replace(stack=tuple(buffers)), h_BTD
+
+  def _store(self, cache, row: int, run_BT):
+    """Makes room in a table row for the tokens of `run_BT`, and says where each goes."""
+    length_B, count_B = cache.length_BR[:, row], jnp.sum(run_BT, axis=1, dtype=jnp.int32)
+    free, page_BP, ok_B = pages_lib.reserve(
+        cache.free, cache.page_BRP[:, row], length_B, count_B, self.storage.page_size)
+    self.ok &= jnp.all(ok_B)
+    cache = cache.replace(free=free, page_BRP=cache.page_BRP.at[:, row].set(page_BP),
+                          length_BR=cache.length_BR.at[:, row].add(count_B))
+    if self.decoder.tables.overlays:
+      cache = cache.replace(hidden_BRS=cache.hidden_BRS.at[self.batch_BT, row, self.position_BT].max(
+          run_BT, mode="drop"))
+    index_BT = length_B[:, None] + jnp.cumsum(run_BT, axis=1) - 1
+    return cache, self._place(page_BP, index_BT, run_BT, cache.stack[0])
+
+  def _context(self, row: int, hidden_BS):
+    return storage_lib.Rows(self.before.page_BRP[:, row], self.before.length_BR[:, row], hidden_BS)
+
+  def _overlay(self, base, fresh, run_BT):
+    """The first step's keys, with this step's own where it processed the token."""
+    if fresh is None:
+      return base
+    keep_BT11 = run_BT[:, :, None, None]
+    return kv_base.KV(jnp.where(keep_BT11, fresh.k_BSKH, base.k_BSKH), jnp.where(keep_BT11, fresh.v_BSKH, base.v_BSKH))
+
+  def _layer(self, weights, h_BTD, attend, deltas=None, step=0):
+    batch, seq_len = self.shape
+
+    def flat_attend(q_MNH, k_MKH, v_MKH):
+      split = lambda x: x.reshape(batch, seq_len, *x.shape[1:])
+      return attend(split(q_MNH), kv_base.KV(split(k_MKH), split(v_MKH))).reshape(q_MNH.shape)
+
+    h_1MD = self.decoder.layer(weights, h_BTD.reshape(1, batch * seq_len, -1), self.rotation, flat_attend, deltas,
+                                step)
+    return h_1MD.reshape(h_BTD.shape)
+
+  def _attend(self, q_BTNH, fresh, seen_BT, context: list[tuple[Any, Any]]):
+    """Queries over stored entries and the chunk's own keys."""
+    segment_BT = self.valid_BT.astype(jnp.int32)
+    mask_BTS = kv_base.visible(self.position_BT, jnp.ones_like(segment_BT), self.position_BT, seen_BT.astype(jnp.int32))
+    k, v, mask = [], [], []
+    for buffer, rows in context if self.context else []:
+      k_BSKH, v_BSKH, seen_BS = self.storage.read(buffer, rows)
+      k.append(k_BSKH)
+      v.append(v_BSKH)
+      mask.append(jnp.broadcast_to(seen_BS[:, None, :], (*self.shape, seen_BS.shape[1])))
+    join = lambda parts: jnp.concatenate(parts, axis=1)
+    kv = kv_base.KV(join([*k, fresh.k_BSKH]), join([*v, fresh.v_BSKH]))
+    return attention.attend(q_BTNH, kv, jnp.concatenate([*mask, mask_BTS], axis=2))
+
+  def _place(self, page_BP, index_BT, write_BT, buffer):
+    size = self.storage.page_size
+    page_BT = jnp.take_along_axis(page_BP, jnp.maximum(index_BT, 0) // size, axis=1, mode="clip")
+    return jnp.where(write_BT, page_BT, buffer.k.shape[0]).reshape(-1), (index_BT % size).reshape(-1)
+
+  def _write(self, buffer, place, fresh):
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    return self.storage.write(buffer, *place, flat(fresh.k_BSKH), flat(fresh.v_BSKH))

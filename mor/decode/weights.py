@@ -1,0 +1,230 @@
+"""Parameters laid out for decoding.
+
+Training stacks the layers and keeps every projection apart; a decoded token reads
+each weight once, so here every layer has its own arrays (a scan over stacked
+layers costs 1.2-4x), q, k, v are one matrix and gate, up another, and matrices are
+`[out, in]`, the layout in which XLA:CPU multiplies fastest.
+
+Formats:
+  float32    exact
+  bfloat16   matrices in bfloat16, products summed in float32, hidden states
+             float32: halves the bytes a token reads
+  int8       matrices in int8 with a scale for each output, inputs of a product
+             rounded to int8 with a scale for each token, sums exact: a quarter.
+             The embedding of a token stays bfloat16, routers and norms float32.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from mor import config as config_lib
+from mor.decode import storage as storage_lib
+from mor.model import schedule as schedule_lib
+from mor.model import transformer
+
+FORMATS = ("float32", "bfloat16", "int8")
+_LEAST_ROWS = {"bfloat16": 4, "int8": 16}  # XLA:CPU multiplies fewer rows more slowly (5x for one)
+
+
+@struct.dataclass
+class Matrix:
+  """A projection `[out, in]`; `scale_O` belongs to int8 and is None elsewhere."""
+
+  w_OI: jax.Array
+  scale_O: jax.Array | None
+
+
+@struct.dataclass
+class Layer:
+  """One decoder layer."""
+
+  attention_norm_D: jax.Array
+  qkv: Matrix
+  o: Matrix
+  ffw_norm_D: jax.Array
+  gate_up: Matrix
+  down: Matrix
+
+
+@struct.dataclass
+class Delta:
+  """All steps' low-rank deltas of one merged projection; see `model/lora.py`.
+
+  Tokens at different steps share one product with `a`, of which each keeps its own
+  step's part: every delta is read once, however many tokens are at a step.
+
+  Attributes:
+    a: `[R * A, in]`, A the ranks of all parts: step by step, within it part by part.
+    b: `[out, R * A_part]` of each part; None for a part without a delta.
+    outs: width of each part.
+    num_steps: R.
+  """
+
+  a: Matrix
+  b: tuple[Matrix | None, ...]
+  outs: tuple[int, ...] = struct.field(pytree_node=False)
+  num_steps: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Weights:
+  """A model ready to decode.
+
+  Attributes:
+    head: the output matrix.
+    lookup_VD: the embedding for single rows; bfloat16 as its bits in uint16,
+      because XLA:CPU gathers bfloat16 from a table widened to float32.
+    head_lookup_VD: the same of the output matrix; the same array where they are tied.
+    draft_head: its first rows, those that exits read; None is all.
+    prelude, stack, coda: layers.
+    deltas: of each layer of a step, by the name of the projection in `Layer`.
+    final_norm_D: before the head.
+    router: the routers' own parameters, float32.
+    bias_R: of loss-free balancing.
+  """
+
+  head: Matrix
+  lookup_VD: jax.Array
+  head_lookup_VD: jax.Array
+  draft_head: Matrix | None
+  prelude: tuple[Layer, ...]
+  stack: tuple[Layer, ...]
+  coda: tuple[Layer, ...]
+  deltas: tuple[Mapping[str, Delta], ...]
+  final_norm_D: jax.Array
+  router: Mapping[str, Any]
+  bias_R: jax.Array | None
+
+
+def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_format: str, first: int = 0) -> Weights:
+  """Lays out trained variables for decoding.
+
+  Args:
+    model: the variables' config.
+    variables: {"params": …} and, where the model has one, {"balance": …}.
+    weight_format: one of FORMATS.
+    first: rows of the output matrix that exits read; 0 is all.
+
+  Raises:
+    ValueError: the format is unknown.
+  """
+  if weight_format not in FORMATS:
+    raise ValueError(f"weight_format={weight_format!r}; use one of {', '.join(FORMATS)}")
+  params, balance = variables["params"], variables.get("balance") or {}
+  embedding_VD = jnp.asarray(params["embedding"], jnp.float32)
+  head_VD = jnp.asarray(transformer.head(params), jnp.float32)
+  bits = lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) if weight_format != "float32" else x
+  lookup_VD = bits(embedding_VD)
+  return Weights(
+      head=_matrix(head_VD, weight_format),
+      lookup_VD=lookup_VD,
+      head_lookup_VD=lookup_VD if model.tie_embeddings else bits(head_VD),
+      draft_head=_matrix(head_VD[:first], weight_format) if first else None,
+      **{group: _layers(model, params.get(group), weight_format) for group in ("prelude", "stack", "coda")},
+      deltas=_deltas(model, params.get("lora"), weight_format),
+      final_norm_D=jnp.asarray(params["final_norm"], jnp.float32),
+      router={name: params[name] for name in ("router", "aux_router") if name in params},
+      bias_R=balance.get("bias_R") if model.router.balancing == "loss_free" else None)
+
+
+def head_rows(weights: Weights, token_BE: jax.Array) -> jax.Array:
+  """Rows `[B, E, D]` of the output matrix, float32."""
+  return storage_lib.decode(weights.head_lookup_VD.at[token_BE].get(mode="clip")).astype(jnp.float32)
+
+
+def project(x_MI: jax.Array, matrix: Matrix) -> jax.Array:
+  """x w^T in float32; x is rounded to the matrix' format."""
+  num, dtype = x_MI.shape[0], matrix.w_OI.dtype
+  x_MI = jnp.pad(x_MI, ((0, max(0, _LEAST_ROWS.get(dtype.name, 1) - num)), (0, 0)))
+  contract = (((1,), (1,)), ((), ()))
+  if matrix.scale_O is None:
+    return jax.lax.dot_general(x_MI.astype(dtype), matrix.w_OI, contract, preferred_element_type=jnp.float32)[:num]
+  x_MI, scale_M1 = _round(x_MI)
+  y_MO = jax.lax.dot_general(x_MI, matrix.w_OI, contract, preferred_element_type=jnp.int32)[:num]
+  return y_MO.astype(jnp.float32) * scale_M1[:num] * matrix.scale_O[None, :]
+
+
+def project_delta(x_MI: jax.Array, delta: Delta, step: jax.Array | int) -> jax.Array:
+  """x a^T b^T, with the deltas of `step`: one for all tokens, static, or one of each."""
+  rank = delta.a.w_OI.shape[0] // delta.num_steps
+  if isinstance(step, int):
+    a = jax.tree.map(lambda w: w[step * rank:(step + 1) * rank], delta.a)
+    low_MRA = project(x_MI, a)[:, None]
+  else:
+    mine_MR1 = (step[:, None] == jnp.arange(delta.num_steps)[None, :])[:, :, None]
+    low_MRA = jnp.where(mine_MR1, project(x_MI, delta.a).reshape(-1, delta.num_steps, rank), 0.0)
+  parts, start = [], 0
+  for b, width in zip(delta.b, delta.outs):
+    if b is None:
+      parts.append(jnp.zeros((x_MI.shape[0], width)))
+      continue
+    size = b.w_OI.shape[1] // delta.num_steps
+    low_MA = low_MRA[:, :, start:start + size].reshape(x_MI.shape[0], -1)
+    if isinstance(step, int):
+      b = b.replace(w_OI=b.w_OI[:, step * size:(step + 1) * size])
+    parts.append(project(low_MA, b))
+    start += size
+  return jnp.concatenate(parts, axis=1)
+
+
+def _round(x_MI: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Rows in int8, and the scale of each."""
+  scale_M1 = jnp.maximum(jnp.max(jnp.abs(x_MI), axis=1, keepdims=True), 1e-30) / 127.0
+  return jnp.round(x_MI / scale_M1).astype(jnp.int8), scale_M1
+
+
+def _matrix(w_OI: jax.Array, weight_format: str) -> Matrix:
+  if weight_format == "int8":
+    w_OI, scale_O1 = _round(w_OI)
+    return Matrix(w_OI, scale_O1[:, 0])
+  return Matrix(w_OI.astype(weight_format), None)
+
+
+_MERGED = {"qkv": ("attention", "qkv"), "o": ("attention", "o"), "gate_up": ("ffw", ("gate", "up")),
+           "down": ("ffw", ("down",))}
+
+
+def _deltas(model: config_lib.ModelConfig, lora: Mapping[str, Any] | None,
+            weight_format: str) -> tuple[Mapping[str, Delta], ...]:
+  """Of each layer of a step; int8 weights have bfloat16 deltas."""
+  depth = schedule_lib.make(model).depth
+  if lora is None:
+    return ({},) * depth
+  outs, steps = {name: wide[1] for name, wide in model.projections.items()}, model.num_recursions
+  low_format = "bfloat16" if weight_format == "int8" else weight_format
+  matrix = lambda w_OI: _matrix(jnp.asarray(w_OI, jnp.float32), low_format)
+
+  def one(group: Mapping[str, Any], names: tuple[str, ...], i: int) -> Delta:
+    a_RIA = [jnp.asarray(group[name]["a"])[:, i] for name in names if name in group]
+    a_RAI = jnp.concatenate(a_RIA, axis=2).transpose(0, 2, 1)
+    flat = lambda b_RAO: jnp.reshape(b_RAO, (-1, b_RAO.shape[2])).T
+    return Delta(
+        a=matrix(a_RAI.reshape(-1, a_RAI.shape[2])),
+        b=tuple(matrix(flat(jnp.asarray(group[name]["b"])[:, i])) if name in group else None for name in names),
+        outs=tuple(outs[name] for name in names), num_steps=steps)
+
+  return tuple(
+      {merged: one(lora[part], tuple(names), i) for merged, (part, names) in _MERGED.items()
+       if any(name in lora.get(part, {}) for name in names)} for i in range(depth))
+
+
+def _layers(model: config_lib.ModelConfig, group: Mapping[str, Any] | None, weight_format: str) -> tuple[Layer, ...]:
+  if group is None:
+    return ()
+  attention, ffw = group["attention"], group["ffw"]
+  width = model.num_heads * model.head_dim
+  matrix = lambda w_OI: _matrix(jnp.asarray(w_OI, jnp.float32), weight_format)
+  flat = lambda w_DNH: jnp.reshape(w_DNH, (model.d_model, -1)).T
+  return tuple(
+      Layer(
+          attention_norm_D=jnp.asarray(group["attention_norm"][i], jnp.float32),
+          qkv=matrix(jnp.concatenate([flat(attention[name][i]) for name in "qkv"])),
+          o=matrix(jnp.reshape(attention["o"][i], (width, model.d_model)).T),
+          ffw_norm_D=jnp.asarray(group["ffw_norm"][i], jnp.float32),
+          gate_up=matrix(jnp.concatenate([ffw["gate"][i].T, ffw["up"][i].T])),
+          down=matrix(ffw["down"][i].T))
+      for i in range(group["attention_norm"].shape[0]))

@@ -1,0 +1,245 @@
+"""`--mode=generate`: prompts of a command line or of a file, through the engine.
+
+A single prompt streams to a terminal as it comes. A file gives one JSON object for
+each of its prompts, in their order, as soon as they are done; a wrong prompt of a
+file fails alone.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from mor import colour
+from mor import traces
+from mor.exits import policy as exits_lib
+from mor.serve import engine as engine_lib
+from mor.serve import model as model_lib
+from mor.serve import request as request_lib
+
+_MOST_SLOTS = 16  # where none are asked for
+
+Run = Callable[[Sequence[request_lib.Request], "Watch"], list[request_lib.Completion]]
+
+
+class Watch:
+  """Sees every new token: when the first ones came, and how deep they are.
+
+  Args:
+    stream: whether to print the text as it comes.
+    done: called with the number and the completion of each request that ends.
+  """
+
+  def __init__(self, stream: bool = False, done: Callable[[int, request_lib.Completion], None] | None = None):
+    self.done = done or (lambda index, completion: None)
+    self._stream = stream
+    self._start = 0.0
+    self._first: dict[int, float] = {}
+    self._depths: list[int] = []
+
+  def start(self) -> None:
+    """Compiling is over."""
+    self._start = time.monotonic()
+
+  def event(self, index: int, event: request_lib.Event) -> None:
+    """A new token of request `index`."""
+    self._first.setdefault(index, time.monotonic() - self._start)
+    self._depths.append(event.depth)
+    if self._stream:
+      print(event.text, end="", flush=True)
+
+  def figures(self, completions: Sequence[request_lib.Completion], num_recursions: int) -> str:
+    """One line: tokens, their rate and depth, and the wait for the first."""
+    seconds, tokens = time.monotonic() - self._start, sum(len(c.tokens) for c in completions)
+    logprobs = [x for c in completions for x in c.logprobs]
+    parts = [f"{tokens} tokens", f"{tokens / seconds:.1f} tokens/s",
+             f"mean depth {np.mean(self._depths):.2f} of {num_recursions}",
+             f"first token after {1000 * np.median(list(self._first.values())):.0f} ms"]
+    if logprobs:
+      parts.append(f"mean log-probability {np.mean(logprobs):.3f}")
+    return ", ".join(parts)
+
+
+def show(model: model_lib.Model, prompts: Sequence[str], options: Mapping[str, Any], how: Mapping[str, Any]) -> None:
+  """Continues prompts; prints the texts, their tokens' depths and the speed.
+
+  Args:
+    model: to ask.
+    prompts: texts.
+    options: of `Engine.submit`.
+    how: arguments of `Engine`; batching "none" is `Model.generate`, for any model.
+
+  Raises:
+    ValueError: a prompt, an option or `how` is wrong; none is run then.
+  """
+  requests = [model.request(prompt, **options) for prompt in prompts]
+  run, context = _runner(model, len(requests), how)
+  for request in requests:
+    request.check(model.config.vocab_size, context)
+  stream = len(requests) == 1 and sys.stdout.isatty()
+  if stream:
+    print(prompts[0], end="", flush=True)
+  watch = Watch(stream)
+  completions = run(requests, watch)
+  figures = watch.figures(completions, model.config.num_recursions)
+  for prompt, request, completion in zip(prompts, requests, completions):
+    print("" if stream else prompt + completion.text)
+    print(f"\n{_by_depth(model, request, completion, context)}\n")
+  print(figures)
+
+
+def answer(model: model_lib.Model, path: str, options: Mapping[str, Any], how: Mapping[str, Any]) -> bool:
+  """Continues the prompts of a file, a JSON object each; returns whether all were right.
+
+  The figures go to stderr.
+
+  Args:
+    model: to ask.
+    path: one prompt a line, or .jsonl: objects with "prompt" (text, or token ids)
+      and options, which go before `options`. Blank lines count for nothing.
+    options: of `Engine.submit`.
+    how: as in `show`.
+
+  Raises:
+    ValueError: the file holds no prompt, or `how` is wrong.
+    OSError: the file cannot be read.
+  """
+  lines = [line for line in pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+  if not lines:
+    raise ValueError(f"--prompt_file={path}: no prompt in it; give one a line")
+  run, context = _runner(model, len(lines), how)
+  answers, numbers, requests = _Answers(), [], []
+  for i, line in enumerate(lines):
+    prompt, request, error = _read(model, line, path.endswith(".jsonl"), options, context)
+    answers.prompts.append(prompt)
+    if request:
+      numbers.append(i)
+      requests.append(request)
+    else:
+      answers.put(i, {"error": error})
+  if requests:
+    watch = Watch(done=lambda index, completion: answers.put(numbers[index], _fields(requests[index], completion)))
+    completions = run(requests, watch)
+    print(watch.figures(completions, model.config.num_recursions), file=sys.stderr)
+  return len(requests) == len(lines)
+
+
+def _fields(request: request_lib.Request, completion: request_lib.Completion) -> dict[str, Any]:
+  names = ("text", "tokens", "depths", *(["logprobs"] if request.logprobs else []), "finish")
+  return {name: getattr(completion, name) for name in names}
+
+
+class _Answers:
+  """Prints a JSON object for each prompt, in order, as soon as those before it are there."""
+
+  def __init__(self):
+    self.prompts: list[Any] = []
+    self._waiting: dict[int, dict[str, Any]] = {}
+    self._next = 0
+
+  def put(self, i: int, fields: dict[str, Any]) -> None:
+    self._waiting[i] = fields
+    while self._next in self._waiting:
+      fields = {"prompt": self.prompts[self._next], **self._waiting.pop(self._next)}
+      print(json.dumps(fields), flush=True)
+      self._next += 1
+
+
+def _read(model: model_lib.Model, line: str, is_json: bool, options: Mapping[str, Any],
+          context: int) -> tuple[Any, request_lib.Request | None, str]:
+  """A line's prompt, and its request or what is wrong with it."""
+  prompt: Any = line
+  try:
+    if is_json:
+      fields = json.loads(line)
+      if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), (str, list)):
+        raise ValueError('no object with a "prompt" that is text or a list of token ids')
+      prompt, options = fields.pop("prompt"), {**options, **fields}
+    request = model.request(prompt, **options)
+    request.check(model.config.vocab_size, context)
+    return prompt, request, ""
+  except json.JSONDecodeError as error:
+    return prompt, None, f"no JSON: {error}"
+  except ValueError as error:
+    return prompt, None, str(error)
+
+
+def exits(after: Sequence[str], first: int) -> exits_lib.Exits:
+  """Of the words of `--exit_after`.
+
+  Raises:
+    ValueError: a word is no number, or the exits are wrong.
+  """
+  if not all(word.strip().isdecimal() for word in after):
+    raise ValueError(f"--exit_after={','.join(after)}; use numbers of layers, e.g. --exit_after=10,20")
+  return exits_lib.Exits(after=tuple(int(word) for word in after), first=first)
+
+
+def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -> tuple[Run, int]:
+  """What decodes, and its context."""
+  if how.get("batching") != "none":
+    engine = engine_lib.Engine(model, **{"num_slots": min(num_requests, _MOST_SLOTS), **how})
+    return functools.partial(_through_engine, engine), engine.context
+  settings = {name: value for name, value in how.items() if name != "batching"}
+  if "exits" in settings:
+    raise ValueError("--exit_after with --batching=none, which knows no exits; leave it out, or use --batching=depth")
+  for name in sorted({"num_slots", "kv_format"} & set(settings)):
+    raise ValueError(f"--{name} with --batching=none, which runs all prompts in one batch with float32 keys; leave it "
+                     "out, or use --batching=depth")
+  return functools.partial(_at_once, model, settings), settings.get("context", model.context)
+
+
+def _through_engine(engine: engine_lib.Engine, requests: Sequence[request_lib.Request],
+                    watch: Watch) -> list[request_lib.Completion]:
+  """Requests as slots fall free."""
+  # A prompt of each length, rounded up as prefill does, compiles what the others need.
+  kinds = {(len(request.prompt) - 2).bit_length(): request for request in requests}
+  _serve(engine, _brief(kinds.values()), Watch())
+  watch.start()
+  return _serve(engine, requests, watch)
+
+
+def _serve(engine, requests, watch):
+  numbers = {engine.submit_request(request): index for index, request in enumerate(requests)}
+  found: dict[int, request_lib.Completion] = {}
+  while len(found) < len(requests):
+    for number, event in engine.step():
+      index = numbers[number]
+      watch.event(index, event)
+      if event.finish:
+        found[index] = engine.take(number)
+        watch.done(index, found[index])
+  return [found[index] for index in range(len(requests))]
+
+
+def _at_once(model: model_lib.Model, settings: Mapping[str, Any], requests: Sequence[request_lib.Request],
+             watch: Watch) -> list[request_lib.Completion]:
+  """All requests in one batch."""
+  model.generate_requests(_brief(requests), **settings)
+  watch.start()
+  completions = model.generate_requests(requests, callback=watch.event, **settings)
+  for index, completion in enumerate(completions):
+    watch.done(index, completion)
+  return completions
+
+
+def _brief(requests: Iterable[request_lib.Request]) -> list[request_lib.Request]:
+  return [dataclasses.replace(request, max_tokens=1) for request in requests]
+
+
+def _by_depth(model: model_lib.Model, request: request_lib.Request, completion: request_lib.Completion,
+              context: int) -> str:
+  """Prompt and new tokens, with the steps that each took when it was read."""
+  ids = [*request.prompt, *completion.tokens]
+  depths = traces.depth_of_ids(model.config, model.variables, np.asarray(ids, np.int32), context)
+  read = len(request.prompt) - 1  # from here on the decoder itself has told
+  depths[read:read + len(completion.depths)] = completion.depths
+  parts = colour.pieces(model.tokenizer, ids)
+  most = max(model.config.num_recursions, int(depths.max()))  # a plain model has parts between its exits
+  return colour.terminal(parts, depths.tolist(), most, colour.wanted())

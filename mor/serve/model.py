@@ -1,0 +1,111 @@
+"""A trained model ready to be asked: `mor.load(workdir).generate(["Once upon a time"])`."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import os
+from typing import Any
+
+from mor import config as config_lib
+from mor import restore
+from mor.data import text
+from mor.decode import decoder as decoder_lib
+from mor.decode import storage as storage_lib
+from mor.decode import weights as weights_lib
+from mor.serve import generate as generate_lib
+from mor.serve import request as request_lib
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A model and what its tokens mean.
+
+  Attributes:
+    config: of the model.
+    variables: {"params": …} and, where the model has one, {"balance": …}.
+    tokenizer: None where only token ids are used.
+    context: positions at most; the row length it was trained with.
+    opening: ids before a text; None is the id that opens a document in training.
+    stops: ids that end one; None is the same id.
+  """
+
+  config: config_lib.ModelConfig
+  variables: Mapping[str, Any]
+  tokenizer: Any
+  context: int
+  opening: tuple[int, ...] | None = None
+  stops: tuple[int, ...] | None = None
+
+  @property
+  def vocab_size(self) -> int:
+    """Tokens that may be drawn: the tokenizer's, where there is one."""
+    return self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
+
+  def request(self, prompt: str | Sequence[int], **options: Any) -> request_lib.Request:
+    """A request from a text or from token ids.
+
+    A text opens a document, as in training, and the token that opens the next one
+    ends it; a converted model that was not trained here has its own such tokens.
+
+    Raises:
+      ValueError: an option is unknown or wrong, or the prompt is text and there is
+        no tokenizer.
+    """
+    if isinstance(prompt, str):
+      if self.tokenizer is None:
+        raise ValueError("the prompt is text, but the model has no tokenizer; give token ids")
+      if not prompt:
+        raise ValueError("the prompt is empty; give some text")
+      opening = (self.tokenizer.eos_id,) if self.opening is None else self.opening
+      prompt = [*opening, *(int(t) for t in self.tokenizer.encode(prompt))]
+    if self.tokenizer is not None:
+      options.setdefault("stop_tokens", (self.tokenizer.eos_id,) if self.stops is None else self.stops)
+    return request_lib.make(prompt, **options)
+
+  def generate(self, prompts: Sequence[str | Sequence[int]], *, context: int | None = None,
+               weight_format: str = "float32", callback: Callable[[int, request_lib.Event], None] | None = None,
+               **options: Any) -> list[request_lib.Completion]:
+    """Continues prompts in one batch; `Engine` is faster, and takes new ones meanwhile.
+
+    Args:
+      prompts: texts, or lists of token ids.
+      context: positions at most; None is the model's.
+      weight_format: "float32" (exact), "bfloat16" or "int8"; see `weights.py`.
+      callback: called with the prompt's number and each `request.Event`.
+      **options: see `Engine.submit`.
+
+    Raises:
+      ValueError: a prompt or an option is wrong; none is run then.
+    """
+    if isinstance(prompts, str):
+      raise ValueError("prompts is one text; give a list of prompts")
+    return self.generate_requests([self.request(prompt, **options) for prompt in prompts], context=context,
+                                  weight_format=weight_format, callback=callback)
+
+  def generate_requests(self, requests: Sequence[request_lib.Request], *, context: int | None = None,
+                        weight_format: str = "float32",
+                        callback: Callable[[int, request_lib.Event], None] | None = None
+                        ) -> list[request_lib.Completion]:
+    """`generate` of ready requests."""
+    context = self.context if context is None else context
+    storage = storage_lib.Dense(context, self.config.num_kv_heads, self.config.head_dim, "float32")
+    return generate_lib.generate(
+        decoder_lib.Decoder(self.config, storage), weights_lib.prepare(self.config, self.variables, weight_format),
+        requests, context=context, tokenizer=self.tokenizer, vocab_size=self.vocab_size, callback=callback)
+
+
+def load(workdir: str | os.PathLike) -> Model:
+  """The newest checkpoint of a run, its config and its tokenizer.
+
+  Raises:
+    ValueError: the directory holds no checkpoint.
+    OSError: the checkpoint is damaged.
+  """
+  config, step, variables = restore.variables(workdir)
+  tokenizer = text.load_tokenizer(config.data)
+  about = restore.pretrained(workdir) if step == 0 else None
+  if about is None:
+    return Model(config.model, variables, tokenizer, config.data.seq_len)
+  ids = about["special_ids"]
+  return Model(config.model, variables, tokenizer, config.data.seq_len,
+               opening=tuple(ids.get("bos", ())[:1]) if about["add_bos"] else (),
+               stops=tuple({*ids.get("eos", ()), tokenizer.eos_id}))

@@ -1,0 +1,170 @@
+"""A study as a list of training runs: who trains how long, and where runs fork.
+
+At equal forward FLOPs (embedding free, head counted) a member trains
+
+  steps = reference's steps * FLOPs per token of the reference / of the member
+
+which gives it another number of tokens. To compare at equal tokens too, every
+member longer than the shortest forks: its shorter run shares with the longer
+one all steps at which both have the same learning rate (with WSD the warm-up
+and the plateau), so only its own cooldown is trained anew. The fork is exactly
+the run that would have been trained for the shorter time.
+
+Source: trapezoid schedules as in Hägele et al. 2024; MoR paper App. C.
+"""
+
+from collections.abc import Mapping
+import copy
+import dataclasses
+import runpy
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mor import config as config_lib
+from mor import flops
+from mor.train import optim
+
+_KEEP_ALL = 1000  # the checkpoint at the fork must outlive later ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+  """One model of a study: fields that differ from the study's config."""
+
+  name: str
+  label: str
+  overrides: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What a study file's `get_study` returns."""
+
+  reference: str  # member whose steps are train.steps of the config
+  members: tuple[Member, ...]
+  seeds: tuple[int, ...]  # of parameters; the data is the same for all
+  final_rows: int  # held-out rows of the final figures; 0 reads all
+  texts: Mapping[str, str]  # name and file of other held-out texts
+  text_rows: int  # rows of each of them; 0 reads all
+  blimp: str  # file of minimal pairs
+  blimp_pairs: int  # pairs of each paradigm
+
+  def __post_init__(self):
+    names = [member.name for member in self.members]
+    if len(set(names)) != len(names):
+      raise ValueError(f"two members of the study have one name ({', '.join(names)}); rename one")
+    if self.reference not in names:
+      raise ValueError(f"reference={self.reference!r} is no member of the study; use one of {', '.join(names)}")
+    if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+      raise ValueError(f"seeds={self.seeds}; use one or more different seeds")
+    if min(self.final_rows, self.text_rows) < 0 or self.blimp_pairs < 1:
+      raise ValueError(f"final_rows={self.final_rows}, text_rows={self.text_rows}, blimp_pairs={self.blimp_pairs}; "
+                       "use rows >= 0 and pairs >= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One member with one seed.
+
+  Attributes:
+    member: whose run it is.
+    full: trained to the budget.
+    short: trained to the tokens of the shortest member; None where it is `full`.
+    fork: steps that `short` has in common with `full`.
+  """
+
+  member: Member
+  full: config_lib.Config
+  short: config_lib.Config | None
+  fork: int
+
+  @property
+  def name(self) -> str:
+    return f"{self.member.name}-seed{self.full.seed}"
+
+
+def read(path: str) -> Study:
+  """The study that a config file describes.
+
+  Raises:
+    ValueError: the file has no `get_study`, or what it returns is no study.
+  """
+  made = runpy.run_path(path)
+  if "get_study" not in made:
+    raise ValueError(f"{path} describes no study; add get_study(), or use configs/study_cpu.py")
+  return from_dict(made["get_study"]())
+
+
+def from_dict(fields: Mapping[str, Any]) -> Study:
+  """Builds a `Study`, strictly."""
+  known = {field.name for field in dataclasses.fields(Study)}
+  if set(fields) != known:
+    raise ValueError(f"get_study() returns {', '.join(fields)}; return {', '.join(sorted(known))}")
+  return Study(**{**fields, "members": tuple(Member(**member) for member in fields["members"]),
+                  "seeds": tuple(fields["seeds"])})
+
+
+def make(base: config_lib.Config, study: Study) -> list[Run]:
+  """All runs, seed by seed.
+
+  Raises:
+    ValueError: an override does not fit, or changes the rows or the steps.
+  """
+  configs = {member.name: override(base, member) for member in study.members}
+  reference = forward_flops(configs[study.reference])
+  steps = {name: max(1, round(base.train.steps * reference / forward_flops(c))) for name, c in configs.items()}
+  shortest = min(steps.values())
+  return [_run(member, seeded(configs[member.name], seed), steps[member.name], shortest)
+          for seed in study.seeds for member in study.members]
+
+
+def override(base: config_lib.Config, member: Member) -> config_lib.Config:
+  """The config of a member, before its steps are set."""
+  fields = config_lib.to_dict(base)
+  config = config_lib.from_dict(_merged(fields, member.overrides))
+  if config.data != base.data or config.train.steps != base.train.steps:
+    raise ValueError(f"study member {member.name!r} overrides data or train.steps; members see the same rows, and "
+                     "their steps follow from the budget")
+  return config
+
+
+def forward_flops(config: config_lib.Config) -> float:
+  """Forward FLOPs per token, with the head."""
+  return flops.forward_flops_per_token(config.model, config.data.seq_len)
+
+
+def seeded(config: config_lib.Config, seed: int) -> config_lib.Config:
+  """The same with another seed of parameters."""
+  return dataclasses.replace(config, seed=seed)
+
+
+def shared_steps(a: config_lib.Config, b: config_lib.Config) -> int:
+  """Leading steps at which two runs have the same learning rate."""
+  step = jnp.arange(min(a.train.steps, b.train.steps))
+  differ = np.asarray(optim.learning_rate(a)(step)) != np.asarray(optim.learning_rate(b)(step))
+  return int(np.argmax(differ)) if differ.any() else len(step)
+
+
+def _run(member: Member, config: config_lib.Config, steps: int, shortest: int) -> Run:
+  full = _train(config, steps=steps)
+  if steps == shortest:
+    return Run(member, full, None, steps)
+  short = _train(config, steps=shortest)
+  fork = shared_steps(full, short)
+  if fork:
+    full = _train(full, checkpoint_every=fork, keep_checkpoints=_KEEP_ALL)
+  return Run(member, full, short, fork)
+
+
+def _train(config: config_lib.Config, **fields: int) -> config_lib.Config:
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+
+
+def _merged(fields: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+  merged = copy.deepcopy(fields)
+  for name, value in changes.items():
+    nested = isinstance(value, Mapping) and isinstance(merged.get(name), dict)
+    merged[name] = _merged(merged[name], value) if nested else value
+  return merged
