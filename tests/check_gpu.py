@@ -18,8 +18,8 @@ from mor.model import attention
 from mor.model import kernels
 from mor.model import transformer
 from mor.model.kv import base as kv_base
-from tests import tiny
-from tests import weights
+from tests.helpers import tiny
+from tests.helpers import weights
 
 MARGIN = 2.0
 SHAPES = ((2, 128, 4, 2, 64), (2, 683, 15, 5, 64), (1, 1365, 9, 3, 64), (3, 77, 4, 4, 16))  # B, T, N, K, H

@@ -5,7 +5,7 @@
 For each file, builds the model it describes, loads its weights, and compares
 logits, selected tokens, losses and gradient norms, in float32 at the highest
 matmul precision. Prints one JSON line per file; the exit status is 1 if any is
-not ok. What a file holds: tests/official.py.
+not ok. What a file holds: tests/helpers/official.py.
 
 The cross-entropy of routed kinds is divided by B * T though only B * (T - 1)
 tokens have a target, as the official code does; a plain mean for the others.
@@ -21,7 +21,7 @@ import numpy as np
 
 from mor.model import transformer
 from mor.train import loss as loss_lib
-from tests import official
+from tests.helpers import official
 
 LOGITS = 1e-4  # absolute
 LOSSES = 1e-5  # relative

@@ -34,9 +34,9 @@ import jaxtyping
 import numpy as np
 import pytest
 
-import tests.typecheck  # the hook looks it up by name
+import tests.helpers.typecheck  # the hook looks it up by name
 
-jaxtyping.install_import_hook("mor", "tests.typecheck.check")
+jaxtyping.install_import_hook("mor", "tests.helpers.typecheck.check")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
 

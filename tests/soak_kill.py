@@ -30,8 +30,8 @@ from mor import config as config_lib
 from mor import sharding
 from mor.train import loop
 from mor.train import metrics
-from tests import processes
-from tests import tiny
+from tests.helpers import processes
+from tests.helpers import tiny
 
 FIELDS = {
     "model.vocab_size": 3001, "model.d_model": 96, "model.num_heads": 4, "model.num_kv_heads": 2, "model.head_dim": 12,

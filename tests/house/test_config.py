@@ -1,0 +1,116 @@
+"""Bad configurations: one line with what, the value and the remedy."""
+
+import json
+
+import pytest
+
+from configs import base
+from mor import config
+from tests.helpers import tiny
+
+
+def _router(**fields):
+  return dict(model=dict(router=fields))
+
+
+def _token(**fields):
+  return _router(**tiny.TOKEN_CHOICE | fields)
+
+
+BAD = [  # overrides, words of the message: what, value, remedy
+    (dict(model=dict(d_modle=3)), ["config.model.d_modle", "unknown", "d_model"]),
+    (dict(depth=3), ["config.depth", "unknown", "model"]),
+    (dict(model=dict(d_model="3")), ["config.model.d_model", "'3'", "str", "int"]),
+    (dict(model=dict(d_model=3.5)), ["config.model.d_model", "3.5", "float", "int"]),
+    (dict(model=dict(scan_layers=1)), ["config.model.scan_layers", "1", "bool"]),
+    (dict(train=dict(steps=True)), ["config.train.steps", "True", "bool", "int"]),
+    (dict(optim=dict(learning_rate="fast")), ["config.optim.learning_rate", "'fast'", "float"]),
+    (dict(model=dict(router=_router)), ["config.model.router", "RouterConfig"]),
+    (_router(capacity=0.5), ["config.model.router.capacity", "0.5", "list"]),
+    (_router(capacity=(1.0, "a", 0.5)), ["config.model.router.capacity[1]", "'a'", "float"]),
+    (dict(model=dict(sharing="middle")), ["config.model.sharing", "'middle'", "middle_cycle"]),
+    (dict(model=dict(kv_plan="none")), ["config.model.kv_plan", "'none'", "recursion_wise"]),
+    (_router(name="random"), ["config.model.router.name", "'random'", "expert_choice"]),
+    (dict(optim=dict(schedule="step")), ["config.optim.schedule", "'step'", "cosine"]),
+    (dict(model=dict(num_heads=5)), ["num_heads=5", "num_kv_heads=2", "[1, 5]"]),
+    (dict(model=dict(head_dim=7)), ["head_dim=7", "even"]),
+    (dict(model=dict(vocab_size=0)), ["vocab_size=0", ">= 1"]),
+    (dict(model=dict(num_layers=9)), ["num_layers=9", "middle_cycle", "3", "8 or 11"]),
+    (dict(model=dict(num_layers=3)), ["num_layers=3", "middle_cycle", "5 or 8"]),
+    (dict(model=dict(sharing="cycle")), ["num_layers=8", "cycle", "6 or 9"]),
+    (dict(model=dict(sharing="vanilla")), ["num_recursions=3", "vanilla", "use 1"]),
+    (dict(model=dict(sharing="sequence", num_layers=6, kv_plan="shared")),
+     ["kv_plan='shared'", "'sequence'", "middle_cycle"]),
+    (_router(capacity=(1.0, 0.5)), ["router.capacity=(1.0, 0.5)", "2 entries", "3 fractions"]),
+    (_router(capacity=(1.0, 1.5, 0.5)), ["router.capacity=(1.0, 1.5, 0.5)", "(0, 1]"]),
+    (_router(capacity=(1.0, 0.5, 0.0)), ["router.capacity=(1.0, 0.5, 0.0)", "(0, 1]"]),
+    (_router(capacity=(1.0, 0.4, 0.5)), ["router.capacity=(1.0, 0.4, 0.5)", "non-increasing"]),
+    (_router(activation="softmax"), ["router.activation='softmax'", "expert_choice", "'sigmoid'"]),
+    (_router(gating="every_step"), ["router.gating='every_step'", "'weighted'"]),
+    (_router(balancing="loss"), ["router.balancing='loss'", "expert_choice", "'none'"]),
+    (_token(activation="tanh"), ["router.activation='tanh'", "'softmax'"]),
+    (_token(sampling="aux_loss"), ["router.sampling='aux_loss'", "'none'"]),
+    (_token(capacity_warmup_steps=3), ["capacity_warmup_steps=3", "use 0"]),
+    (_router(arch="random"), ["router.sampling='aux_loss'", "'random'", "'none'"]),
+    (_router(temperature=0.0), ["router.temperature=0.0", "> 0"]),
+    (_router(z_loss_coef=-1.0), ["router.z_loss_coef=-1.0", ">= 0"]),
+    (dict(data=dict(seq_len=1)), ["data.seq_len=1", "at least 2"]),
+    (dict(data=dict(batch_size=0)), ["data.batch_size=0", "at least 1"]),
+    (dict(data=dict(validation_fraction=1.0)), ["data.validation_fraction=1.0", "(0, 1)"]),
+    (dict(data=dict(max_bytes=-1)), ["data.max_bytes=-1", "0 for all"]),
+    (dict(optim=dict(learning_rate=0.0)), ["optim.learning_rate=0.0", "> 0"]),
+    (dict(optim=dict(learning_rate=float("nan"))), ["optim.learning_rate=nan", "> 0"]),
+    (dict(optim=dict(cooldown_fraction=1.2)), ["optim.cooldown_fraction=1.2", "[0, 1]"]),
+    (dict(optim=dict(warmup_steps=6)), ["optim.warmup_steps=6", "train.steps=5", "longer"]),
+    (dict(optim=dict(clip_norm=-1.0)), ["optim.clip_norm=-1.0", "0 for off"]),
+    (dict(train=dict(steps=0)), ["train.steps=0", ">= 1"]),
+    (dict(train=dict(eval_rows=-1)), ["train.eval_rows=-1", ">= 0"]),
+    (dict(train=dict(keep_every=-1)), ["train.keep_every=-1", ">= 0"]),
+    (dict(train=dict(step_timeout=-0.5)), ["train.step_timeout=-0.5", ">= 0"]),
+    (dict(train=dict(accumulation=3)), ["data.batch_size=4", "train.accumulation=3", "3 or 6"]),
+    (dict(mesh=dict(data=-1, tensor=-1)), ["mesh", "data=-1, fsdp=1, tensor=-1", "one axis"]),
+    (dict(mesh=dict(data=0)), ["mesh", "data=0", ">= 1"]),
+]
+
+
+@pytest.mark.parametrize("overrides, words", BAD, ids=lambda v: v[0] if isinstance(v, list) else "")
+def test_bad_fields_are_named(overrides, words):
+  with pytest.raises(ValueError) as caught:
+    tiny.config(overrides)
+  message = str(caught.value)
+  assert "\n" not in message
+  assert "; " in message, "what and the value, then the remedy"
+  for word in words:
+    assert word in message, message
+
+
+def test_missing_field_is_named():
+  fields = base.get_config().to_dict()
+  del fields["optim"]["b2"]
+  with pytest.raises(ValueError, match=r"config\.optim\.b2; start from configs/base\.py"):
+    config.from_dict(fields)
+
+
+def test_unknown_field_of_a_config_dict_is_named():
+  fields = base.get_config()
+  with fields.unlocked():
+    fields.train.stepz = 3
+  with pytest.raises(ValueError, match=r"unknown field.*config\.train\.stepz"):
+    config.from_config_dict(fields)
+
+
+def test_json_round_trip_is_exact():
+  made = tiny.config(_router(capacity=(1.0, 0.7, 0.1)), optim=dict(learning_rate=1))
+  assert made.optim.learning_rate == 1.0
+  assert config.from_dict(json.loads(json.dumps(config.to_dict(made)))) == made
+
+
+@pytest.mark.parametrize("router, r, capacity", [
+    (dict(), 3, (1.0, 2 / 3, 1 / 3)),
+    (dict(), 2, (1.0, 0.5)),
+    (dict(capacity=(0.9, 0.2)), 2, (0.9, 0.2)),
+    (tiny.FIXED | dict(capacity=(0.9, 0.2)), 2, (1.0, 1.0)),
+])
+def test_capacity(router, r, capacity):
+  made = tiny.config(model=dict(num_recursions=r, router=router))
+  assert made.model.capacity == capacity

@@ -1,0 +1,84 @@
+"""Slot tables of the KV plans against the layer-to-slot maps of the reference.
+
+The reference keeps one cache of all layers: slot 0 is the first layer's when it
+is unshared, then come the recursion's, then the last layer's. Here the recursion
+has its own slots from 0.
+"""
+
+import pytest
+
+from mor.model import schedule
+from mor.model.kv import table
+from tests.helpers import tiny
+
+SHARED = [name for name in schedule.SCHEMES if name != "vanilla"]
+
+
+def _schedule(sharing, inner, r):
+  layers = inner + 2 * schedule.SCHEMES[sharing][0]
+  model = dict(sharing=sharing, num_layers=layers, num_recursions=r, router=tiny.FIXED)
+  return schedule.make(tiny.config(model=model).model)
+
+
+def _read(plan):
+  """The slot whose keys a layer starts from: its base's, else its own."""
+  return [base if base >= 0 else own for own, base in zip(plan.own, plan.base)]
+
+
+@pytest.mark.parametrize("inner, r", [(6, 2), (6, 3), (12, 4)])
+@pytest.mark.parametrize("sharing, formula", [
+    ("cycle", lambda l, b, r: l % b),
+    ("middle_cycle", lambda l, b, r: 1 + (l - 1) % b),
+    ("sequence", lambda l, b, r: l // r),
+    ("middle_sequence", lambda l, b, r: 1 + (l - 1) // r),  # the official code has none
+])
+def test_shared_slots_are_the_references(sharing, formula, inner, r):
+  made = _schedule(sharing, inner, r)
+  slots = [made.prelude + slot for slot in _read(table.PLANS["shared"](made))]
+  layers = range(made.prelude, made.prelude + inner)
+  assert slots == [formula(l, inner // r, r) for l in layers]
+  assert table.PLANS["shared"](made).num_slots == inner // r
+
+
+def test_tables_of_two_layers_and_three_steps():
+  made = _schedule("middle_cycle", 6, 3)
+  plans = {name: (plan(made).own, plan(made).base) for name, plan in table.PLANS.items()}
+  none = -1
+  assert plans == {
+      "recursion_wise": ((0, 1, 2, 3, 4, 5), (none,) * 6),
+      "shared": ((0, 1, none, none, none, none), (none, none, 0, 1, 0, 1)),
+      "hybrid": ((0, 1, 2, 3, 4, 5), (none, none, 0, 1, 0, 1)),
+  }
+
+
+def test_tables_of_sequences():
+  made = _schedule("sequence", 6, 3)
+  plan = table.PLANS["shared"](made)
+  assert plan.own == (0, -1, -1, 1, -1, -1)
+  assert plan.base == (-1, 0, 0, -1, 1, 1)
+  assert table.PLANS["hybrid"](made).base == (-1, 0, 0, -1, 3, 3)
+
+
+@pytest.mark.parametrize("sharing", SHARED)
+@pytest.mark.parametrize("name", table.PLANS)
+def test_every_plan_is_sound(name, sharing):
+  made = _schedule(sharing, 12, 3)
+  plan = table.PLANS[name](made)
+  written = [slot for slot in plan.own if slot >= 0]
+  assert len(plan.own) == len(plan.base) == made.num_steps * made.depth
+  assert sorted(written) == list(range(plan.num_slots)), "a slot is written by exactly one layer"
+  flat = [row for rows in made.rows for row in rows]
+  for l, (own, base) in enumerate(zip(plan.own, plan.base)):
+    assert own >= 0 or base >= 0, "a layer reads nothing"
+    if base >= 0:
+      writer = plan.own.index(base)
+      assert writer < l, "a base is read before it is written"
+      assert flat[writer] == flat[l], "a base holds the keys of other parameters"
+  assert plan.shares == (name != "recursion_wise")
+
+
+@pytest.mark.parametrize("name", table.PLANS)
+def test_one_recursion_owns_all_its_keys(name):
+  plan = table.PLANS[name](schedule.make(tiny.config(model=tiny.VANILLA).model))
+  assert plan.own == tuple(range(8))
+  assert plan.base == (-1,) * 8
