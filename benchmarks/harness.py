@@ -1,7 +1,7 @@
 """What every benchmark writes: one JSON object that says how it was made.
 
 A result lies in `benchmarks/results/NAME.json`; `tables.py` turns it into a
-table of README.md. Beside its figures it holds `header`'s fields, so that the
+table of docs/results.md. Beside its figures it holds `header`'s fields, so that the
 same command on the same commit can be run again.
 """
 

@@ -1,4 +1,4 @@
-"""Rewrites the tables of README.md from the results that were measured.
+"""Rewrites the tables of docs/ from the results that were measured.
 
   python -m benchmarks.tables
 
@@ -201,10 +201,10 @@ def table(name: str, directory: pathlib.Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Rewrites README.md."""
+  """Rewrites the pages of docs/."""
   results.Parser(prog="python -m benchmarks.tables", description=__doc__.splitlines()[0]).parse_args(argv)
-  readme = results.ROOT / "README.md"
-  readme.write_text(rewrite(readme.read_text(encoding="utf-8"), results.DIRECTORY), encoding="utf-8")
+  for page in sorted((results.ROOT / "docs").glob("*.md")):
+    page.write_text(rewrite(page.read_text(encoding="utf-8"), results.DIRECTORY), encoding="utf-8")
 
 
 if __name__ == "__main__":

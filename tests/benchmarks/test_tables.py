@@ -78,9 +78,10 @@ def test_peers_show_their_ratio_to_the_best(tmp_path):
   assert lines[2] == "| 16 | vanilla bfloat16 | 330 (329–331) | 1.10 |"
 
 
-def test_the_readme_shows_the_committed_results():
-  readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
-  assert tables.rewrite(readme, results.DIRECTORY) == readme, "run python -m benchmarks.tables"
+@pytest.mark.parametrize("page", sorted((results.ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_show_the_committed_results(page):
+  text = page.read_text(encoding="utf-8")
+  assert tables.rewrite(text, results.DIRECTORY) == text, "run python -m benchmarks.tables"
 
 
 def test_a_known_peak_and_a_peer_add_columns_and_a_row(tmp_path):

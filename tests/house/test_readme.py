@@ -1,6 +1,7 @@
-"""The README's examples work as printed, and what it names exists."""
+"""The examples of README.md and docs/ work as printed, and what they name exists."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
@@ -26,44 +27,96 @@ from tests.helpers import tiny
 from tests.helpers import weights as test_weights
 
 ROOT = pathlib.Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
+README = TEXTS["README.md"]
+each_page = pytest.mark.parametrize("page", sorted(TEXTS))
 
 
-def block(text):
-  """The one Python example with that text."""
-  found, = [source for source in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if text in source]
+def block(page, text):
+  """Returns the one Python example of a page with that text."""
+  found, = [source for source in re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL) if text in source]
   return found
 
 
-def test_generation_of_the_readme(monkeypatch, capsys):
+def anchors(page):
+  """Returns the anchors of a page's headings, as GitHub makes them."""
+  headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL), re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short():
+  assert len(README.splitlines()) <= 120
+
+
+@each_page
+def test_links_resolve(page):
+  for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+    if "://" in target:
+      continue
+    path, _, anchor = target.partition("#")
+    file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+    assert file.is_file(), f"{page} links to {target}"
+    if anchor:
+      assert anchor in anchors(str(file.relative_to(ROOT))), f"{page} links to {target}"
+
+
+def test_every_page_is_linked_from_the_readme():
+  assert {page for page in TEXTS if page != "README.md"} <= set(re.findall(r"\]\(([\w/.]+)\)", README))
+
+
+def test_the_map_has_every_room():
+  rooms = re.findall(r"^\| \d \| (.*?) \|", README, re.MULTILINE)
+  named = set(re.findall(r"`mor/([\w.]+)/?`", " ".join(rooms)))
+  assert {folder.parent.name for folder in (ROOT / "mor").glob("*/__init__.py")} <= named
+
+
+def test_headlines_are_the_results():
+  load = lambda name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+  step, = [row for row in load("train_h200_1700m")["models"] if row["model"] == "mor-r3"]
+  batch, = [batch for batch in load("decode_135m")["batches"] if batch["batch"] == 32]
+  gain, = batch["gains"]
+  exits, = [row for row in load("early_exit_smollm2")["batches"][0]["variants"] if row["variant"] == "verify-0.1"]
+  quickstart = load("quickstart")["summary"]
+  rows = re.findall(r"^\| [^|]* \| ([^|]*) \| [^|]* \| `(\w+)` \|$", README, re.MULTILINE)
+  assert [name for _, name in rows] == ["train_h200_1700m", "decode_135m", "early_exit_smollm2", "quickstart"]
+  assert [re.findall(r"\d+\.\d+", text) for text, _ in rows] == [
+      [f"{step['wall_ratio']['median']:.3f}"], [f"{gain['gain']['median']:.3f}"],
+      [f"{exits['to_full']['median']:.2f}"], [f"{quickstart['bpb_causal']:.3f}", f"{quickstart['bpb_xz']:.3f}"]]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/decoding.md"])
+def test_generation(page, monkeypatch, capsys):
   config = tiny.config(tiny.BYTES).model
   params = jax.tree.map(jnp.asarray, test_weights.draw(config))
   model = model_lib.Model(config, {"params": params}, tokenizer_lib.ByteTokenizer(), 24)
   monkeypatch.setattr(mor, "load", lambda workdir: model, raising=False)
   namespace = {}
-  exec(block("mor.load"), namespace)
+  exec(block(page, "mor.load"), namespace)
   first, second = namespace["answers"]
   wanted, = model.generate(["My fellow citizens"], temperature=0.8, top_p=0.95, seed=1)
   assert capsys.readouterr().out == f"{first.text} {first.depths} length\n{wanted.text}"
   assert len(first.tokens) == 6 and len(second.tokens) == 11  # up to the context
 
 
-def test_options_of_a_request_are_in_the_readme():
+def test_options_of_a_request_are_listed():
   with pytest.raises(ValueError, match="the options are (.*)") as error:
     request_lib.make([1], dance=1)
-  listed = README.partition("**Options** of a request:")[2].partition(". ")[0]
+  listed = TEXTS["docs/decoding.md"].partition("**Options** of a request:")[2].partition(". ")[0]
   assert sorted(re.findall(r"`(\w+)`", listed)) == str(error.value).partition("are ")[2].split(", ")
 
 
-def test_flags_of_the_readme_exist():
-  assert main.MODES
-  section = README.partition("## Generate and serve")[2].partition("\n## ")[0]
-  names = set(re.findall(r"(?<![\w-])--(\w+)=", section))
-  assert len(names) >= 5 and not {name for name in names if name not in flags.FLAGS}
+def test_flags_and_modes_exist():
+  text = re.sub(r"<!-- table:.*?<!-- end -->", "", "".join(TEXTS.values()), flags=re.DOTALL)  # those of benchmarks
+  names = set(re.findall(r"(?<![\w-])--(\w+)=", text))
+  soak = (ROOT / "tests/soak_kill.py").read_text(encoding="utf-8")
+  assert len(names) >= 10 and not {name for name in names if name not in flags.FLAGS and f'"--{name}"' not in soak}
+  modes = set(re.findall(r"--mode=(\w+)", text))
+  assert len(modes) >= 5 and modes <= set(main.MODES)
 
 
-def test_router_of_the_readme(monkeypatch):
-  source = block("class ")
+def test_router_of_the_docs(monkeypatch):
+  source = block("docs/extending.md", "class ")
   namespace = {}
   exec(source, namespace)
   monkeypatch.setitem(table.ROUTERS, "fixed", namespace["Alternate"])
@@ -90,14 +143,15 @@ def test_router_of_the_readme(monkeypatch):
   assert done.depths == [1, 3, 1, 2, 1, 3]  # of positions 3 to 8
 
 
-def test_names_of_the_readme_exist():
-  paths = re.findall(r"\b(?:mor|configs|launch|notebooks|tests|docs|benchmarks)/[\w./]*\w", README)
-  assert len(paths) > 8
+@each_page
+def test_names_exist(page):
+  paths = re.findall(r"(?<![\w/.])(?:mor|configs|launch|notebooks|tests|docs|benchmarks)/[\w./]*\w", TEXTS[page])
   missing = sorted({path for path in paths if not (ROOT / path).exists()})
-  assert not missing, f"README.md names {missing}"
+  assert not missing, f"{page} names {missing}"
 
 
-def test_options_of_the_readme_exist():
+@each_page
+def test_options_exist(page):
   fields = dataclasses.asdict(tiny.config())
-  for group, field in re.findall(r"--config\.(\w+)\.(\w+)=", README):
+  for group, field in re.findall(r"--config\.(\w+)\.(\w+)=", TEXTS[page]):
     assert field in fields[group]
