@@ -24,8 +24,9 @@ ROUTERS = {
 EVERY = tiny.crossed(router_table.ROUTERS, kv_table.PLANS)
 
 
-def build(router, plan):
-  return tiny.config(model=dict(kv_plan=plan, router=ROUTERS[router])).model
+def build(router, plan, num_layers=5):
+  """One layer a step, which compiles sooner; 8 layers are two a step."""
+  return tiny.config(model=dict(kv_plan=plan, router=ROUTERS[router], num_layers=num_layers)).model
 
 
 def apply(config, params, tokens_BT, segment_BT=None, routing="select"):
@@ -43,7 +44,7 @@ def distinct_tokens(config, batch=3, seq_len=12, seed=0):
 
 @pytest.mark.parametrize("router,plan", EVERY)
 def test_gathered_equals_masked(router, plan):
-  config = build(router, plan)
+  config = build(router, plan, num_layers=8)
   batch = jax.tree.map(jnp.asarray, tiny.batch(tiny.config()))
   params = jax.tree.map(jnp.asarray, weights.draw(config))
 
@@ -120,7 +121,7 @@ def test_padded_batch_equals_its_rows(router, plan, routing):
 
 
 def test_fixed_router_equals_the_unrolled_tied_stack():
-  config = build("fixed", "recursion_wise")
+  config = build("fixed", "recursion_wise", num_layers=8)
   params = weights.draw(config)
   flat = [("prelude", 0)] + [("stack", i) for _ in range(3) for i in range(2)] + [("coda", 0)]
   rows = [jax.tree.map(lambda a: a[i], params[group]) for group, i in flat]
@@ -174,7 +175,7 @@ def test_router_scores_are_float32_in_bfloat16():
 
 
 def test_parameters_are_float32_and_counted_once():
-  config = build("expert_choice", "recursion_wise")
+  config = build("expert_choice", "recursion_wise", num_layers=8)
   shapes = jax.eval_shape(transformer.Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
   assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
   assert shapes["params"]["stack"]["attention"]["q"].shape == (2, 20, 4, 6)
