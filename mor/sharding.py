@@ -1,4 +1,4 @@
-"""Meshes, the one table from parameter path to `PartitionSpec`, and rows by hand.
+"""Meshes, which mesh axis splits which logical axis of a parameter, and batch rows by hand.
 
 Axes of a mesh:
 
@@ -11,10 +11,10 @@ The step is written for one device's rows (`by_rows`): routing, gathering and
 scattering never leave a device, and the collectives over `data` and `fsdp` are
 those that stand here. The compiler adds those of `tensor` and `sequence`.
 
-A parameter that no row of the table matches raises.
+A parameter that has no row in `parameters.py`, nor in its router, raises.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import math
 import re
@@ -25,19 +25,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from mor import config as config_lib
+from mor import parameters
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 ROWS = ("data", "fsdp")  # what splits the rows of a batch
+Rows = Sequence[parameters.Parameter]
 
-RULES = (  # path pattern -> spec of the trailing axes; a stacked layer axis is not split
-    (r"(^|/)(embedding|head)$", ("tensor", "fsdp")),
-    (r"(^|/)lora/.*/[ab]$", ()),
-    (r"/attention/[qkv]$", ("fsdp", "tensor", None)),
-    (r"/attention/o$", ("tensor", None, "fsdp")),
-    (r"/ffw/(gate|up)$", ("fsdp", "tensor")),
-    (r"/ffw/down$", ("tensor", "fsdp")),
-    (r"(_norm|(^|/)(router|aux_router)/(hidden|out)|bias_R|step|count)$", ()),
-)
+SPLIT_BY = {"vocab": "tensor", "heads": "tensor", "ffw": "tensor", "model": "fsdp"}  # logical axis -> axis of a mesh
+_ROUTER = re.compile(r"(^|/)((router|aux_router)/(hidden|out)|bias_R)$")
 
 
 def make_mesh(config: config_lib.MeshConfig, devices: list | None = None) -> Mesh:
@@ -66,26 +61,33 @@ def path_name(path: tuple) -> str:
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def spec(path: str, ndim: int) -> P:
-  """The `PartitionSpec` of the parameter (or optimizer moment) at `path`.
+def spec(path: str, ndim: int, rows: Rows = ()) -> P:
+  """Returns the `PartitionSpec` of the parameter (or of its moment in the optimizer) at `path`.
+
+  The trailing axes are split as its row says (`parameters.py`); stacked axes and scalars are whole.
+
+  Args:
+    path: see `path_name`.
+    ndim: number of axes.
+    rows: rows that the model's router declares.
 
   Raises:
-    ValueError: no rule matches.
+    ValueError: no row is at the path.
   """
-  for pattern, axes in RULES:
-    if re.search(pattern, path):
-      return P(*(None,) * (ndim - len(axes)), *axes) if axes else P()
-  raise ValueError(f"no sharding rule for {path!r} of rank {ndim}; add one to RULES in mor/sharding.py")
+  if ndim == 0 or _ROUTER.search(path):
+    return P()
+  axes = [SPLIT_BY.get(axis) for axis in parameters.find(path, rows).axes]
+  return P(*(None,) * (ndim - len(axes)), *axes) if any(axes) else P()
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+def tree_shardings(mesh: Mesh, tree: Any, rows: Rows = ()) -> Any:
   """`NamedSharding` of every leaf, by path; leaves need only a shape.
 
   Raises:
     ValueError: a split axis is not a multiple of its mesh axis.
   """
   def one(path, leaf):
-    parts = spec(path_name(path), leaf.ndim)
+    parts = spec(path_name(path), leaf.ndim, rows)
     for size, axis in zip(leaf.shape, parts):
       if axis and size % mesh.shape[axis]:
         raise ValueError(f"{path_name(path)} of shape {leaf.shape} does not split {mesh.shape[axis]} ways over "
@@ -120,10 +122,10 @@ def by_rows(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Ca
   return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=by_hand, check_vma=False)
 
 
-def row_specs(tree: Any) -> Any:
+def row_specs(tree: Any, rows: Rows = ()) -> Any:
   """For `by_rows`: which axis of each parameter is split over `fsdp`."""
   def one(path, leaf):
-    axes = [axis if axis in ROWS else None for axis in spec(path_name(path), leaf.ndim)]
+    axes = [axis if axis in ROWS else None for axis in spec(path_name(path), leaf.ndim, rows)]
     return P(*axes)
   return jax.tree_util.tree_map_with_path(one, tree)
 
@@ -149,13 +151,13 @@ def most(count: jax.Array) -> jax.Array:
   return jax.lax.pmax(jax.lax.stop_gradient(count), axes) if axes else count
 
 
-def total_gradients(grads: Any) -> Any:
+def total_gradients(grads: Any, rows: Rows = ()) -> Any:
   """Inside `by_rows`, each device's part of the gradients of the sum of all losses.
 
   `gathered` has already summed over `fsdp` what it splits.
   """
   def one(path, grad):
-    axes = _by_hand(("data",) if "fsdp" in spec(path_name(path), grad.ndim) else ROWS)
+    axes = _by_hand(("data",) if "fsdp" in spec(path_name(path), grad.ndim, rows) else ROWS)
     return jax.lax.psum(grad, axes) if axes else grad
   return jax.tree_util.tree_map_with_path(one, grads)
 
@@ -166,7 +168,7 @@ def first_row(num_rows: int) -> jax.Array | int:
   return num_rows * jax.lax.axis_index(axes) if axes else 0
 
 
-def gathered(params: Any, dtype: str, group: str) -> Any:
+def gathered(params: Any, dtype: str, group: str, rows: Rows = ()) -> Any:
   """Inside `by_rows`, the whole of parameters that are split over `fsdp`.
 
   They travel in `dtype`, that of the computation, and their gradients are summed in
@@ -176,11 +178,12 @@ def gathered(params: Any, dtype: str, group: str) -> Any:
     params: a group of them, or a layer's.
     dtype: of the computation.
     group: its path.
+    rows: rows that the model's router declares.
   """
   if not _by_hand(("fsdp",)):
     return params
   def one(path, leaf):
-    parts = tuple(spec("/".join(filter(None, (group, path_name(path)))), leaf.ndim))
+    parts = tuple(spec("/".join(filter(None, (group, path_name(path)))), leaf.ndim, rows))
     return _gather(leaf, parts.index("fsdp"), dtype) if "fsdp" in parts else leaf
   return jax.tree_util.tree_map_with_path(one, params)
 

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from mor import config as config_lib
+from mor import parameters
 from mor import sharding
 from mor.aot import hlo
 from mor.train import step
@@ -15,11 +16,23 @@ from tests.helpers import tiny
 
 @pytest.mark.parametrize("router", [
     tiny.FIXED, dict(arch="wide_mlp", sampling="aux_router"), dict(tiny.TOKEN_CHOICE, balancing="loss_free")])
-def test_every_leaf_of_the_state_matches_one_rule(router):
+def test_every_leaf_of_the_state_has_one_row(router):
+  """`spec` raises where a leaf has no row, or several."""
   shapes = step.state_shapes(tiny.config(model=dict(router=router)))
-  for path, _ in jax.tree_util.tree_leaves_with_path(shapes):
-    name = sharding.path_name(path)
-    assert sum(bool(sharding.re.search(pattern, name)) for pattern, _ in sharding.RULES) == 1, name
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    assert len(sharding.spec(sharding.path_name(path), leaf.ndim)) in (0, leaf.ndim)
+
+
+def test_a_row_that_a_router_declares_is_split_as_it_says():
+  row = parameters.Parameter("gauge/width", "D", "I", ("model", None), widths=(("I", 3),))
+  assert sharding.spec("params/gauge/width", 2, (row,)) == P("fsdp", None)
+  with pytest.raises(ValueError, match="'params/gauge/width' is 0 parameters"):
+    sharding.spec("params/gauge/width", 2)
+
+
+def test_every_axis_of_a_row_has_its_logical_axis():
+  with pytest.raises(ValueError, match="give one for each letter"):
+    parameters.Parameter("gauge", "D", "NH", ("model",))
 
 
 def test_specs_split_heads_widths_and_vocabulary():
@@ -30,7 +43,7 @@ def test_specs_split_heads_widths_and_vocabulary():
 
 
 def test_unknown_parameter_raises():
-  with pytest.raises(ValueError, match="no sharding rule for 'params/mystery'.*RULES"):
+  with pytest.raises(ValueError, match="'params/mystery' is 0 parameters.*declare it in mor/parameters.py"):
     sharding.spec("params/mystery", 2)
 
 
