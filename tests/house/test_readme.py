@@ -99,6 +99,26 @@ def test_generation(page, monkeypatch, capsys):
   assert len(first.tokens) == 6 and len(second.tokens) == 11  # up to the context
 
 
+def test_serving_of_the_docs(monkeypatch, capsys):
+  config = tiny.config(tiny.BYTES).model
+  params = jax.tree.map(jnp.asarray, test_weights.draw(config))
+  model = model_lib.Model(config, {"params": params}, tokenizer_lib.ByteTokenizer(), 24)
+  namespace = dict(engine=mor.Engine(model, num_slots=2))
+  exec(block("docs/decoding.md", "engine.step"), namespace)
+  wanted = model.generate(["My fellow citizens", "The people of"], max_tokens=20, temperature=0.0)
+  assert [answer.tokens for answer in namespace["answers"]] == [answer.tokens for answer in wanted]
+  assert {line.split(" ")[0] for line in capsys.readouterr().out.splitlines()} >= set(map(str, namespace["numbers"]))
+
+
+def test_exits_of_the_docs():
+  config = tiny.config(tiny.BYTES, model=dict(router=tiny.FIXED, sharing="vanilla", num_recursions=1, num_layers=6)).model
+  params = jax.tree.map(jnp.asarray, test_weights.draw(config))
+  namespace = dict(model=model_lib.Model(config, {"params": params}, tokenizer_lib.ByteTokenizer(), 24))
+  exec(block("docs/early_exit.md", "engine.submit").replace("16", "2"), namespace)
+  requests = [job.payload.request for job in namespace["engine"].scheduler.queue]
+  assert [(request.exit, request.threshold) for request in requests] == [("trust", 0.9), ("verify", 0.5), ("none", None)]
+
+
 def test_options_of_a_request_are_listed():
   with pytest.raises(ValueError, match="the options are (.*)") as error:
     request_lib.make([1], dance=1)
@@ -153,5 +173,8 @@ def test_names_exist(page):
 @each_page
 def test_options_exist(page):
   fields = dataclasses.asdict(tiny.config())
-  for group, field in re.findall(r"--config\.(\w+)\.(\w+)=", TEXTS[page]):
-    assert field in fields[group]
+  named = re.findall(r"--config\.([a-z]\w*)\.(\w+)=", TEXTS[page])
+  named += re.findall(rf"`({'|'.join(fields)})\.(\w+)`", TEXTS[page])
+  missing = [f"{group}.{field}" for group, field in named
+             if field not in fields[group] and not (group == "model" and hasattr(model_lib.Model, field))]
+  assert not missing, f"{page} names {missing}"
