@@ -19,7 +19,7 @@ import weakref
 import numpy as np
 
 from mor import config as config_lib
-from mor.conversion import names
+from mor.conversion import layout
 
 _CONTEXT = 1 << 20  # positions: no limit of ours
 
@@ -93,7 +93,7 @@ class _HuggingFace:
         tie_word_embeddings=model.tie_embeddings)
     self._model = transformers.LlamaForCausalLM(config).eval().to(getattr(torch, dtype))
     state = {key: torch.from_numpy(np.array(weight, np.float32))
-             for key, weight in names.write({"params": params}, model, "hf")}
+             for key, weight in layout.write({"params": params}, model, "hf")}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     self._model.load_state_dict(state)
 
@@ -203,7 +203,7 @@ def _write_gguf(path: pathlib.Path, model: config_lib.ModelConfig, params: dict,
   writer.add_rope_dimension_count(model.head_dim)
   writer.add_rope_freq_base(model.rope_theta)
   writer.add_layer_norm_rms_eps(model.norm_eps)
-  for key, weight in names.write({"params": params}, model, "gguf"):
+  for key, weight in layout.write({"params": params}, model, "gguf"):
     weight = np.asarray(weight, np.float32)
     kind = matrix if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
     writer.add_tensor(key, gguf.quants.quantize(weight, kind), raw_dtype=kind)

@@ -136,10 +136,21 @@ def top(model: model_config.ModelConfig) -> tuple[Parameter, ...]:
   return tuple(row for row in TOP if row.when(model))
 
 
-def delta(row: Parameter, part: str) -> Parameter:
+def delta(row: Parameter, part: str, widths: tuple[tuple[str, int], ...] = ()) -> Parameter:
   """Returns the row of the low-rank delta of a projection: `a` [I, A] or `b` [A, O], never split."""
   ins, outs = {"a": ("I", "A"), "b": ("A", "O")}[part]
-  return Parameter(f"lora/{row.path}/{part}", ins, outs, (None, None), f"{row.hf}.{part}")
+  return Parameter(f"lora/{row.path}/{part}", ins, outs, (None, None), f"{row.hf}.{part}", widths=widths)
+
+
+def deltas(model: model_config.ModelConfig) -> tuple[Parameter, ...]:
+  """Returns the rows of the low-rank deltas of a layer of this model."""
+  rows = []
+  for row in PROJECTIONS:
+    if row.name in model.lora.ranks:
+      ins, outs = row.matrix(model)
+      widths = (("I", ins), ("A", model.lora.ranks[row.name]), ("O", outs))
+      rows += [delta(row, part, widths) for part in "ab"]
+  return tuple(rows)
 
 
 DELTAS = tuple(delta(row, part) for row in PROJECTIONS for part in "ab")

@@ -27,8 +27,8 @@ import tokenizers
 
 from mor import fields as fields_lib
 from mor import model_config
-from mor.conversion import hf_names
-from mor.conversion import names
+from mor import parameters
+from mor.conversion import layout
 from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
 from mor.model import schedule as schedule_lib
@@ -40,6 +40,10 @@ _SIZES = {  # Hugging Face's field -> ours
     "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
     "head_dim": "head_dim", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps", "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
+}
+ROPE_SCALING = {  # Hugging Face's fields of rope_type "llama3" -> ours
+    "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_context",
 }
 _OWN = ("sharing", "num_recursions", "kv_plan")  # fields that Llama has not
 _FLOAT32 = ("model.router.", "model.aux_router.", "model.balance_bias")
@@ -73,12 +77,12 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
       "architectures": ["MorForCausalLM"], "model_type": "mor",
       "auto_map": {"AutoConfig": "modeling_mor.MorConfig", "AutoModelForCausalLM": "modeling_mor.MorForCausalLM"},
       **_shared_fields(model, context, dtype, special_ids), **own,
-      "lora": {_short(weight.hf): model.lora.ranks[_short(weight.ours)] for weight in names.LAYER
-               if _short(weight.ours) in model.lora.ranks},
+      "lora": {_short(row.hf): model.lora.ranks[row.name] for row in parameters.PROJECTIONS
+               if row.name in model.lora.ranks},
       "router": dataclasses.asdict(model.router)}
-  get = hf_names.find(model, variables)
-  state = {entry.theirs: _cast(entry.write(get(entry)), "float32" if entry.theirs.startswith(_FLOAT32) else dtype)
-           for entry in hf_names.entries(model)}
+  layout.check(variables, model)
+  state = {key: _cast(theirs, "float32" if key.startswith(_FLOAT32) else dtype)
+           for key, theirs in layout.write(variables, model, "mor")}
   with _publish(directory) as folder:
     shutil.copyfile(MODELING, folder / MODELING.name)
     _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, special_ids))
@@ -107,10 +111,10 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
   config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
             "mlp_bias": False, "rope_scaling": _rope_scaling(model),
             **_shared_fields(model, context, dtype, special_ids)}
-  find = hf_names.find(model, variables)
-  deltas = _folded(model, {entry.theirs: entry for entry in hf_names.entries(model)}, find)
+  layout.check(variables, model)
+  deltas = _folded(model, variables)
   state = {}
-  for name, theirs in names.write(variables, model, "hf"):
+  for name, theirs in layout.write(variables, model, "hf"):
     if name in deltas:
       theirs = (theirs.astype(np.float64) + deltas[name]()).astype(np.float32)
     state[name] = _cast(theirs, dtype)
@@ -118,24 +122,23 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
     _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, special_ids))
 
 
-def _folded(model: model_config.ModelConfig, entries: Mapping[str, hf_names.Entry],
-            find: Callable[[hf_names.Entry], np.ndarray]) -> dict[str, Callable[[], np.ndarray]]:
-  """What LoRA adds to the tensors of the unrolled layers, in float64, made when it is asked for."""
+def _folded(model: model_config.ModelConfig, variables: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
+  """Returns what LoRA adds to the tensors of the unrolled layers, in float64, made when it is asked for."""
   schedule = schedule_lib.make(model)
+  entries = {entry.key: entry for entry in layout.layout(model, "mor")}
 
-  def delta(stem):
-    a_AI, b_OA = (entries[f"{stem}.{part}.weight"].write(find(entries[f"{stem}.{part}.weight"])) for part in "ab")
+  def delta(module):
+    a_AI, b_OA = (entries[f"{module}.{part}.weight"].write(variables) for part in "ab")
     return b_OA.astype(np.float64) @ a_AI.astype(np.float64)
 
-  deltas = {}
+  folded = {}
   for r in range(schedule.num_steps):
     for i in range(schedule.depth):
-      for weight in names.LAYER:
-        stem = f"model.lora.{r}.{i}.{weight.hf}"
-        if f"{stem}.a.weight" in entries:
+      for row in parameters.PROJECTIONS:
+        if row.name in model.lora.ranks:
           layer = schedule.prelude + r * schedule.depth + i
-          deltas[f"model.layers.{layer}.{weight.hf}.weight"] = functools.partial(delta, stem)
-  return deltas
+          folded[f"model.layers.{layer}.{row.hf}.weight"] = functools.partial(delta, f"model.lora.{r}.{i}.{row.hf}")
+  return folded
 
 
 def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -154,7 +157,7 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
   except ValueError as error:
     raise ValueError(f"{directory / 'config.json'} is no config of `write` ({error}); export again") from error
   tensors = tensors_lib.open_path(directory / "model.safetensors")
-  expected = {entry.theirs: entry for entry in hf_names.entries(model)}
+  expected = {entry.key: entry for entry in layout.layout(model, "mor")}
   for name in sorted(expected.keys() ^ tensors.shapes.keys()):
     problem = "misses" if name in expected else "has, and config.json does not ask for,"
     raise ValueError(f"{tensors.where} {problem} tensor {name!r}; export again")
@@ -167,7 +170,7 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
   variables: dict[str, Any] = {}
   for path, parts in leaves.items():
     lead = tuple(n + 1 for n in max(parts))
-    names.put(variables, path, np.stack([parts[i] for i in np.ndindex(lead)]).reshape(lead + parts[max(parts)].shape))
+    layout.put(variables, path, np.stack([parts[i] for i in np.ndindex(lead)]).reshape(lead + parts[max(parts)].shape))
   return fields, variables
 
 
@@ -181,17 +184,17 @@ def read_fields(path: pathlib.Path) -> dict[str, Any]:
   missing = [field for field in (*_SIZES, *_OWN, "rotary_scaling", "lora", "router") if field not in config]
   if missing:
     raise ValueError(f"{path} misses {', '.join(missing)}; export again")
-  ranks = {_short(weight.ours): config["lora"].get(_short(weight.hf), 0) for weight in names.LAYER if weight.ins}
+  ranks = {row.name: config["lora"].get(_short(row.hf), 0) for row in parameters.PROJECTIONS}
   said = config["rotary_scaling"]
-  scaling = ({ours: said[theirs] for theirs, ours in names.ROPE_SCALING.items()} if said
+  scaling = ({ours: said[theirs] for theirs, ours in ROPE_SCALING.items()} if said
              else dataclasses.asdict(pretrained.NO_SCALING))
   return {**{ours: config[theirs] for theirs, ours in _SIZES.items()}, **{field: config[field] for field in _OWN},
           "rope_scaling": scaling, "lora": ranks, "router": config["router"]}
 
 
 def _short(name: str) -> str:
-  """q of attention/q, q_proj of self_attn.q_proj."""
-  return name.replace("/", ".").split(".")[-1]
+  """Returns the last part of a name: q_proj of self_attn.q_proj."""
+  return name.split(".")[-1]
 
 
 def _shared_fields(model: model_config.ModelConfig, context: int, dtype: str,
@@ -207,7 +210,7 @@ def _rope_scaling(model: model_config.ModelConfig) -> dict[str, Any] | None:
   if model.rope_scaling.factor == 1.0:
     return None
   return {"rope_type": "llama3", **{theirs: getattr(model.rope_scaling, ours)
-                                    for theirs, ours in names.ROPE_SCALING.items()}}
+                                    for theirs, ours in ROPE_SCALING.items()}}
 
 
 def _token_ids(special_ids: Mapping[str, Sequence[int]]) -> dict[str, int | list[int] | None]:

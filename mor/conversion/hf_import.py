@@ -11,7 +11,6 @@ from typing import Any
 from mor import fields as fields_lib
 from mor import model_config
 from mor.conversion import hf_export
-from mor.conversion import names
 from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
 
@@ -153,7 +152,7 @@ def _rope_scaling(config: Mapping[str, Any], where: pathlib.Path) -> model_confi
     kind = said.get("rope_type", said.get("type", "default"))
     if kind == "llama3":
       numbers = {ours: _number(said, theirs, int if ours == "original_context" else float, where)
-                 for theirs, ours in names.ROPE_SCALING.items()}
+                 for theirs, ours in hf_export.ROPE_SCALING.items()}
       try:
         scaling = model_config.RopeScalingConfig(**numbers)
       except ValueError as error:

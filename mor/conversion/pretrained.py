@@ -1,6 +1,6 @@
 """A pretrained model as we read it: config, parameters, tokenizer.
 
-`assemble` turns named tensors (`tensors.py`) into our tree by `names.layout`,
+`assemble` turns named tensors (`tensors.py`) into our tree by `layout.layout`,
 after it has found every one with the right shape and nothing else. Tensors are
 read one at a time into the stacked leaves, so the model is held once.
 """
@@ -15,7 +15,8 @@ import numpy as np
 import tokenizers
 
 from mor import model_config
-from mor.conversion import names
+from mor import parameters
+from mor.conversion import layout
 from mor.conversion import tensors as tensors_lib
 
 # Fields of a model that no checkpoint of others tells, and that do not change its numbers.
@@ -108,7 +109,7 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
   Args:
     tensors: of the file.
     model: what it should hold.
-    form: one of `names.FORMS`.
+    form: one of `layout.FORMS`.
 
   Raises:
     ValueError: a tensor is missing, superfluous, of another shape or type, or
@@ -117,27 +118,24 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
   if model.num_layers > len(tensors.shapes):
     raise ValueError(f"{tensors.where} has {len(tensors.shapes)} tensors, its config says {model.num_layers} layers; "
                      "is it whole, and is it what its config says?")
-  entries = names.layout(model, form)
+  entries = layout.layout(model, form)
   _check(tensors, model, entries, form)
-  rows: dict[str, int] = {}
+  lengths: dict[str, tuple[int, ...]] = {}  # of the leading axes of each leaf
   for entry in entries:
-    rows[entry.path] = max(rows.get(entry.path, 0), (entry.row or 0) + 1)
+    lengths[entry.path] = max(lengths.get(entry.path, ()), tuple(i + 1 for i in entry.index))
   variables: dict[str, Any] = {}
-  first: dict[tuple[str, int | None], str] = {}  # the tensor that filled a place
+  first: dict[tuple[str, tuple[int, ...]], str] = {}  # the tensor that filled a place
   for entry in entries:
     if entry.key not in tensors.shapes:
       continue
-    ours = entry.read(tensors.read(entry.key), model)
-    if entry.row is None:
-      names.put(variables, entry.path, np.array(ours, np.float32))
-      continue
+    ours = entry.read(tensors.read(entry.key))
     if not any(path == entry.path for path, _ in first):
-      names.put(variables, entry.path, np.empty((rows[entry.path], *ours.shape), np.float32))
-    stacked = names.get(variables, entry.path)
-    known = first.setdefault((entry.path, entry.row), entry.key)
+      layout.put(variables, entry.path, np.empty((*lengths[entry.path], *ours.shape), np.float32))
+    leaf = layout.get(variables, entry.path)
+    known = first.setdefault((entry.path, entry.index), entry.key)
     if known == entry.key:
-      stacked[entry.row] = ours
-    elif not np.array_equal(stacked[entry.row], ours):
+      leaf[entry.index] = ours
+    elif not np.array_equal(leaf[entry.index], ours):
       part = "norm" if entry.path.endswith("norm") else entry.path.split("/")[2]
       raise ValueError(f"{tensors.file(entry.key)}: tensor {entry.key!r} differs from {known!r}, to which it is tied: "
                        f"{_UNTIED[part]}")
@@ -145,17 +143,17 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
   return variables
 
 
-def _check(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, entries: Iterable[names.Entry],
+def _check(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, entries: Iterable[layout.Entry],
            form: str) -> None:
   """Names and shapes."""
-  missing: dict[tuple[str, int | None], str] = {}
+  missing: dict[tuple[str, tuple[int, ...]], str] = {}
   for entry in entries:
-    missing.setdefault((entry.path, entry.row), entry.key)
+    missing.setdefault((entry.path, entry.index), entry.key)
   shapes: dict[str, tuple[int, ...]] = {}
   for entry in entries:
-    shapes[entry.key] = entry.weight.their_shape(model)
+    shapes[entry.key] = entry.shape
     if entry.key in tensors.shapes:
-      missing.pop((entry.path, entry.row), None)
+      missing.pop((entry.path, entry.index), None)
   if missing:
     raise ValueError(f"{tensors.where} has no tensor {_some(missing.values())}; is it whole, and is it what its "
                      "config says?")
@@ -179,8 +177,8 @@ def _check_head(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, e
 
 
 def _head(form: str) -> str:
-  _, hf, gguf = names.TOP[-1]
-  return f"{gguf if form == 'gguf' else hf}.weight"
+  row = parameters.find("params/head")
+  return f"{row.gguf if form == 'gguf' else row.hf}.weight"
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -35,8 +35,8 @@ import jax
 import numpy as np
 
 from mor import config as config_lib
-from mor.conversion import names
-from mor.model import lora as lora_lib
+from mor import parameters
+from mor.conversion import layout
 from mor.model import schedule as schedule_lib
 from mor.model.routers import table as router_table
 
@@ -64,9 +64,8 @@ def convert(target: config_lib.ModelConfig, how: config_lib.InitConfig, seed: in
   if _structure(source) == _structure(target):
     return dict(variables)
   init = _Init(target, how, seed, variables["params"])
-  params = {name: variables["params"][name] for name in ("embedding", "final_norm", "head")
-            if name in variables["params"]}
-  for name in ("prelude", "stack", "coda"):
+  params = {row.path: variables["params"][row.path] for row in parameters.top(target)}
+  for name in parameters.GROUPS:
     layers = init.group(name)
     if layers:
       params[name] = jax.tree.map(lambda *a: np.stack(a), *layers)
@@ -145,17 +144,16 @@ class _Init:
                         *(layer for step in steps for layer in step))
 
   def _layer_deltas(self, source: Mapping[str, Any], shared: Mapping[str, Any]) -> dict:
-    deltas, widths = {}, self.model.projections
-    for part, projections in lora_lib.PARTS.items():
-      for name in projections:
-        rank = self.model.lora.ranks.get(name)
-        if rank:
-          flat = lambda layer, name=name, part=part: np.reshape(layer[part][name], widths[name]).astype(np.float64)
-          wanted_IO = flat(source)
-          if name not in ("o", "down"):  # these follow no norm
-            ratio_D = source[f"{part}_norm"].astype(np.float64) / shared[f"{part}_norm"]
-            wanted_IO = ratio_D[:, None] * wanted_IO
-          deltas.setdefault(part, {})[name] = self._delta(wanted_IO - flat(shared), rank)
+    deltas: dict[str, Any] = {}
+    for row in parameters.PROJECTIONS:
+      rank = self.model.lora.ranks.get(row.name)
+      if rank:
+        wanted_IO, shared_IO = (np.reshape(layout.get(layer, row.path), row.matrix(self.model)).astype(np.float64)
+                                for layer in (source, shared))
+        if row.norm:
+          ratio_D = source[row.norm].astype(np.float64) / shared[row.norm]
+          wanted_IO = ratio_D[:, None] * wanted_IO
+        layout.put(deltas, row.path, self._delta(wanted_IO - shared_IO, rank))
     return deltas
 
   def _delta(self, lost_IO: np.ndarray, rank: int) -> dict:
@@ -173,7 +171,7 @@ class _Init:
 def _guarded(layer: dict) -> dict:
   """The layer with no norm weight too small to divide by."""
   guard = lambda n_D: np.where(np.abs(n_D) < _EDGE, np.float32(_EDGE), n_D)
-  return layer | {name: guard(layer[name]) for name in ("attention_norm", "ffw_norm")}
+  return layer | {name: guard(layer[name]) for name in {row.norm for row in parameters.PROJECTIONS if row.norm}}
 
 
 def _stepwise(init: _Init) -> list[dict]:
@@ -189,9 +187,9 @@ def _average(init: _Init) -> list[dict]:
 def _random(init: _Init) -> list[dict]:
   def layer() -> dict:
     drawn = {}
-    for weight in names.LAYER:
-      ins, outs = weight.shape(init.model)
-      names.put(drawn, weight.ours, init.normal(*ins, *outs) if ins else np.ones(outs, np.float32))
+    for row in parameters.layer(init.model):
+      ins, outs = row.shape(init.model)
+      layout.put(drawn, row.path, init.normal(*ins, *outs) if ins else np.ones(outs, np.float32))
     return drawn
   return [layer() for _ in range(init.schedule.num_stack_rows)]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from mor.conversion import names
+from mor.conversion import layout
 from mor.conversion import source
 from tests.helpers import checkpoints
 from tests.helpers import weights
@@ -22,7 +22,7 @@ def draw(model):
 
 
 def arrays_of(model, variables):
-  return dict(names.write(variables, model, "gguf"))
+  return dict(layout.write(variables, model, "gguf"))
 
 
 def q8_0(rows):
@@ -61,8 +61,8 @@ def test_numbers_are_dequantised(kind, expect, tmp_path):
   variables = draw(model)
   checkpoints.write_gguf(tmp_path / "m.gguf", model, arrays_of(model, variables), kind)
   read = source.read(f"gguf:{tmp_path / 'm.gguf'}")
-  written = dict(names.write(read.variables, model, "hf"))
-  for key, array in names.write(variables, model, "hf"):
+  written = dict(layout.write(read.variables, model, "hf"))
+  for key, array in layout.write(variables, model, "hf"):
     # Blocks run along a row, so a permutation of rows does not change them.
     expected = array if array.ndim == 1 else expect(array)
     np.testing.assert_allclose(written[key], expected, rtol=1e-6, atol=1e-7, err_msg=key)
@@ -77,7 +77,7 @@ def test_weights_are_those_of_transformers_reader(tmp_path):
   network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**checkpoints.hf_config(model)))
   theirs = modeling_gguf_pytorch_utils.load_gguf_checkpoint(
       str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=network)["tensors"]
-  ours = dict(names.write(source.read(f"gguf:{tmp_path / 'm.gguf'}").variables, model, "hf"))
+  ours = dict(layout.write(source.read(f"gguf:{tmp_path / 'm.gguf'}").variables, model, "hf"))
   assert set(ours) == set(theirs)
   for key, value in theirs.items():
     np.testing.assert_array_equal(ours[key], value.numpy(), err_msg=key)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mor.conversion import hf_export
-from mor.conversion import names
+from mor.conversion import layout
 from mor.conversion import source
 from tests.helpers import checkpoints
 from tests.helpers import weights
@@ -77,7 +77,7 @@ def test_half_precision_widens_exactly(dtype, tmp_path):
   network = theirs(model, dtype)
   network.save_pretrained(tmp_path)
   read = source.read(f"hf:{tmp_path}")
-  written = dict(names.write(read.variables, read.model, "hf"))
+  written = dict(layout.write(read.variables, read.model, "hf"))
   for key, value in network.state_dict().items():
     if key != "lm_head.weight":
       assert written[key].dtype == np.float32
@@ -96,7 +96,7 @@ def test_an_index_may_name_pickles(tmp_path):
   model = checkpoints.llama()
   variables = checkpoints.hf_folder(tmp_path, model)
   (tmp_path / "model.safetensors").unlink()
-  arrays = dict(names.write(variables, model, "hf"))
+  arrays = dict(layout.write(variables, model, "hf"))
   shards = {"a.bin": list(arrays)[:7], "b.bin": list(arrays)[7:]}
   for name, keys in shards.items():
     torch.save({key: torch.tensor(arrays[key]) for key in keys}, tmp_path / name)
@@ -127,7 +127,7 @@ def test_defaults_are_those_of_transformers(tmp_path):
     config.pop(key)
   expected = transformers.LlamaConfig()
   model = checkpoints.llama(num_kv_heads=4, tie_embeddings=False)
-  checkpoints.write_folder(tmp_path, config, dict(names.write({"params": weights.draw(model)}, model, "hf")))
+  checkpoints.write_folder(tmp_path, config, dict(layout.write({"params": weights.draw(model)}, model, "hf")))
   read = source.read(f"hf:{tmp_path}")
   assert read.model.norm_eps == expected.rms_norm_eps and read.context == expected.max_position_embeddings
   assert read.model.rope_theta == 10000.0 and read.model.num_kv_heads == 4 and not read.model.tie_embeddings
@@ -152,7 +152,7 @@ def test_tokenizer_comes_along(jinja, tmp_path):
 
 def test_harmless_tensors_are_passed_over(tmp_path):
   model = checkpoints.llama()
-  arrays = dict(names.write({"params": weights.draw(model)}, model, "hf"))
+  arrays = dict(layout.write({"params": weights.draw(model)}, model, "hf"))
   arrays["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
   arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
   checkpoints.write_folder(tmp_path, checkpoints.hf_config(model), arrays)
@@ -207,7 +207,7 @@ def test_configs_that_are_refused(fields, message, tmp_path):
 ])
 def test_tensors_that_are_refused(change, message, tmp_path):
   model = checkpoints.llama()
-  arrays = dict(names.write({"params": weights.draw(model)}, model, "hf"))
+  arrays = dict(layout.write({"params": weights.draw(model)}, model, "hf"))
   change(arrays)
   checkpoints.write_folder(tmp_path, checkpoints.hf_config(model), arrays)
   refuses(tmp_path, message)

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from mor.conversion import names
+from mor import parameters
+from mor.conversion import layout
 from mor.conversion import source
 from tests import check_official
 from tests.helpers import checkpoints
@@ -85,10 +86,10 @@ def same(before: official.Vector, after: official.Vector) -> None:
 def test_one_copy_of_what_is_shared_is_enough(tmp_path):
   """Writers of safetensors keep any one."""
   model, variables = make("expert")
-  entries = names.layout(model, "official_mor")
-  arrays = dict(names.write(variables, model, "official_mor"))
-  for number, weight in enumerate(names.LAYER):
-    copies = [entry.key for entry in entries if entry.path == f"params/stack/{weight.ours}" and entry.row == 1]
+  entries = layout.layout(model, "official_mor")
+  arrays = dict(layout.write(variables, model, "official_mor"))
+  for number, row in enumerate(parameters.LAYER):
+    copies = [entry.key for entry in entries if entry.path == f"params/stack/{row.path}" and entry.index == (1,)]
     copies.pop(number % len(copies))
     for key in copies:
       arrays.pop(key)
@@ -106,7 +107,7 @@ def test_a_pickle_with_a_tied_head(kind, tmp_path):
   model, variables = make(kind)
   official_files.write(tmp_path, model, variables)
   (tmp_path / "model.safetensors").unlink()
-  state = {key: torch.tensor(array) for key, array in names.write(variables, model, "official_mor")}
+  state = {key: torch.tensor(array) for key, array in layout.write(variables, model, "official_mor")}
   state["lm_head.weight"] = state["model.embed_tokens.weight"]
   torch.save(state, tmp_path / "pytorch_model.bin")
   assert checkpoints.equal(source.read(f"official_mor:{tmp_path}").variables, variables)
@@ -231,7 +232,7 @@ def test_recipes_that_are_no_recipes(tmp_path):
 def test_copies_that_differ_are_refused(kind, key, message, tmp_path):
   model, variables = make(kind)
   official_files.write(tmp_path, model, variables)
-  arrays = {name: array.copy() for name, array in names.write(variables, model, "official_mor")}
+  arrays = {name: array.copy() for name, array in layout.write(variables, model, "official_mor")}
   arrays[key].flat[-1] += 1e-3
   checkpoints.write_folder(tmp_path, json.loads((tmp_path / "config.json").read_text()), arrays)
   refuses(tmp_path, f"model.safetensors: tensor '{key}' differs from 'model.layers.*, to which it is tied: .*{message}")
@@ -248,7 +249,7 @@ def test_copies_that_differ_are_refused(kind, key, message, tmp_path):
 def test_tensors_that_are_refused(change, message, tmp_path):
   model, variables = make("expert")
   official_files.write(tmp_path, model, variables)
-  arrays = copy.copy(dict(names.write(variables, model, "official_mor")))
+  arrays = copy.copy(dict(layout.write(variables, model, "official_mor")))
   change(arrays)
   checkpoints.write_folder(tmp_path, json.loads((tmp_path / "config.json").read_text()), arrays)
   refuses(tmp_path, message)

@@ -11,7 +11,7 @@ import safetensors.numpy
 import tokenizers
 
 from mor import config as config_lib
-from mor.conversion import names
+from mor.conversion import layout
 from mor.model import transformer
 from tests.helpers import tiny
 from tests.helpers import weights
@@ -82,7 +82,7 @@ def write_folder(folder: pathlib.Path, config: dict[str, Any], arrays: dict[str,
 def hf_folder(folder: pathlib.Path, model: config_lib.ModelConfig, seed: int = 1, **fields: Any) -> dict[str, Any]:
   """A Hugging Face folder of random weights, which are returned."""
   variables = {"params": weights.draw(model, seed)}
-  write_folder(folder, hf_config(model, **fields), dict(names.write(variables, model, "hf")))
+  write_folder(folder, hf_config(model, **fields), dict(layout.write(variables, model, "hf")))
   return variables
 
 

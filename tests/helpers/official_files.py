@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mor import config as config_lib
-from mor.conversion import names
+from mor.conversion import layout
 from mor.conversion import source
 from tests import check_official
 from tests.helpers import checkpoints
@@ -50,7 +50,7 @@ def write(folder: pathlib.Path, model: config_lib.ModelConfig, variables: dict[s
           said: dict[str, Any] | None = None) -> pathlib.Path:
   """A checkpoint in upstream's names: config.json, the recipe and every tied copy."""
   config = checkpoints.hf_config(model, architectures=["MoRLlamaForCausalLM"], initializer_range=model.init_std)
-  checkpoints.write_folder(folder, config, dict(names.write(variables, model, "official_mor")))
+  checkpoints.write_folder(folder, config, dict(layout.write(variables, model, "official_mor")))
   (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe(model) if said is None else said))
   return folder
 

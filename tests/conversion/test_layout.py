@@ -1,9 +1,9 @@
-"""The name table, both ways."""
+"""The tensors of each kind of file, both ways."""
 
 import numpy as np
 import pytest
 
-from mor.conversion import names
+from mor.conversion import layout
 from mor.conversion import pretrained
 from tests.helpers import checkpoints
 from tests.helpers import tiny
@@ -42,11 +42,11 @@ def draw(model):
 def test_reading_undoes_writing(name):
   form, model = MODELS[name]
   variables = draw(model)
-  arrays = dict(names.write(variables, model, form))
-  assert len(arrays) == len(names.layout(model, form)), "two entries have one name"
+  arrays = dict(layout.write(variables, model, form))
+  assert len(arrays) == len(layout.layout(model, form)), "two entries have one name"
   assert all(array.flags.c_contiguous for array in arrays.values())
   assert {key: array.shape for key, array in arrays.items()} == {
-      entry.key: entry.weight.their_shape(model) for entry in names.layout(model, form)}
+      entry.key: entry.shape for entry in layout.layout(model, form)}
   assert checkpoints.equal(pretrained.assemble(checkpoints.InMemory(arrays), model, form), variables)
 
 
@@ -58,14 +58,14 @@ def test_hugging_face_names_are_theirs(tied):
   shapes = {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
   if tied:
     shapes.pop("lm_head.weight")
-  assert {entry.key: entry.weight.their_shape(model) for entry in names.layout(model, "hf")} == shapes
+  assert {entry.key: entry.shape for entry in layout.layout(model, "hf")} == shapes
 
 
 def test_llama_cpp_names_are_theirs():
   import gguf
   known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
   model = checkpoints.llama(tie_embeddings=False)
-  for hf, ours in zip(names.layout(model, "hf"), names.layout(model, "gguf"), strict=True):
+  for hf, ours in zip(layout.layout(model, "hf"), layout.layout(model, "gguf"), strict=True):
     assert known.get_name(hf.key, try_suffixes=(".weight",)) == ours.key
 
 
@@ -85,7 +85,7 @@ def test_llama_cpp_names_are_theirs():
 def test_official_names(name, keys):
   """Written down from upstream's modules."""
   form, model = MODELS[name]
-  known = {entry.key for entry in names.layout(model, form)}
+  known = {entry.key for entry in layout.layout(model, form)}
   assert set(keys) <= known
   assert len({key.split(".")[2] for key in known if ".layers." in key and key.split(".")[2].isdigit()}) == {
       "expert": 5, "expert_cycle": 3, "aux_mlp": 5, "token": 3, "token_cycle": 0, "recursive": 8}[name]
@@ -93,8 +93,8 @@ def test_official_names(name, keys):
 
 def test_layers_that_share_are_named_once_per_use():
   form, model = MODELS["expert"]
-  entries = [entry for entry in names.layout(model, form) if entry.path == "params/stack/ffw/up"]
-  assert [(entry.key.split(".mlp")[0].split("layers.")[1], entry.row) for entry in entries] == [
+  entries = [entry for entry in layout.layout(model, form) if entry.path == "params/stack/ffw/up"]
+  assert [(entry.key.split(".mlp")[0].split("layers.")[1], entry.index[0]) for entry in entries] == [
       (f"{1 + r}.block.{j}", j) for r in range(3) for j in range(2)]
 
 
@@ -111,10 +111,11 @@ def test_interleaved_rows_rotate_as_neighbours(heads, kind):
     return a * cos_H - b * sin_H, a * sin_H + b * cos_H
   ours = (rows @ x_D).reshape(heads, width)
   first, second = turn(ours[:, :half], ours[:, half:])
-  theirs = (names.interleave(rows, heads) @ x_D).reshape(heads, half, 2)
+  theirs = (layout.interleave(rows, heads) @ x_D).reshape(heads, half, 2)
   even, odd = turn(theirs[..., 0], theirs[..., 1])
   np.testing.assert_allclose(even, first, rtol=1e-12)
   np.testing.assert_allclose(odd, second, rtol=1e-12)
-  np.testing.assert_array_equal(names.deinterleave(names.interleave(rows, heads), heads), rows)
+  np.testing.assert_array_equal(layout.deinterleave(layout.interleave(rows, heads), heads), rows)
   model = checkpoints.llama()
-  assert {weight.ours: weight.heads(model) for weight in names.LAYER}[kind] == heads
+  entries = layout.layout(model, "gguf")
+  assert {entry.heads for entry in entries if entry.path == f"params/stack/{kind}"} == {heads}
