@@ -106,10 +106,6 @@ class Dense:
     """Whole rows: keys and values `[M, S, K, H]` in float32, and which entries are seen."""
     return _read(self, buffer, rows)
 
-  def entry(self, buffer: Buffer, page_M: jax.Array, offset_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One key and value for each token, `[M, K, H]` in float32."""
-    return _entry(self, buffer, page_M, offset_M)
-
 
 @dataclasses.dataclass(frozen=True)
 class Paged:
@@ -177,10 +173,6 @@ class Paged:
     """Whole rows: keys and values `[M, S, K, H]` in float32, and which entries are seen."""
     return _read(self, buffer, rows)
 
-  def entry(self, buffer: Buffer, page_M: jax.Array, offset_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One key and value for each token, `[M, K, H]` in float32."""
-    return _entry(self, buffer, page_M, offset_M)
-
   def _attend(self, q_MNH, parts):
     num, num_heads = q_MNH.shape[:2]
     scores, values, split = self._products(q_MNH.astype(jnp.dtype(self.kv_format)))
@@ -244,10 +236,3 @@ def _read(storage, buffer, rows):
   if rows.hidden_MS is not None:
     seen_MS &= ~rows.hidden_MS
   return k_MSKH, get(buffer.v), seen_MS
-
-
-def _entry(storage, buffer, page_M, offset_M):
-  def get(x):
-    x = x.reshape(x.shape[0], storage.page_size, storage.num_kv_heads, storage.head_dim)
-    return decode(x.at[page_M, offset_M].get(mode="clip")).astype(jnp.float32)
-  return get(buffer.k), get(buffer.v)

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 
 from mor import config as config_lib
-from mor.decode import storage as storage_lib
 from mor.model import schedule as schedule_lib
 from mor.model import transformer
 
@@ -78,7 +77,6 @@ class Weights:
     head: the output matrix.
     lookup_VD: the embedding for single rows; bfloat16 as its bits in uint16,
       because XLA:CPU gathers bfloat16 from a table widened to float32.
-    head_lookup_VD: the same of the output matrix; the same array where they are tied.
     draft_head: its first rows, those that exits read; None is all.
     prelude, stack, coda: layers.
     deltas: of each layer of a step, by the name of the projection in `Layer`.
@@ -89,7 +87,6 @@ class Weights:
 
   head: Matrix
   lookup_VD: jax.Array
-  head_lookup_VD: jax.Array
   draft_head: Matrix | None
   prelude: tuple[Layer, ...]
   stack: tuple[Layer, ...]
@@ -122,18 +119,12 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
   return Weights(
       head=_matrix(head_VD, weight_format),
       lookup_VD=lookup_VD,
-      head_lookup_VD=lookup_VD if model.tie_embeddings else bits(head_VD),
       draft_head=_matrix(head_VD[:first], weight_format) if first else None,
       **{group: _layers(model, params.get(group), weight_format) for group in ("prelude", "stack", "coda")},
       deltas=_deltas(model, params.get("lora"), weight_format),
       final_norm_D=jnp.asarray(params["final_norm"], jnp.float32),
       router={name: params[name] for name in ("router", "aux_router") if name in params},
       bias_R=balance.get("bias_R") if model.router.balancing == "loss_free" else None)
-
-
-def head_rows(weights: Weights, token_BE: jax.Array) -> jax.Array:
-  """Rows `[B, E, D]` of the output matrix, float32."""
-  return storage_lib.decode(weights.head_lookup_VD.at[token_BE].get(mode="clip")).astype(jnp.float32)
 
 
 def project(x_MI: jax.Array, matrix: Matrix) -> jax.Array:

@@ -1,7 +1,5 @@
 """Approximate entries of tokens that left early, in place of the deeper layers' own; see `exits.py`."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -33,8 +31,6 @@ def fill(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
 def _deeper(decoder):
   """Steps after the first, and the row in which each stores."""
   tables = decoder.tables
-  if decoder.exits.kv == "shared" and tables.plan.shares:
-    return []
   rows = [max(rule.own_R[r] for rule in tables.rules) for r in range(decoder.num_steps)]
   return [(r, row) for r, row in enumerate(rows) if r > 0 and row >= 0]
 
@@ -46,10 +42,7 @@ def _write(decoder, weights, slots, cache, exit_B, writes_BR):
   for r, row in _deeper(decoder):
     page_B, offset_B = tables.place(cache.page_BRP[:, row], cache.length_BR[:, row], writes_BR[:, row], cache.stack[0])
     for i, parameters in enumerate(tables.schedule.rows[r]):
-      if decoder.exits.kv == "shared":
-        k_BKH, v_BKH = _last_entry(tables, cache, stack[i], jnp.maximum(slots.step_B - 1, 0))
-      else:
-        k_BKH, v_BKH = decoder.keys(weights.stack[parameters], slots.h_BD, rotation, weights.deltas[i], r)
+      k_BKH, v_BKH = decoder.keys(weights.stack[parameters], slots.h_BD, rotation, weights.deltas[i], r)
       stack[i] = tables.storage.write(stack[i], page_B, offset_B, k_BKH, v_BKH)
   for i, layer in enumerate(weights.coda, start=tables.schedule.prelude):
     page_B, offset_B = tables.place(cache.edge_page_BP, position_B, exit_B, cache.edge[i])
@@ -60,12 +53,3 @@ def _write(decoder, weights, slots, cache, exit_B, writes_BR):
     hidden_BRS = hidden_BRS.at[batch_B1, row_1R, position_B[:, None]].max(writes_BR, mode="drop")
   return cache.replace(stack=tuple(stack), edge=tuple(edge), hidden_BRS=hidden_BRS,
                        length_BR=cache.length_BR + writes_BR.astype(jnp.int32))
-
-
-def _last_entry(tables: Any, cache: cache_lib.Cache, buffer: Any, step_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The newest entry of the step that each slot has just run."""
-  own_B, _ = tables.stores(step_B)
-  row_B = jnp.arange(own_B.shape[0])
-  index_B = jnp.maximum(cache.length_BR[row_B, own_B] - 1, 0)
-  page_B, offset_B = tables.place(cache.page_BRP[row_B, own_B], index_B, jnp.ones_like(own_B, bool), buffer)
-  return tables.storage.entry(buffer, page_B, offset_B)

@@ -36,7 +36,6 @@ class Read:
   logprob: jax.Array
   sure: jax.Array
   top: jax.Array
-  candidate_ME: jax.Array
 
 
 def bound(slots: slots_lib.Slots) -> jax.Array:
@@ -51,10 +50,9 @@ def previous(slots: slots_lib.Slots) -> tuple[jax.Array, jax.Array]:
   return jnp.where(seen_B, draft.top, -1), jnp.where(seen_B[:, None], draft.hidden, slots.entry_BD)
 
 
-def measure(decoder: decoder_lib.Decoder, slots: slots_lib.Slots,
-            classifier: confidence.Classifier | None) -> jax.Array:
-  """Confidence without logits."""
-  at = confidence.Exit(hidden_BD=slots.h_BD, previous_hidden_BD=previous(slots)[1], classifier=classifier)
+def measure(decoder: decoder_lib.Decoder, slots: slots_lib.Slots) -> jax.Array:
+  """Returns the confidence of a measure that needs no logits."""
+  at = confidence.Exit(hidden_BD=slots.h_BD, previous_hidden_BD=previous(slots)[1])
   return confidence.MEASURES[decoder.exits.measure](at)
 
 
@@ -63,12 +61,12 @@ def read(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   """The whole head, for the tokens that need it."""
   num_slots, size = slots.phase_B.shape[0], flat.slot_M.shape[0]
   heads = lambda index_W: _heads(decoder, weights, slots, jax.tree.map(lambda a: a[index_W], flat), vocab_size)
-  return narrow.some(heads, flat.need_M, narrow.widths(num_slots, size), _unread(decoder, size))
+  return narrow.some(heads, flat.need_M, narrow.widths(num_slots, size), _unread(size))
 
 
-def _unread(decoder, size) -> Read:
+def _unread(size) -> Read:
   whole, real = jnp.full(size, -1, jnp.int32), jnp.zeros(size, jnp.float32)
-  return Read(whole, real, real, whole, jnp.full((size, decoder.exits.candidates), -1, jnp.int32))
+  return Read(whole, real, real, whole)
 
 
 def _heads(decoder, weights, slots, flat, vocab_size) -> Read:
@@ -97,16 +95,10 @@ def _heads(decoder, weights, slots, flat, vocab_size) -> Read:
                          previous_hidden_BD=flat.previous[1])
     sure_M = jax.lax.cond(jnp.any(flat.check_M & flat.need_M),
                           lambda: confidence.MEASURES[exits.measure](at), lambda: sure_M)
-  candidate_ME = jnp.zeros((token_M.shape[0], 0), jnp.int32)
-  if exits.candidates:
-    candidate_ME = jax.lax.cond(
-        jnp.any(~flat.check_M & flat.need_M),
-        lambda: jax.lax.top_k(logits_MV, exits.candidates)[1].astype(jnp.int32),
-        lambda: jnp.full((token_M.shape[0], exits.candidates), -1, jnp.int32))
   logprob_M = jax.lax.cond(
       jnp.any(slots.logprob_B), lambda: sampling.log_probability(logits_MV, token_M, vocab_size),
       lambda: jnp.zeros(token_M.shape, jnp.float32))
-  return Read(token_M, logprob_M, sure_M, top_M, candidate_ME)
+  return Read(token_M, logprob_M, sure_M, top_M)
 
 
 def _seen(slots, slot_M, offset_M):
@@ -120,27 +112,20 @@ def _seen(slots, slot_M, offset_M):
   return jax.lax.cond(jnp.any(slots.rows.penalty_B != 1.0), add, lambda: seen_MV)
 
 
-def read_few(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, few_B: jax.Array,
-             vocab_size: int) -> Read:
-  """Of the tokens alone that an exit chooses from: each slot's candidates, or the first ones."""
+def read_first(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, on_B: jax.Array,
+               vocab_size: int) -> Read:
+  """Reads the first rows of the head alone, from whose tokens an exit chooses."""
   exits, ring, num_slots = decoder.exits, slots.ring, slots.phase_B.shape[0]
 
   def run(index_W):
     take = lambda tree: jax.tree.map(lambda a: a[index_W], tree)
     normed_WD = layers.rms_norm(slots.h_BD[index_W][None], weights.final_norm_D, decoder.model.norm_eps)[0]
-    candidate_WE = ring.candidate_BE[index_W]
-    if exits.first:
-      logits_WE = sampling.mask(weights_lib.project(normed_WD, weights.draft_head), vocab_size)
-      token_W = sampling.most_likely(logits_WE)
-    else:
-      logits_WE, token_W = confidence.restrict(normed_WD, weights_lib.head_rows(weights, candidate_WE), candidate_WE)
-    top_W = token_W
+    logits_WE = sampling.mask(weights_lib.project(normed_WD, weights.draft_head), vocab_size)
+    top_W = sampling.most_likely(logits_WE)
     logprob_W = jnp.max(logits_WE, axis=-1) - jax.nn.logsumexp(logits_WE, axis=-1)
 
     def draw():
-      column_WE = jnp.where(candidate_WE >= 0, candidate_WE, decoder.model.vocab_size)
-      if exits.first:
-        column_WE = jnp.arange(exits.first)[None, :]
+      column_WE = jnp.arange(exits.first)[None, :]
       logits_WV = jnp.full((index_W.shape[0], decoder.model.vocab_size), -jnp.inf).at[
           jnp.arange(index_W.shape[0])[:, None], column_WE].set(logits_WE, mode="drop")
       offset_W = jnp.where(ring.mode_B == ring_lib.VERIFY, ring.count_B, 0)[index_W]
@@ -148,7 +133,7 @@ def read_few(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: 
                                 slots.index_B[index_W] + offset_W, vocab_size)
       logprob_W = sampling.log_probability(logits_WV, drawn_W, vocab_size)
       return jnp.where(top_W >= 0, drawn_W, -1), logprob_W
-    other_B = few_B & ((slots.rows.temperature_B > 0) | (slots.rows.penalty_B != 1.0))
+    other_B = on_B & ((slots.rows.temperature_B > 0) | (slots.rows.penalty_B != 1.0))
     token_W, logprob_W = jax.lax.cond(jnp.any(other_B), draw, lambda: (top_W, logprob_W))
     sure_W = jnp.zeros(index_W.shape, jnp.float32)
     if exits.measure not in exits_lib.NO_LOGITS:
@@ -156,6 +141,6 @@ def read_few(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: 
       sure_W = confidence.MEASURES[exits.measure](confidence.Exit(
           logits_BV=logits_WE, token_B=top_W, hidden_BD=slots.h_BD[index_W], previous_token_B=previous_W,
           previous_hidden_BD=previous_WD))
-    return _unread(decoder, index_W.shape[0]).replace(token=token_W, logprob=logprob_W, sure=sure_W, top=top_W)
+    return _unread(index_W.shape[0]).replace(token=token_W, logprob=logprob_W, sure=sure_W, top=top_W)
 
-  return narrow.some(run, few_B, narrow.widths(num_slots, num_slots), _unread(decoder, num_slots))
+  return narrow.some(run, on_B, narrow.widths(num_slots, num_slots), _unread(num_slots))

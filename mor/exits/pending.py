@@ -34,8 +34,6 @@ def used(decoder: decoder_lib.Decoder, slots: slots_lib.Slots) -> jax.Array:
   comes_B = ring.look_B & (ring.mode_B != ring_lib.NONE) & (slots.step_B < decoder.exit_steps[-1])
   comes_B &= slots.phase_B == slots_lib.RUN
   follows_B = (ring.count_B > 0) | ring.settled_B | exit_heads.bound(slots)
-  if decoder.exits.candidates:
-    follows_B |= ring.mode_B != ring_lib.NONE
   if decoder.exits.monitor:
     follows_B |= ring.draft.depth > 0
   return jnp.any((_held(slots) & follows_B) | comes_B | (slots.phase_B == slots_lib.CHECK))

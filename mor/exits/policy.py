@@ -15,7 +15,6 @@ KV policies, for the deeper layers' entries of tokens that left:
            goes there (synchronized parallel decoding), so their entries are the full
            depth's before anybody reads them. `verify` needs it.
   copied   the layers' own key and value projections of the state at the exit
-  shared   the entries of the token's last step, for the same layers of later steps
 """
 
 import dataclasses
@@ -28,11 +27,11 @@ from mor.exits import confidence
 from mor.model import schedule as schedule_lib
 
 MODES = ("none", "trust", "verify")
-POLICIES = ("exact", "copied", "shared")
+POLICIES = ("exact", "copied")
 VERIFY_THRESHOLD = 0.5  # of drafts, where neither request nor calibrator says one
 _ROWS = {"cpu": 9}  # rows that take as long as reading a pass's weights, by backend: measured (bfloat16, AVX2)
 _ACCELERATOR = 256  # … by arithmetic: 240 to 300 FLOPs a byte (TPU v5e, H100)
-NO_LOGITS = ("saturation", "classifier")  # measures of the state alone
+NO_LOGITS = ("saturation",)  # measures of the state alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,6 @@ class Exits:
     carry: pending tokens that one pass takes along, of all requests together; 0 is
       `pending` for each request, but of many requests `4 * pending` or two for each.
       What does not fit waits.
-    candidates: tokens an exit chooses from, the likeliest of the last full depth's;
-      0 is the whole vocabulary.
     first: tokens an exit chooses from, those of the lowest ids, which a tokenizer of
       merges gives to the most frequent; 0 is the whole vocabulary. An exit reads the
       head that far only; sampled requests with exit="verify" read all of it.
@@ -61,9 +58,8 @@ class Exits:
   measure: str = "margin"
   pending: int = 7
   carry: int = 0
-  candidates: int = 0
   first: int = 0
-  kv: Literal["exact", "copied", "shared"] = "exact"
+  kv: Literal["exact", "copied"] = "exact"
   monitor: bool = False
   worth: float | None = None
 
@@ -79,11 +75,8 @@ class Exits:
     require(integer(self.pending) and self.pending >= 1, "pending", "a count >= 1")
     require(integer(self.carry) and (self.carry == 0 or self.carry >= self.pending), "carry",
             f"0, or a count >= pending={self.pending}")
-    require(integer(self.candidates) and (self.candidates == 0 or self.candidates >= 2), "candidates",
-            "0 for the whole vocabulary, or 2 or more")
     require(integer(self.first) and (self.first == 0 or self.first >= 2), "first",
             "0 for the whole vocabulary, or 2 or more")
-    require(not (self.candidates and self.first), "first", f"0 with candidates={self.candidates}, or candidates=0")
     require(self.kv in POLICIES, "kv", f"one of {', '.join(POLICIES)}")
     require(not self.monitor or self.kv == "exact", "monitor", "False, or kv='exact', which runs the full depth")
     require(self.worth is None or 0 <= self.worth <= 1, "worth", "None, or a share in [0, 1]")
@@ -105,14 +98,6 @@ class Exits:
                        "recursion steps")
     if not plain and not schedule.cyclic:
       raise ValueError(f"exits with sharing={model.sharing!r}; use a cyclic scheme, or a plain model")
-    if self.kv == "shared" and plain:
-      raise ValueError("exits.kv='shared' in a model of one step, whose layers have nothing in common; use 'exact' or "
-                       "'copied'")
-
-  @property
-  def few(self) -> int:
-    """Tokens an exit chooses from; 0 is the whole vocabulary."""
-    return self.candidates or self.first
 
   @property
   def places(self) -> int:
@@ -148,7 +133,7 @@ def costs(model: config_lib.ModelConfig, exits: Exits, num_slots: int) -> Costs:
   """Estimates: a pass takes the time of reading its weights, and as much again for each `_ROWS` rows."""
   layer, head = sum(a * b for a, b in model.projections.values()), model.vocab_size * model.d_model
   shallow, deep = exits.after[0] * layer, (model.num_layers - exits.after[0]) * layer
-  look = 0 if exits.measure in NO_LOGITS else (exits.few or model.vocab_size) * model.d_model
+  look = 0 if exits.measure in NO_LOGITS else (exits.first or model.vocab_size) * model.d_model
   by_row = num_slots / (num_slots + _ROWS.get(jax.default_backend(), _ACCELERATOR))  # of a share, one more row
   saved = head + (1.0 - by_row) * deep
   worth = min(look / saved, 0.9) if exits.worth is None else exits.worth

@@ -61,7 +61,6 @@ class Ring:
     h_BSD, entry_BSD, routed: its states, and arrays of its routing by name, as `slots.Slots` has them.
     drafts: what their exits chose.
     stored_BSR: rows in which each has an entry.
-    candidate_BE: tokens that exits choose from; -1 is none.
   """
 
   mode_B: jax.Array
@@ -81,7 +80,6 @@ class Ring:
   routed: dict[str, jax.Array]
   drafts: Draft
   stored_BSR: jax.Array
-  candidate_BE: jax.Array
 
   def pending(self) -> jax.Array:
     """True for the entries `[B, S]` in use."""
@@ -98,7 +96,7 @@ class Ring:
 
 def make(decoder: decoder_lib.Decoder, num_slots: int, routed: router_base.Routing) -> Ring:
   """Empty rings; `routed` has the shapes of a routing of one token a slot."""
-  exits, width, size = decoder.exits, decoder.model.d_model, decoder.exits.places
+  width, size = decoder.model.d_model, decoder.exits.places
   zeros = lambda dtype, *shape: jnp.zeros((num_slots, *shape), dtype)
   draft = lambda *shape: Draft(
       token=zeros(jnp.int32, *shape) - 1, depth=zeros(jnp.int32, *shape), hidden=zeros(jnp.float32, *shape, width),
@@ -110,8 +108,7 @@ def make(decoder: decoder_lib.Decoder, num_slots: int, routed: router_base.Routi
       step_BS=zeros(jnp.int32, size), depth_BS=zeros(jnp.int32, size), h_BSD=zeros(jnp.float32, size, width),
       entry_BSD=zeros(jnp.float32, size, width),
       routed={name: zeros(a.dtype, size, *a.shape[1:]) for name, a in arrays(routed).items()},
-      drafts=draft(size), stored_BSR=zeros(bool, size, decoder.tables.num_rows),
-      candidate_BE=zeros(jnp.int32, exits.candidates) - 1)
+      drafts=draft(size), stored_BSR=zeros(bool, size, decoder.tables.num_rows))
 
 
 def arrays(routed: router_base.Routing) -> dict[str, jax.Array]:
@@ -157,14 +154,10 @@ def followed(rate_B: jax.Array, exited_B: jax.Array) -> jax.Array:
   return rate_B + (exited_B - rate_B) / _PAST
 
 
-def settings(num_candidates: int, mode: str, threshold: float, rate: float = FIRST_RATE, skip: int = 0,
-             candidate_E: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def settings(mode: str, threshold: float, rate: float = FIRST_RATE, skip: int = 0) -> dict[str, np.ndarray]:
   """What a request sets of its slot's ring."""
-  if candidate_E is None:
-    candidate_E = np.full(num_candidates, -1)
   return dict(mode_B=np.array(exits_lib.MODES.index(mode), np.int32), threshold_B=np.array(threshold, np.float32),
-              rate_B=np.array(rate, np.float32), skip_B=np.array(skip, np.int32),
-              candidate_BE=candidate_E.astype(np.int32))
+              rate_B=np.array(rate, np.float32), skip_B=np.array(skip, np.int32))
 
 
 def first_rate(worth: float) -> float:

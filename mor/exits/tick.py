@@ -25,7 +25,6 @@ from mor.decode import cache as cache_lib
 from mor.decode import decoder as decoder_lib
 from mor.decode import slots as slots_lib
 from mor.decode import weights as weights_lib
-from mor.exits import confidence
 from mor.exits import copied as exit_fill
 from mor.exits import heads as exit_heads
 from mor.exits import policy as exits_lib
@@ -38,12 +37,10 @@ class Context:
 
   Attributes:
     draft: whether requests to be verified draft at all, if they do not sample.
-    classifier: of the measure of that name.
     costs: of looking and drafting, static.
   """
 
   draft: jax.Array
-  classifier: confidence.Classifier | None
   costs: exits_lib.Costs = struct.field(pytree_node=False)
 
 
@@ -89,7 +86,7 @@ def finish(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: sl
       offset_M=join(jnp.where(verify_B, ring.count_B, 0), offset_BS), check_M=check_M,
       hidden_MD=jnp.where(check_M[:, None], h_MD, out_MD), draft=jax.tree.map(join, ring.draft, ring.drafts),
       previous=jax.tree.map(lambda a: jnp.pad(a, ((0, room),) + ((0, 0),) * (a.ndim - 1)), exit_heads.previous(slots)))
-  read, at_exit = _read(decoder, weights, slots, flat, check_B, vocab_size, context)
+  read, at_exit = _read(decoder, weights, slots, flat, check_B, vocab_size)
   slots, exited, stalled_B = _look(decoder, weights, slots, check_B, at_exit, context)
   slots, full = _judge(decoder, slots, leave_B, packed, read, context)
   crowded_B = wants_B & ~leave_B
@@ -97,19 +94,19 @@ def finish(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: sl
   return slots.replace(ring=ring), _choose(leave_B, full, exited), stalled_B, crowded_B
 
 
-def _read(decoder, weights, slots, flat, check_B, vocab_size, context):
+def _read(decoder, weights, slots, flat, check_B, vocab_size):
   """What the head says of all tokens, and what the exits of `check_B` say, perhaps by less than the whole head."""
   exits, num_slots, bound_B = decoder.exits, check_B.shape[0], exit_heads.bound(slots)
   blind = exits.measure in exits_lib.NO_LOGITS
-  sure_B = exit_heads.measure(decoder, slots, context.classifier) if blind else jnp.zeros(num_slots, jnp.float32)
+  sure_B = exit_heads.measure(decoder, slots) if blind else jnp.zeros(num_slots, jnp.float32)
   wants_B = check_B & ((sure_B > slots.ring.threshold_B) | bound_B | exits.monitor) if blind else check_B
-  head_B = wants_B & bound_B if exits.few else wants_B
+  head_B = wants_B & bound_B if exits.first else wants_B
   need_M = flat.need_M.at[:num_slots].max(head_B)
   read = exit_heads.read(decoder, weights, slots, flat.replace(need_M=need_M), vocab_size)
   at_exit = jax.tree.map(lambda a: a[:num_slots], read)
-  if exits.few:
-    few_B = wants_B & ~head_B
-    at_exit = _choose(few_B, exit_heads.read_few(decoder, weights, slots, few_B, vocab_size), at_exit)
+  if exits.first:
+    first_B = wants_B & ~head_B
+    at_exit = _choose(first_B, exit_heads.read_first(decoder, weights, slots, first_B, vocab_size), at_exit)
   if blind:
     at_exit = at_exit.replace(sure=sure_B, token=jnp.where(wants_B, at_exit.token, -1))
   return read, at_exit
@@ -234,9 +231,6 @@ def _judge(decoder, slots, leave_B, packed, read, context):
   wrong_B = leave_B & verify_B & (kept_B < ring.count_B)
   cache = decoder.tables.crop(slots.cache, next_B, dropped_BR, wrong_B)
   ring = _after(ring, new, leave_B, context)
-  if exits.candidates:
-    deep_BE = found("candidate_ME")[row_B, jnp.where(verify_B, kept_B, ring.count_B)]
-    ring = ring.replace(candidate_BE=jnp.where(leave_B[:, None], deep_BE, ring.candidate_BE))
   slots = slots.replace(
       cache=cache, ring=ring.replace(count_B=jnp.where(leave_B, 0, ring.count_B)),
       token_B=jnp.where(leave_B, last_B, slots.token_B), position_B=jnp.where(leave_B, next_B, slots.position_B),

@@ -9,7 +9,6 @@ import numpy as np
 from mor import config as config_lib
 from mor.decode import decoder as decoder_lib
 from mor.exits import calibration
-from mor.exits import confidence
 from mor.exits import policy as exits_lib
 from mor.exits import ring as ring_lib
 from mor.exits import tick as early_exit
@@ -23,31 +22,25 @@ _QUIET = 2  # dispatches of a side without a prompt beside them that suffice
 _BETTER = 1.02  # what a side has to gain to take over
 
 
-def check(exits: exits_lib.Exits | None, batching: str, classifier: confidence.Classifier | None,
-          calibrator: calibration.Calibrator | None) -> None:
+def check(exits: exits_lib.Exits | None, batching: str, calibrator: calibration.Calibrator | None) -> None:
   """Refuses what does not go together.
 
   Raises:
     ValueError: says what, the value and the remedy.
   """
   if exits is None:
-    for name, value in dict(classifier=classifier, calibrator=calibrator).items():
-      if value is not None:
-        raise ValueError(f"{name} is given but exits=None; give exits too, or leave it out")
-    return
-  if batching != "depth":
+    if calibrator is not None:
+      raise ValueError("calibrator is given but exits=None; give exits too, or leave it out")
+  elif batching != "depth":
     raise ValueError(f"batching={batching!r} with exits; use 'depth', or exits=None")
-  if (exits.measure == "classifier") != (classifier is not None):
-    raise ValueError(f"exits.measure={exits.measure!r} and classifier={classifier}; give measure='classifier' and its "
-                     "classifier together (`confidence.fit_classifier`), or neither")
 
 
-def context(model: config_lib.ModelConfig, exits: exits_lib.Exits | None, num_slots: int,
-            classifier: confidence.Classifier | None) -> early_exit.Context | None:
+def context(model: config_lib.ModelConfig, exits: exits_lib.Exits | None,
+            num_slots: int) -> early_exit.Context | None:
   """What the device needs to know, drafts being on."""
   if exits is None:
     return None
-  return early_exit.Context(jnp.bool_(True), classifier, exits_lib.costs(model, exits, num_slots))
+  return early_exit.Context(jnp.bool_(True), exits_lib.costs(model, exits, num_slots))
 
 
 def resolve(exits: exits_lib.Exits | None, request: request_lib.Request,
@@ -76,12 +69,12 @@ def resolve(exits: exits_lib.Exits | None, request: request_lib.Request,
 
 
 def settings(decoder: decoder_lib.Decoder, worth: float, request: request_lib.Request,
-             completion: request_lib.Completion, candidate_E: np.ndarray | None) -> dict[str, np.ndarray]:
+             completion: request_lib.Completion) -> dict[str, np.ndarray]:
   """The ring's fields of a request that starts, or starts again after a preemption."""
   rate, skip = ring_lib.FIRST_RATE, 0
   if request.exit == "trust":
     rate, skip = ring_lib.replay(decoder.exit_steps, completion.depths, completion.early, worth)
-  return ring_lib.settings(decoder.exits.candidates, request.exit, request.threshold or 0.0, rate, skip, candidate_E)
+  return ring_lib.settings(request.exit, request.threshold or 0.0, rate, skip)
 
 
 def drafts_greedily(request: request_lib.Request) -> bool:

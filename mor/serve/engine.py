@@ -41,7 +41,6 @@ class Engine(loop.Loop):
     router: in place of the model's own.
     storage: of keys and values; "dense" is the reference, one page a row.
     exits: where tokens may leave early, for requests with exit="trust" or "verify".
-    classifier: of the measure of that name.
     calibrator: gives a request the threshold it does not state; learns from every exit
       where `exits.monitor`.
   """

@@ -15,7 +15,6 @@ from mor.decode import storage as storage_lib
 from mor.decode import tick
 from mor.decode import weights as weights_lib
 from mor.exits import calibration
-from mor.exits import confidence
 from mor.exits import policy as exits_lib
 from mor.serve import early_exit as exit_host
 from mor.serve import meter
@@ -44,7 +43,7 @@ class Loop:
                page_size: int = 64, num_pages: int | None = None, num_edge_pages: int | None = None,
                weight_format: str = "float32", kv_format: str = "float32", ticks: int | None = None,
                prefill_chunk: int = 256, router: Any = None, storage: str = "paged",
-               exits: exits_lib.Exits | None = None, classifier: confidence.Classifier | None = None,
+               exits: exits_lib.Exits | None = None,
                calibrator: calibration.Calibrator | None = None):
     context = model.context if context is None else context
     for name, value, choices in (("batching", batching, ("depth", "sequence")), ("storage", storage, _STORAGES),
@@ -59,7 +58,7 @@ class Loop:
     kind, config = _STORAGES[storage], model.config
     self.decoder = decoder_lib.Decoder(
         config, kind(page_size, config.num_kv_heads, config.head_dim, kv_format), router, exits)
-    exit_host.check(exits, batching, classifier, calibrator)
+    exit_host.check(exits, batching, calibrator)
     cyclic = self.decoder.tables.schedule.cyclic
     if not cyclic and exits is None:
       raise ValueError(f"sharing={config.sharing!r} gives each step its own layers, so tokens at different steps "
@@ -83,7 +82,7 @@ class Loop:
     self._jobs: dict[int, scheduler_lib.Job] = {}
     self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
     self._starved = False  # a row waits and no page is free
-    self._context = exit_host.context(config, exits, num_slots, classifier)
+    self._context = exit_host.context(config, exits, num_slots)
     self._pace = exit_host.Pace(not exits or exit_host.drafts_pay(self._context.costs, exits.pending))
     self.calibrator = calibrator
     self._mark: float | None = None  # when the last dispatch was read
@@ -149,8 +148,7 @@ class Loop:
     left = job.limit - (len(job.tokens) - len(job.prompt))
     ring = None
     if self.decoder.exits:
-      ring = exit_host.settings(self.decoder, self._context.costs.worth, job.payload.request, job.payload.completion,
-                                job.resume)
+      ring = exit_host.settings(self.decoder, self._context.costs.worth, job.payload.request, job.payload.completion)
     self.slots = slots_lib.admit(self.slots, slots_lib.admission(
         job.slot, job.payload.request, job.tokens, left, self.model.config.vocab_size, ring))
     job.started = True
@@ -216,8 +214,6 @@ class Loop:
     """Preempts the youngest request, so that the others find pages."""
     job = self.scheduler.youngest()
     if job:
-      if self.decoder.exits and self.decoder.exits.candidates:
-        job.resume = np.asarray(self.slots.ring.candidate_BE[job.slot])
       self._free(self.scheduler.preempt(job))
       self.meter.preempted()
     self._starved = False

@@ -29,7 +29,6 @@ class Job:
     stored: tokens of it that have been prefilled.
     started: whether it is being decoded.
     finished: whether its last token is known, or it was aborted.
-    resume: what a preempted request has to start again with, beside its tokens.
   """
 
   id: int
@@ -41,7 +40,6 @@ class Job:
   stored: int = 0
   started: bool = False
   finished: bool = False
-  resume: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

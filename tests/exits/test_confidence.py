@@ -1,4 +1,4 @@
-"""Confidence measures by hand and by property; the restricted head; the trained classifier."""
+"""Confidence measures by hand and by property."""
 
 import itertools
 
@@ -10,7 +10,7 @@ import scipy.special
 
 from mor.exits import confidence
 
-B, D, V, E = 3, 20, 61, 7
+B, D, V = 3, 20, 61
 OF_LOGITS = ("margin", "maximum", "entropy")
 MEASURES = {name: jax.jit(measure) for name, measure in confidence.MEASURES.items()}
 
@@ -25,8 +25,7 @@ def full(seed=0, num=B, **changes):
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   logits_BV = draw(num, V) * 3
   fields = dict(logits_BV=logits_BV, token_B=jnp.argmax(logits_BV, axis=-1), hidden_BD=draw(num, D),
-                previous_token_B=jnp.asarray(rng.integers(0, V, num)), previous_hidden_BD=draw(num, D),
-                classifier=confidence.Classifier(draw(D), draw()))
+                previous_token_B=jnp.asarray(rng.integers(0, V, num)), previous_hidden_BD=draw(num, D))
   return confidence.Exit(**{**fields, **changes})
 
 
@@ -42,10 +41,8 @@ def test_measures_by_hand():
   previous_BD = jnp.array([[4.0, 3.0], [0.0, 2.0], [-5.0, -5.0], [1e-30, 0.0]])
   at = confidence.Exit(
       hidden_BD=hidden_BD, previous_hidden_BD=previous_BD, token_B=jnp.array([5, 6, 0, -1]),
-      previous_token_B=jnp.array([5, 5, -1, -1]),
-      classifier=confidence.Classifier(jnp.array([1.0, -0.5]), jnp.array(-1.0)))
+      previous_token_B=jnp.array([5, 5, -1, -1]))
   np.testing.assert_allclose(MEASURES["saturation"](at), [0.96, 0, 0, np.sqrt(0.5)], atol=1e-6)
-  np.testing.assert_allclose(MEASURES["classifier"](at)[:3], 1 / (1 + np.exp([0.0, 0.0, 0.5])), atol=1e-6)
   assert list(MEASURES["agreement"](at)) == [1, 0, 0, 0]
 
 
@@ -98,16 +95,12 @@ def test_dead_rows_are_unsure_and_alone(name):
     state = np.nan if np.isinf(value) and value > 0 else value
     at = at.replace(
         logits_BV=at.logits_BV.at[row].set(value), token_B=at.token_B.at[row].set(-1),
-        hidden_BD=at.hidden_BD.at[row].set(0.0 if row == B else state), classifier=full().classifier,
+        hidden_BD=at.hidden_BD.at[row].set(0.0 if row == B else state),
         previous_hidden_BD=at.previous_hidden_BD.at[row].set(0.0 if row == B else state))
   confidence_B = np.asarray(MEASURES[name](at))
   alone = jax.tree.map(lambda a: a[:B] if a.ndim and len(a) == B + len(bad) else a, at)
   np.testing.assert_allclose(confidence_B[:B], MEASURES[name](alone), atol=1e-6)
-  dead_B = confidence_B[B:]
-  if name == "classifier":  # a state of 0 has the confidence of the bias
-    assert dead_B[0] == pytest.approx(float(jax.nn.sigmoid(at.classifier.bias)))
-    dead_B = dead_B[1:]
-  assert np.all(dead_B == 0)
+  assert np.all(confidence_B[B:] == 0)
 
 
 def test_margin_is_exact_near_a_tie():
@@ -118,144 +111,10 @@ def test_margin_is_exact_near_a_tie():
 
 @pytest.mark.parametrize("name,fields", [
     ("margin", "logits_BV"), ("maximum", "logits_BV"), ("entropy", "logits_BV"),
-    ("saturation", "hidden_BD, previous_hidden_BD"), ("classifier", "hidden_BD, classifier"),
-    ("agreement", "token_B, previous_token_B"),
+    ("saturation", "hidden_BD, previous_hidden_BD"), ("agreement", "token_B, previous_token_B"),
 ])
 def test_only_what_is_named_is_needed(name, fields):
   given = {field: getattr(full(), field) for field in fields.split(", ")}
   np.testing.assert_allclose(confidence.MEASURES[name](confidence.Exit(**given)), MEASURES[name](full()), rtol=1e-5)
   with pytest.raises(ValueError, match=f"{name}' needs {fields}; "):
     confidence.MEASURES[name](confidence.Exit())
-
-
-def heads(seed=0):
-  rng = np.random.default_rng(seed)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  return draw(B, D), draw(V, D)
-
-
-def test_restricted_head_is_the_heads_columns():
-  hidden_BD, head_VD = heads()
-  logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD)
-  candidate_BE = jax.lax.top_k(logits_BV, E)[1][:, ::-1]
-  logits_BE, token_B = jax.jit(confidence.restrict)(hidden_BD, head_VD[candidate_BE], candidate_BE)
-  np.testing.assert_allclose(logits_BE, np.take_along_axis(np.asarray(logits_BV), candidate_BE, axis=1), atol=1e-5)
-  np.testing.assert_array_equal(token_B, np.argmax(logits_BV, axis=-1))
-  for name in OF_LOGITS:
-    within_B = of_logits(name, np.where(np.isin(np.arange(V), candidate_BE[0]), logits_BV[:1], -np.inf))
-    np.testing.assert_allclose(of_logits(name, logits_BE)[:1], within_B, atol=1e-6)
-  assert np.all(of_logits("margin", logits_BE) > of_logits("margin", logits_BV))
-
-
-def test_restricted_head_over_all_tokens_is_the_head():
-  """In any order of the candidates, ties to the lowest id as an argmax has it."""
-  hidden_BD, head_VD = heads()
-  head_VD = head_VD.at[40].set(head_VD[11])
-  hidden_BD = hidden_BD.at[0].set(head_VD[11] * 9)  # rows 11 and 40 tie
-  rng = np.random.default_rng(1)
-  candidate_BE = jnp.asarray(np.stack([np.arange(V)[::-1], rng.permutation(V), np.arange(V)]))
-  _, token_B = confidence.restrict(hidden_BD, head_VD[candidate_BE], candidate_BE)
-  logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD)
-  np.testing.assert_array_equal(token_B, np.argmax(logits_BV, axis=-1))
-  assert token_B[0] == 11 and token_B.dtype == jnp.int32
-
-
-def test_restricted_head_without_candidates():
-  """Negative ids are none: the rest decides; a row of none has no token and confidence 0."""
-  hidden_BD, head_VD = heads()
-  candidate_BE = jnp.array([[3, -1, 8, -1], [-5, -5, -5, -5], [-1, 50, -1, -1]])
-  logits_BE, token_B = confidence.restrict(hidden_BD, head_VD[candidate_BE], candidate_BE)
-  own_E = np.asarray(hidden_BD[0] @ head_VD[jnp.array([3, 8])].T)
-  assert list(token_B) == [[3, 8][int(np.argmax(own_E))], -1, 50]
-  np.testing.assert_allclose(logits_BE[0], [own_E[0], -np.inf, own_E[1], -np.inf], atol=1e-5)
-  for name in OF_LOGITS:
-    confidence_B = of_logits(name, logits_BE)
-    assert confidence_B[1] == 0 and confidence_B[2] == 1
-  with pytest.raises(ValueError, match="1 candidate tokens a row"):
-    confidence.restrict(hidden_BD, head_VD[candidate_BE[:, :1]], candidate_BE[:, :1])
-
-
-def test_restricted_head_sums_in_float32():
-  hidden_BD, head_VD = (a.astype(jnp.bfloat16) for a in heads())
-  candidate_BE = jnp.tile(jnp.arange(V)[None, :], (B, 1))
-  logits_BE, _ = confidence.restrict(hidden_BD, head_VD[candidate_BE], candidate_BE)
-  np.testing.assert_allclose(logits_BE, hidden_BD.astype(jnp.float32) @ head_VD.astype(jnp.float32).T, atol=1e-5)
-
-
-def samples(num=600, share=0.5, seed=0):
-  """Hidden states with one telling direction, an offset, uneven scales and a constant column."""
-  rng = np.random.default_rng(seed)
-  agreed_M = rng.random(num) < share
-  hidden_MD = rng.normal(size=(num, D))
-  hidden_MD[:, 3] += np.where(agreed_M, 1.0, -1.0)
-  return np.append(hidden_MD * np.logspace(-2, 2, D) + 5, np.full((num, 1), 0.3), axis=1), agreed_M
-
-
-def balanced_loss(hidden_MD, agreed_M, fit):
-  score_M = hidden_MD @ np.float64(fit.weight_D) + float(fit.bias)
-  loss_M = np.logaddexp(0, np.where(agreed_M, -score_M, score_M))
-  return (loss_M[agreed_M].mean() + loss_M[~agreed_M].mean()) / 2
-
-
-def test_classifier_is_the_optimum():
-  """No step in any direction lowers the balanced cross entropy, but for the decay."""
-  hidden_MD, agreed_M = samples(share=0.9)
-  fit = confidence.fit_classifier(hidden_MD, agreed_M, decay=1e-9)
-  least = balanced_loss(hidden_MD, agreed_M, fit)
-  step_D = 0.05 / np.maximum(hidden_MD.std(axis=0), 1)
-  for sign, column in itertools.product((-1, 1), range(D)):
-    moved = fit.replace(weight_D=fit.weight_D.at[column].add(sign * step_D[column]),
-                        bias=fit.bias - sign * step_D[column] * hidden_MD[:, column].mean())
-    assert balanced_loss(hidden_MD, agreed_M, moved) > least
-    assert balanced_loss(hidden_MD, agreed_M, fit.replace(bias=fit.bias + sign * 0.05)) > least
-  assert fit.weight_D.shape == (D + 1,) and fit.weight_D[D] == 0  # the constant column
-  assert np.argmax(np.abs(np.asarray(fit.weight_D)[:D]) * hidden_MD.std(axis=0)[:D]) == 3
-
-
-@pytest.mark.parametrize("share", [0.95, 0.5, 0.1])
-def test_classifier_tells_classes_apart_at_any_share(share):
-  """On 4000 fresh samples; the best rule is right for 0.841 of each class. Over 60 seeds the rarest class has
-  0.802 with a standard deviation of 0.032: under 0.69 in fewer than 1 of 2000 runs."""
-  fit = confidence.fit_classifier(*samples(1500, share))
-  again = confidence.fit_classifier(*samples(1500, share))
-  np.testing.assert_array_equal(fit.weight_D, again.weight_D)
-  hidden_MD, agreed_M = samples(4000, share, seed=1)
-  at = confidence.Exit(hidden_BD=jnp.asarray(hidden_MD, jnp.float32), classifier=fit)
-  sure_M = np.asarray(confidence.classifier(at)) > 0.5
-  assert np.mean(sure_M[agreed_M]) > 0.69 and np.mean(~sure_M[~agreed_M]) > 0.69
-
-
-def test_classifier_stays_finite_on_separable_classes():
-  hidden_MD = np.linspace(-1, 1, 40)[:, None] * np.ones((1, D))
-  agreed_M = hidden_MD[:, 0] > 0
-  strict, loose = (confidence.fit_classifier(hidden_MD, agreed_M, decay) for decay in (1.0, 1e-3))
-  for fit in (strict, loose):
-    assert np.all(np.isfinite(fit.weight_D)) and balanced_loss(hidden_MD, agreed_M, fit) < np.log(2)
-  assert np.all(np.abs(strict.weight_D) < np.abs(loose.weight_D))
-
-
-def test_classifier_decays_standardised_weights():
-  """Longer or shorter weights, the plane's side of the mean kept, cost more in all."""
-  hidden_MD, agreed_M = samples()
-  fit = confidence.fit_classifier(hidden_MD, agreed_M, decay=0.5)
-
-  def total(stretch):
-    weight_D = np.float64(fit.weight_D) * stretch
-    bias = float(fit.bias) + (np.float64(fit.weight_D) - weight_D) @ hidden_MD.mean(axis=0)
-    decay = 0.25 * np.sum((weight_D * hidden_MD.std(axis=0))**2)
-    return balanced_loss(hidden_MD, agreed_M, confidence.Classifier(weight_D, np.asarray(bias))) + decay
-
-  assert total(1.0) < min(total(0.97), total(1.03))
-
-
-@pytest.mark.parametrize("change,message", [
-    (lambda h, a: (h[:-1], a), "do not pair"),
-    (lambda h, a: (h[:, 0], a), "do not pair"),
-    (lambda h, a: (h, a | True), "600 of 600 samples agree"),
-    (lambda h, a: (h, a & False), "0 of 600 samples agree"),
-    (lambda h, a: (np.where(np.arange(600)[:, None] < 2, np.nan, h), a), "2 hidden states are not finite"),
-    (lambda h, a: (h, a, 0.0), "decay=0.0"),
-])
-def test_bad_samples_are_refused(change, message):
-  with pytest.raises(ValueError, match=message):
-    confidence.fit_classifier(*change(*samples()))

@@ -119,7 +119,6 @@ def test_wrong_requests_are_refused(options, said):
 @pytest.mark.parametrize("exits, options, said", [
     (None, dict(calibrator=calibration.Calibrator("learn_then_test")), "calibrator is given but exits=None"),
     (dict(), dict(batching="sequence"), "batching='sequence' with exits"),
-    (dict(measure="classifier"), dict(), "give measure='classifier' and its classifier together"),
     (dict(after=(3,)), dict(), r"exits.after=\(3,\): this model has exits after layers 2, 4"),
     (dict(first=1000), dict(), "exits.first=1000: this model has"),
 ])
@@ -135,9 +134,7 @@ def test_wrong_engines_are_refused(exits, options, said):
     (dict(measure="agreement"), "two or more for the measure 'agreement'"),
     (dict(pending=0), "exits.pending=0"),
     (dict(carry=3), "exits.carry=3; use 0, or a count >= pending=7"),
-    (dict(candidates=1), "exits.candidates=1"),
     (dict(first=1), "exits.first=1"),
-    (dict(first=8, candidates=8), "0 with candidates=8"),
     (dict(kv="copied", monitor=True), "exits.monitor=True"),
     (dict(worth=2.0), "exits.worth=2.0"),
 ])

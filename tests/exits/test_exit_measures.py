@@ -1,7 +1,6 @@
 """Every measure of confidence decides in an engine what it decides on paper, and its calibrator learns what it saw."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,7 +11,7 @@ from tests.helpers import serving
 
 AFTER = exiting.KINDS["plain"][1]
 OPTIONS = exiting.GREEDY | dict(stop_tokens=[], repetition_penalty=1.0)
-THRESHOLDS = {"margin": 0.2, "maximum": 0.4, "entropy": 0.75, "saturation": 0.75, "classifier": 0.5, "agreement": 0.5}
+THRESHOLDS = {"margin": 0.2, "maximum": 0.4, "entropy": 0.75, "saturation": 0.75, "agreement": 0.5}
 
 
 def said(model, tokens_T):
@@ -22,7 +21,7 @@ def said(model, tokens_T):
   return [exiting.logits(model, x_TD) for x_TD in states], states
 
 
-def sure(measure, at, logits, states, weight_D):
+def sure(measure, at, logits, states):
   """Of exit `at`, 1 for the first, for each token."""
   p_TV = np.asarray(jax.nn.softmax(logits[at]))
   ordered_TV = np.sort(p_TV)
@@ -33,7 +32,6 @@ def sure(measure, at, logits, states, weight_D):
       "maximum": lambda: ordered_TV[:, -1],
       "entropy": lambda: 1 + np.sum(p_TV * np.log(p_TV), axis=1) / np.log(p_TV.shape[1]),
       "saturation": lambda: np.sum(unit[at] * unit[at - 1], axis=1),
-      "classifier": lambda: (states[at] @ weight_D > 0).astype(float),  # at a threshold of 1/2 and without a bias
       "agreement": lambda: same_T & (at > 1),
   }[measure]()
 
@@ -42,15 +40,13 @@ def sure(measure, at, logits, states, weight_D):
 @pytest.mark.parametrize("measure", confidence.MEASURES)
 def test_a_token_leaves_where_its_confidence_passes(measure):
   model, threshold = exiting.model("plain"), THRESHOLDS[measure]
-  weight_D = np.random.default_rng(0).normal(size=model.config.d_model)
-  classifier = confidence.Classifier(jnp.asarray(weight_D, jnp.float32), jnp.float32(0)) if measure == "classifier" else None
   requests = serving.requests(12, **OPTIONS, exit="trust", threshold=threshold)
-  got = exiting.answers(exiting.engine(model, "plain", dict(measure=measure), classifier=classifier), requests)
+  got = exiting.answers(exiting.engine(model, "plain", dict(measure=measure)), requests)
   depths = []
   for (prompt, _), completion in zip(requests, got):
     logits, states = said(model, (prompt + completion.tokens)[:serving.CONTEXT])
     for i, token in enumerate(completion.tokens, start=len(prompt) - 1):
-      leaves = [sure(measure, at, logits, states, weight_D)[i] > threshold for at in (1, 2)] + [True]
+      leaves = [sure(measure, at, logits, states)[i] > threshold for at in (1, 2)] + [True]
       depth = 1 + leaves.index(True)
       assert completion.depths[i - len(prompt) + 1] == depth, (i, prompt)
       assert token == np.argmax(logits[depth][i])
@@ -68,7 +64,7 @@ def test_a_calibrator_learns_online_what_the_exit_and_the_full_depth_said():
   for (prompt, _), completion in zip(requests, exiting.answers(engine, requests)):
     assert not any(completion.early), "nothing was learnt yet"
     logits, states = said(model, (prompt + completion.tokens)[:serving.CONTEXT])
-    sure_T, agreed_T = sure("margin", 2, logits, states, None), np.argmax(logits[2], 1) == np.argmax(logits[3], 1)
+    sure_T, agreed_T = sure("margin", 2, logits, states), np.argmax(logits[2], 1) == np.argmax(logits[3], 1)
     new = slice(len(prompt) - 1, len(prompt) + len(completion.tokens) - 1)
     pairs += zip(sure_T[new].tolist(), agreed_T[new].tolist())
   seen = zip(calibrator.state()["confidence"], calibrator.state()["agreed"])

@@ -1,4 +1,4 @@
-"""Greedy decoding with exits whose deeper entries are approximate, in float64 NumPy, one token and one layer at a time."""
+"""Greedy decoding with exits whose deeper entries are copied, in float64 NumPy, one token and one layer at a time."""
 
 from collections.abc import Sequence
 
@@ -7,26 +7,16 @@ import numpy as np
 from mor.serve import model as model_lib
 from tests.helpers import oracle
 
-# What takes the place of the keys and values that layer `deep` would have given a token that left before layer `left`.
-FILLS = {
-    "copied": lambda row, stores, layers, i, x_D, left, deep: own(row, layers[deep], i, x_D),
-    # Steps are as long as the first: the entry of the layer in the same place of the step before the exit.
-    "shared": lambda row, stores, layers, i, x_D, left, deep: stores[left - row.span + deep % row.span][i],
-}
-
-
 def own(row, weights, i, x_D):
   """A layer's own key and value of a state."""
   return row.key_value(weights["attention"], i, oracle._rms_norm(x_D, weights["attention_norm"], row.config.norm_eps))
 
 
-def answer(model: model_lib.Model, after: Sequence[int], kv: str, threshold: float, prompt: list[int],
-           num: int) -> tuple[list[int], list[int], list[float]]:
+def answer(model: model_lib.Model, after: Sequence[int], threshold: float, prompt: list[int], num: int) -> tuple[list[int], list[int], list[float]]:
   """New tokens, the number of exits and ends up to theirs, and their log-probabilities; no edges, no router."""
   config = model.config
   params = oracle._map(lambda a: np.asarray(a, np.float64), dict(model.variables["params"]))
   row = oracle._Row(config, params, np.ones(len(prompt) + num), "decide", None)
-  row.span = after[0]
   layers = [oracle._layer(params["stack"], index) for step in oracle._stack_rows(config) for index in step]
   stores, tokens, depths, logprobs = [{} for _ in layers], list(prompt), [], []
 
@@ -46,7 +36,7 @@ def answer(model: model_lib.Model, after: Sequence[int], kv: str, threshold: flo
       x_D = x_D + row.attend(weights["attention"], i, normed_D, stores[at])
       x_D = x_D + oracle._swiglu(weights["ffw"], oracle._rms_norm(x_D, weights["ffw_norm"], config.norm_eps))
     for deep in range(left, len(layers)):
-      stores[deep][i] = FILLS[kv](row, stores, layers, i, x_D, left, deep)
+      stores[deep][i] = own(row, layers[deep], i, x_D)
     if i >= len(prompt) - 1:
       token, _, logprob = read(x_D)
       tokens.append(token)
