@@ -1,28 +1,330 @@
-"""Files and functions stay small, and what is public says what it does."""
+"""Files and functions stay small, names are used once, and docstrings say what a function does."""
 
 import ast
+import collections
 import pathlib
+import re
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(p for p in (ROOT / "mor").rglob("*.py") if p.name != "__init__.py")
-LONG = {"mor/conversion/modeling_mor.py": 450}  # an exported model is one file
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
+SHORTEST, LONGEST = 40, 400  # lines of a module
+LONGEST_FUNCTION = 60
+LONG = {"mor/conversion/modeling_mor.py": 450}  # an exported model is one file
+TABLES = ["mor/model/kv/table.py", "mor/model/routers/table.py"]  # one line an entry: may be tiny
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_style(path):
-  text = path.read_text(encoding="utf-8")
-  tree = ast.parse(text)
-  most = LONG.get(str(path.relative_to(ROOT)), 300)
-  assert len(text.splitlines()) <= most, f"over {most} lines: split the idea"
-  assert ast.get_docstring(tree), "the module has no docstring"
+# Words that look like a verb in the third person at the head of a docstring, and are none.
+FALSE_FRIENDS = frozenset("""Always Arrays As Bits Bytes Cells Chunks Class Classes Columns Computations Cross Depths Does Entries Factors Fields Figures Files Flags
+    Functions Has Heads Hidden Ids Indices Inputs Instructions Is Items Its Keys Layers Less Lines Logits Loss Losses Messages Models Norms Nothing
+    Numbers Options Ours Outputs Parameters Parts Pass Paths Perhaps Points Positions Products Prompts Queries Requests Results Routers Rows Settings
+    Sizes Slots Statistics Stats Tensors Texts Theirs This Thresholds Tokens Us Values Variables Vectors Was Weights Words Yes Zeros""".split())
+
+# Files with faults, one a paragraph so that removals merge. A file that has none left must leave this list, which may only shrink.
+NOT_YET = """
+mor/aot/compiled.py
+
+mor/aot/hlo.py
+
+mor/checkpoint.py
+
+mor/colour.py
+
+mor/config.py
+
+mor/conversion/command.py
+
+mor/conversion/gguf_import.py
+
+mor/conversion/gguf_tokenizer.py
+
+mor/conversion/hf_export.py
+
+mor/conversion/hf_import.py
+
+mor/conversion/modeling_mor.py
+
+mor/conversion/official_import.py
+
+mor/conversion/pretrained.py
+
+mor/conversion/recursive_init.py
+
+mor/conversion/source.py
+
+mor/conversion/tensors.py
+
+mor/data/blimp.py
+
+mor/data/cache.py
+
+mor/data/prefetch.py
+
+mor/data/readers.py
+
+mor/data/rows.py
+
+mor/data/sources.py
+
+mor/data/split.py
+
+mor/data/text.py
+
+mor/data/tokenizer.py
+
+mor/decode/branch.py
+
+mor/decode/cache.py
+
+mor/decode/decoder.py
+
+mor/decode/narrow.py
+
+mor/decode/pages.py
+
+mor/decode/prefill.py
+
+mor/decode/sampling.py
+
+mor/decode/slots.py
+
+mor/decode/storage.py
+
+mor/decode/tick.py
+
+mor/decode/weights.py
+
+mor/distributed.py
+
+mor/exits/calibration.py
+
+mor/exits/confidence.py
+
+mor/exits/copied.py
+
+mor/exits/heads.py
+
+mor/exits/pending.py
+
+mor/exits/policy.py
+
+mor/exits/ring.py
+
+mor/exits/tick.py
+
+mor/fields.py
+
+mor/flops.py
+
+mor/info.py
+
+mor/main.py
+
+mor/memory.py
+
+mor/model/attention.py
+
+mor/model/block.py
+
+mor/model/kernels.py
+
+mor/model/kv/base.py
+
+mor/model/kv/hybrid.py
+
+mor/model/kv/recursion_wise.py
+
+mor/model/kv/shared.py
+
+mor/model/layers.py
+
+mor/model/lora.py
+
+mor/model/recursion.py
+
+mor/model/routers/base.py
+
+mor/model/routers/expert_choice.py
+
+mor/model/routers/fixed.py
+
+mor/model/routers/prescribed.py
+
+mor/model/routers/scores.py
+
+mor/model/routers/token_choice.py
+
+mor/model/schedule.py
+
+mor/model/stacked.py
+
+mor/model/transformer.py
+
+mor/paths.py
+
+mor/plots.py
+
+mor/report.py
+
+mor/restore.py
+
+mor/serve/cli.py
+
+mor/serve/early_exit.py
+
+mor/serve/engine.py
+
+mor/serve/generate.py
+
+mor/serve/loop.py
+
+mor/serve/meter.py
+
+mor/serve/model.py
+
+mor/serve/request.py
+
+mor/serve/scheduler.py
+
+mor/sharding.py
+
+mor/study/judge.py
+
+mor/study/plan.py
+
+mor/study/plot.py
+
+mor/study/report.py
+
+mor/study/run.py
+
+mor/traces.py
+
+mor/train/batches.py
+
+mor/train/evaluate.py
+
+mor/train/exit_losses.py
+
+mor/train/finish.py
+
+mor/train/loop.py
+
+mor/train/loss.py
+
+mor/train/metrics.py
+
+mor/train/minimal_pairs.py
+
+mor/train/optim.py
+
+mor/train/progress.py
+
+mor/train/sample.py
+
+mor/train/step.py
+
+mor/train/stop.py
+
+mor/train/watchdog.py
+
+mor/types.py
+"""
+NOT_YET_CLASSES = """
+Costs
+
+Rows
+
+Plan
+"""
+
+
+def name_of(path: pathlib.Path) -> str:
+  return str(path.relative_to(ROOT))
+
+
+def listed(lines: str) -> list[str]:
+  return lines.split()
+
+
+def is_property(node) -> bool:
+  """A property is read as a noun, so its docstring may be a noun phrase."""
+  return any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def begins_with_verb(docstring: str) -> bool:
+  first = re.match(r"[A-Z][a-z]*(-[a-z]+)?s\b(?!')", docstring)
+  return bool(first) and first.group() not in FALSE_FRIENDS
+
+
+def function_faults(node) -> list[str]:
+  faults = []
+  lines = node.end_lineno - node.lineno + 1
+  if lines > LONGEST_FUNCTION:
+    faults.append(f"{node.lineno}: {node.name} has {lines} lines, over {LONGEST_FUNCTION}")
+  docstring = ast.get_docstring(node)
+  if docstring and not is_property(node) and not begins_with_verb(docstring):
+    faults.append(f"{node.lineno}: the docstring of {node.name} does not begin with a verb in the third person: {docstring.split()[0]!r}")
+  return faults
+
+
+def find_faults(name: str, text: str) -> list[str]:
+  """Returns what the file does against the style, one line a fault."""
+  tree, lines, faults = ast.parse(text), len(text.splitlines()), []
+  if lines > LONG.get(name, LONGEST):
+    faults.append(f"{lines} lines: split the idea")
+  if lines < SHORTEST and name not in TABLES:
+    faults.append(f"{lines} lines: part of a larger idea, in another file")
+  if not ast.get_docstring(tree):
+    faults.append("the module has no docstring")
   for node in ast.walk(tree):
     if isinstance(node, FUNCTIONS):
-      lines = node.end_lineno - node.lineno + 1
-      limit = 100 if path.match("mor/train/loop.py") else 60
-      assert lines <= limit, f"{node.name} has {lines} lines, over {limit}"
+      faults += function_faults(node)
+    elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) and isinstance(node.value, ast.Lambda):
+      faults.append(f"{node.lineno}: an assigned lambda; write `def`")
   for node in tree.body:
-    if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_"):
-      assert ast.get_docstring(node), f"{node.name} has no docstring"
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node):
+      faults.append(f"{node.lineno}: {node.name} has no docstring")
+  return faults
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_style(path):
+  faults = find_faults(name_of(path), path.read_text(encoding="utf-8"))
+  if name_of(path) in listed(NOT_YET):
+    assert faults, "no fault left: remove it from NOT_YET"
+  else:
+    assert not faults, "\n".join(faults)
+
+
+def test_only_existing_files_are_behind():
+  assert not set(listed(NOT_YET)) - set(map(name_of, FILES)), "in NOT_YET, but no such file"
+
+
+def test_no_two_classes_share_a_name():
+  homes = collections.defaultdict(list)
+  for path in FILES:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.ClassDef):
+        homes[node.name].append(name_of(path))
+  shared = {name: files for name, files in homes.items() if len(files) > 1}
+  assert set(shared) == set(listed(NOT_YET_CLASSES)), f"shared: {shared}"
+
+
+@pytest.mark.parametrize("fault, text", [
+    ("assigned lambda", "double = lambda x: 2 * x"),
+    ("begin with a verb", 'def double(x):\n  """The double of x."""'),
+    ("begin with a verb", 'def double(x):\n  """Tokens, twice."""'),
+    ("begin with a verb", 'class Pair:\n  """Two."""\n  def double(self):\n    """Whether it is twice."""'),
+    ("has no docstring", "def double(x):\n  return 2 * x"),
+    ("over 60", 'def double(x):\n  """Returns the double."""\n' + "  x = x\n" * 60),
+    ("split the idea", "x = 1\n" * 400),
+    ("part of a larger idea", ""),
+])
+def test_each_rule_finds_its_fault(fault, text):
+  long_enough = '"""A module."""\n' + "\n" * (0 if "larger" in fault else 40)
+  assert [line for line in find_faults("mor/x.py", long_enough + text) if fault in line]
+  good = '\n\ndef double(x):\n  """Returns the double."""\n  return 2 * x\n\n\nclass Pair:\n  """Two."""\n  @property\n  def one(self):\n    """The first."""\n'
+  assert not find_faults("mor/x.py", long_enough + "\n" * 40 + good)
