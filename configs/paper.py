@@ -20,7 +20,6 @@ import re
 
 import ml_collections
 
-from configs import base
 from mor import config as config_lib
 from mor import info
 
@@ -52,7 +51,7 @@ def get_config(name: str = "mor-360m-r3") -> ml_collections.ConfigDict:
     raise ValueError(f"configs/paper.py:{name} is not in the family; use MODEL-SIZE[-rR] with "
                      f"MODEL in {', '.join(MODELS)}, SIZE in {', '.join(SIZES)}, R in 2, 3, 4 "
                      "(no R for vanilla)")
-  config = base.get_config()
+  config = config_lib.default()
   _set_model(config.model, model, size, 1 if model == "vanilla" else int(full[-1]))
   config.data.update(source="fineweb-edu-dedup/*.jsonl.gz", tokenizer="smollm-tokenizer.json",
                      seq_len=2048, batch_size=1024)

@@ -14,12 +14,12 @@ import dataclasses
 
 import ml_collections
 
-from configs import base
+from mor import config as config_lib
 from mor.conversion import source
 
 
 def get_config(spec: str = "") -> ml_collections.ConfigDict:
-  config = base.get_config()
+  config = config_lib.default()
   if spec:
     fields = dataclasses.asdict(source.describe(spec))
     config.model.update(fields)

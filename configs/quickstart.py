@@ -14,11 +14,11 @@ python -m mor.main --config=configs/quickstart.py --workdir=WORKDIR
 
 import ml_collections
 
-from configs import base
+from mor import config as config_lib
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = base.get_config()
+  config = config_lib.default()
   config.model.update(vocab_size=4096, d_model=192, num_heads=6, num_kv_heads=2, head_dim=32,
                       d_ff=512, num_layers=5, sharing="middle_cycle", num_recursions=3,
                       scan_layers=False)

@@ -15,14 +15,14 @@ from typing import Any
 
 import ml_collections
 
-from configs import base
+from mor import config as config_lib
 
 DATA = os.environ.get("MOR_DATA", "../shared/data")
 FIXED = dict(name="fixed", sampling="none")
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = base.get_config()
+  config = config_lib.default()
   config.model.update(vocab_size=4096, d_model=192, num_heads=6, num_kv_heads=2, head_dim=32, d_ff=512, num_layers=8)
   use_books(config, max_bytes=20_000_000)
   config.data.update(tokenizer="bpe:4096", seq_len=256, batch_size=8)

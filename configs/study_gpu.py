@@ -15,12 +15,12 @@ from typing import Any
 
 import ml_collections
 
-from configs import base
+from mor import config as config_lib
 from configs import study_cpu
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = base.get_config()
+  config = config_lib.default()
   config.model.update(vocab_size=32768, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, d_ff=1536,
                       num_layers=32, compute_dtype="bfloat16", remat="dots")
   study_cpu.use_books(config, max_bytes=0)

@@ -24,7 +24,7 @@ import re
 
 import ml_collections
 
-from configs import base
+from mor import config as config_lib
 from configs import study_cpu
 
 _MODEL = re.compile(r"full|r([235])(?:-lora(\d+))?(-mor)?")
@@ -35,7 +35,7 @@ def get_config(model: str = "r2") -> ml_collections.ConfigDict:
   if not match:
     raise ValueError(f"model {model!r}; use full, r2, r3, r5, or one of these with -loraN, -mor or -loraN-mor")
   recursions, rank, routed = int(match[1] or 1), int(match[2] or 0), bool(match[3])
-  config = base.get_config()
+  config = config_lib.default()
   config.model.update(vocab_size=49152, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, d_ff=1536,
                       num_layers=30, sharing="vanilla" if recursions == 1 else "cycle", num_recursions=recursions,
                       rope_theta=100000.0, norm_eps=1e-5, init_std=0.0417)

@@ -1,9 +1,9 @@
-"""Every knob of the project, as frozen, validated dataclasses.
+"""Every knob of the project, once: frozen, validated dataclasses with defaults.
 
-`configs/*.py` build an `ml_collections.ConfigDict` (so that every field can be
-overridden on the command line); `from_config_dict` turns it once into these
-dataclasses. Below this file nothing has a default and nothing is looked up by
-string.
+A field's row gives its type or allowed values, its default, and its help text with the
+unit. `default` makes the `ml_collections.ConfigDict` that `configs/*.py` edit and the
+command line overrides; `from_config_dict` turns that once into these dataclasses.
+Below this file nothing has a default and nothing is looked up by string.
 """
 
 import copy
@@ -20,41 +20,26 @@ RouterConfig = model_config.RouterConfig
 LoraConfig = model_config.LoraConfig
 RopeScalingConfig = model_config.RopeScalingConfig
 
+_field = fields.field
 _require = fields.require
-
-# Fields that runs were made without, and what those runs did.
-_ADDED = {
-    "init": dict(method="stepwise", lora="svd"),
-    "distill": dict(teacher="", weight=0.5, temperature=1.0),
-    "exit": dict(layers=[], weighting="constant", coef=0.1, kl=1.0, hidden="none", hidden_coef=0.5, layer_dropout=0.0,
-                 curriculum="none"),
-    "model.tie_embeddings": True,
-    "model.rope_scaling": dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
-    "model.attention": "auto",  # the same but for rounding
-    "model.lora": dict(q=0, k=0, v=0, o=0, gate=0, up=0, down=0),
-    "mesh.fsdp": 1,
-    "mesh.sequence": 1,
-    "train.keep_every": 0,
-    "train.step_timeout": 0.0,
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Where text comes from and how it becomes batches."""
 
-  # "sotu" (shipped), "tfds:NAME", "hf:DIR" (datasets.save_to_disk), or a path
-  # or glob of .txt, .jsonl, .jsonl.gz, .jsonl.xz or .array_record files.
-  source: str
-  validation_source: str  # "" holds out `validation_fraction` of the documents
-  text_key: str  # field that holds the text in records
-  validation_fraction: float
-  max_bytes: int  # read no more than this much training text; 0 reads all
-  tokenizer: str  # "bytes", "bpe:SIZE" (trained at first run) or a tokenizers .json
-  seq_len: int  # tokens in a row (T)
-  batch_size: int  # rows in a global batch (B)
-  shuffle_seed: int
-  cache_dir: str  # token arrays and trained tokenizers; "" is <user cache>/mor
+  source: str = _field(
+      "sotu", "training text: sotu (shipped), tfds:NAME, hf:DIR (datasets.save_to_disk), or a path or glob of .txt, "
+      ".jsonl, .jsonl.gz, .jsonl.xz or .array_record files")
+  validation_source: str = _field("", "held-out text, as source; '' holds out validation_fraction of the documents")
+  text_key: str = _field("text", "key of the text in a record")
+  validation_fraction: float = _field(0.05, "fraction of the documents that is held out")
+  max_bytes: int = _field(0, "bytes of training text to read at most; 0 reads all")
+  tokenizer: str = _field("bpe:4096", "bytes, bpe:SIZE (trained at the first run), or a tokenizers .json file")
+  seq_len: int = _field(256, "tokens in a batch row (T)")
+  batch_size: int = _field(8, "rows in a global batch (B)")
+  shuffle_seed: int = _field(0, "seed of the order of documents")
+  cache_dir: str = _field("", "directory of token arrays and trained tokenizers; '' is <user cache>/mor")
 
   def __post_init__(self):
     _require(self.seq_len >= 2, f"data.seq_len={self.seq_len}", "use at least 2 tokens")
@@ -68,16 +53,16 @@ class DataConfig:
 class OptimConfig:
   """AdamW with clipping and a learning-rate schedule."""
 
-  learning_rate: float  # peak
-  schedule: Literal["wsd", "cosine", "constant"]
-  warmup_steps: int
-  cooldown_fraction: float  # wsd: last part of training, linear to the end rate
-  end_ratio: float  # final rate / peak rate
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float  # on matrices only, not on norms and embeddings' scale
-  clip_norm: float  # global gradient norm; 0 is off
+  learning_rate: float = _field(3e-3, "peak learning rate")
+  schedule: Literal["wsd", "cosine", "constant"] = _field("wsd", "shape of the learning rate after the warm-up")
+  warmup_steps: int = _field(20, "steps from 0 to the peak")
+  cooldown_fraction: float = _field(0.2, "wsd: last fraction of the steps, linear to the final rate")
+  end_ratio: float = _field(0.0, "final rate / peak rate")
+  b1: float = _field(0.9, "decay of the first moment")
+  b2: float = _field(0.95, "decay of the second moment")
+  eps: float = _field(1e-8, "term added to the root of the second moment")
+  weight_decay: float = _field(0.1, "decay of matrices; norms and the embedding's scale have none")
+  clip_norm: float = _field(1.0, "largest global gradient norm; 0 is off")
 
   def __post_init__(self):
     _require(self.learning_rate > 0, f"optim.learning_rate={self.learning_rate}", "use a value > 0")
@@ -95,18 +80,20 @@ class OptimConfig:
 class TrainConfig:
   """The loop."""
 
-  steps: int
-  accumulation: int  # micro-batches a step
-  loss_block: int  # tokens whose [block, V] float32 logits exist at once
-  log_every: int  # steps
-  eval_every: int  # steps; the last step always evaluates
-  eval_rows: int  # held-out rows an evaluation reads at most; 0 reads all
-  checkpoint_every: int  # steps; the last step always saves
-  keep_checkpoints: int  # newest ones; with 2 or more, a damaged one loses no more than `checkpoint_every` steps
-  keep_every: int  # steps; checkpoints of their multiples are kept for ever; 0 keeps none
-  step_timeout: float  # seconds; a step that takes longer ends the process (train/watchdog.py); 0 is off
-  sample_prompt: str  # continued and coloured by depth at the end; "" is off
-  sample_tokens: int
+  steps: int = _field(500, "optimizer steps")
+  accumulation: int = _field(1, "micro-batches in a step")
+  loss_block: int = _field(2048, "tokens whose [block, V] float32 logits exist at once")
+  log_every: int = _field(10, "steps between records of metrics")
+  eval_every: int = _field(250, "steps between evaluations; the last step always evaluates")
+  eval_rows: int = _field(64, "held-out rows that an evaluation reads at most; 0 reads all")
+  checkpoint_every: int = _field(250, "steps between checkpoints; the last step always saves")
+  keep_checkpoints: int = _field(
+      2, "newest checkpoints to keep; with 2 or more, a damaged one loses at most checkpoint_every steps")
+  keep_every: int = _field(0, "steps; checkpoints at multiples of it are kept for ever; 0 keeps none", added=True)
+  step_timeout: float = _field(
+      0.0, "seconds; a longer step ends the process with exit status 76; 0 is off", added=True)
+  sample_prompt: str = _field("The state of the Union is", "text continued and coloured by depth at the end; '' is off")
+  sample_tokens: int = _field(64, "new tokens of that continuation")
 
   def __post_init__(self):
     for field in ("steps", "accumulation", "loss_block", "log_every", "eval_every", "checkpoint_every",
@@ -120,18 +107,18 @@ class TrainConfig:
 class InitConfig:
   """How `--mode=convert` makes this model of a pretrained one (RRT §3.1)."""
 
-  # Which source layers a shared layer is made of; see conversion/recursive_init.py.
-  method: Literal["stepwise", "average", "lower", "upper", "random"]
-  lora: Literal["svd", "zero"]  # truncated SVD of what sharing lost, or none of it
+  method: Literal["stepwise", "average", "lower", "upper", "random"] = _field(
+      "stepwise", "source layers that a shared layer is made of; see conversion/recursive_init.py")
+  lora: Literal["svd", "zero"] = _field("svd", "low-rank deltas: truncated SVD of what sharing lost, or zero")
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
   """Loss (1 - weight) * NLL + weight * temperature^2 * KL(teacher || student)."""
 
-  teacher: str  # workdir of a run whose newest checkpoint teaches; "" is off
-  weight: float
-  temperature: float  # divides both models' logits
+  teacher: str = _field("", "workdir of the run whose newest checkpoint teaches; '' is off")
+  weight: float = _field(0.5, "share of the divergence in the loss")
+  temperature: float = _field(1.0, "divisor of both models' logits")
 
   def __post_init__(self):
     _require(0 < self.weight <= 1, f"distill.weight={self.weight}", "use a weight in (0, 1], or distill.teacher=''")
@@ -142,14 +129,16 @@ class DistillConfig:
 class ExitConfig:
   """Training of early exits; see `train/exits.py`."""
 
-  layers: tuple[int, ...]  # unrolled layers after which there is one, ascending; () is off
-  weighting: Literal["depth", "constant"]  # layers / their sum; 1 for the end and `coef` for an exit
-  coef: float
-  kl: float  # share of an exit's loss that is the divergence from the end's logits, detached
-  hidden: Literal["none", "last", "uniform", "dynamic"]  # which states imitate which, by mean squares
-  hidden_coef: float
-  layer_dropout: float  # of the last layer, for a row; earlier ones have less
-  curriculum: Literal["none", "rotational", "gradual"]  # which exits a step trains
+  layers: tuple[int, ...] = _field((), "unrolled layers that have an exit behind them, ascending; () is off")
+  weighting: Literal["depth", "constant"] = _field(
+      "constant", "depth: an exit weighs its layer / the sum of layers; constant: 1 at the end and coef at an exit")
+  coef: float = _field(0.1, "weight of an exit's loss; the end has 1")
+  kl: float = _field(1.0, "share of an exit's loss that is the divergence from the end's detached logits")
+  hidden: Literal["none", "last", "uniform", "dynamic"] = _field(
+      "none", "which layers' states imitate which, by mean squares")
+  hidden_coef: float = _field(0.5, "weight of that imitation")
+  layer_dropout: float = _field(0.0, "probability that a row skips the last layer; earlier layers have less")
+  curriculum: Literal["none", "rotational", "gradual"] = _field("none", "which exits a step trains")
 
   def __post_init__(self):
     _require(list(self.layers) == sorted(set(self.layers)), f"exit.layers={self.layers}", "use ascending layers")
@@ -178,10 +167,10 @@ class ExitConfig:
 class MeshConfig:
   """Devices along each mesh axis; -1 takes what is left (one axis only)."""
 
-  data: int  # rows
-  fsdp: int  # rows, and parameters with their moments
-  tensor: int  # heads, feed-forward width and vocabulary
-  sequence: int  # positions, outside attention
+  data: int = _field(-1, "devices that split rows")
+  fsdp: int = _field(1, "devices that split rows, and parameters with their moments", added=True)
+  tensor: int = _field(1, "devices that split heads, feed-forward width and vocabulary")
+  sequence: int = _field(1, "devices that split positions, outside attention", added=True)
 
   def __post_init__(self):
     sizes = (self.data, self.fsdp, self.tensor, self.sequence)
@@ -193,15 +182,15 @@ class MeshConfig:
 class Config:
   """A whole experiment."""
 
-  seed: int
-  model: ModelConfig
-  data: DataConfig
-  optim: OptimConfig
-  train: TrainConfig
-  init: InitConfig
-  distill: DistillConfig
-  exit: ExitConfig
-  mesh: MeshConfig
+  seed: int = _field(0, "seed of the parameters and of every random choice of the run")
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  optim: OptimConfig = OptimConfig()
+  train: TrainConfig = TrainConfig()
+  init: InitConfig = _field(InitConfig(), added=True)
+  distill: DistillConfig = _field(DistillConfig(), added=True)
+  exit: ExitConfig = _field(ExitConfig(), added=True)
+  mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
     n, a = self.data.batch_size, self.train.accumulation
@@ -211,6 +200,11 @@ class Config:
              f"optim.warmup_steps={self.optim.warmup_steps} exceeds train.steps={self.train.steps}",
              "shorten the warm-up or train longer")
     self.exit.check(self.model)
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns every field with its default, locked; an experiment edits it."""
+  return ml_collections.ConfigDict(to_dict(Config())).lock()
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:
@@ -223,26 +217,18 @@ def from_config_dict(config: ml_collections.ConfigDict) -> Config:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-  """Plain dictionary of a config dataclass, ready for JSON."""
+  """Returns the plain dictionary of a config dataclass, ready for JSON."""
   return dataclasses.asdict(config)
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-  """Inverse of `to_dict`, also after a round trip through JSON."""
+  """Returns the config of a dictionary, the inverse of `to_dict`, also after a round trip through JSON."""
   return fields.build(Config, values, "config")
 
 
 def upgrade(values: dict[str, Any]) -> dict[str, Any]:
-  """What `to_dict` gave when there were fewer fields, as it would be today."""
+  """Returns what `to_dict` would give today for a run that was made when there were fewer fields."""
   values = copy.deepcopy(values)
-  for path, default in _ADDED.items():
-    *groups, name = path.split(".")
-    group = values
-    for part in groups:
-      group = group[part]
-    group.setdefault(name, copy.deepcopy(default))
   if "model" in values["mesh"]:  # the name of `tensor`, before there were four axes
     values["mesh"]["tensor"] = values["mesh"].pop("model")
-  return values
-
-
+  return fields.fill_added(Config, values)

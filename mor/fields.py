@@ -1,4 +1,8 @@
-"""Typed dataclasses from nested dictionaries, and their one-line errors."""
+"""Rows of config dataclasses, their values from nested dictionaries, and their one-line errors.
+
+A row is `name: type = fields.field(default, help)`; a group of rows is a field whose
+type is a dataclass.
+"""
 
 import dataclasses
 import typing
@@ -11,8 +15,37 @@ def require(ok: bool, what: str, remedy: str) -> None:
     raise ValueError(f"{what}; {remedy}")
 
 
+def field(default: Any, help_text: str = "", added: bool = False) -> Any:
+  """Declares a dataclass field.
+
+  Args:
+    default: value where an experiment says nothing, immutable.
+    help_text: meaning and unit, a phrase.
+    added: True if configs of older runs lack the field. They did what `default` says, so a
+      change of the default must write the old value into `config.upgrade`.
+  """
+  return dataclasses.field(default=default, metadata=dict(help=help_text, added=added))
+
+
+def fill_added(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+  """Returns `values`, with defaults for the added fields of `cls` and of its groups that it lacks."""
+  filled = dict(values)
+  for row in dataclasses.fields(cls):
+    if row.name not in filled:
+      if row.metadata.get("added"):
+        filled[row.name] = plain(row.default)
+    elif dataclasses.is_dataclass(row.type) and isinstance(filled[row.name], dict):
+      filled[row.name] = fill_added(row.type, filled[row.name])
+  return filled
+
+
+def plain(value: Any) -> Any:
+  """Returns a field's value as a dictionary if it is a group."""
+  return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+
+
 def build(cls: type, values: Any, path: str) -> Any:
-  """The dataclass `cls` of a dictionary with exactly its fields.
+  """Returns the dataclass `cls` of a dictionary with exactly its fields; defaults fill nothing.
 
   Raises:
     ValueError: a field is unknown, missing, of another type or out of range; `path`
@@ -23,7 +56,7 @@ def build(cls: type, values: Any, path: str) -> Any:
   unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
   require(not unknown, f"unknown field(s) {', '.join(f'{path}.{u}' for u in unknown)}",
            f"the fields are {', '.join(hints)}")
-  require(not missing, f"missing field(s) {', '.join(f'{path}.{m}' for m in missing)}", "start from configs/base.py")
+  require(not missing, f"missing field(s) {', '.join(f'{path}.{m}' for m in missing)}", "start from config.default()")
   return cls(**{k: _convert(hints[k], v, f"{path}.{k}") for k, v in values.items()})
 
 

@@ -7,6 +7,7 @@ from mor import fields
 
 Sharing = Literal["vanilla", "cycle", "sequence", "middle_cycle", "middle_sequence"]
 
+_field = fields.field
 _require = fields.require
 
 
@@ -14,33 +15,32 @@ _require = fields.require
 class RouterConfig:
   """How a token's recursion depth is chosen (MoR paper §2.2)."""
 
-  name: Literal["fixed", "expert_choice", "token_choice"]
-  # Score network: linear D->1 (or R), mlp D->2D->1, wide_mlp D->4D->1, or
-  # random scores (no parameters; the paper's ablation baseline).
-  arch: Literal["linear", "mlp", "wide_mlp", "random"]
-  activation: Literal["sigmoid", "tanh", "none", "softmax"]
-  alpha: float  # factor on the activated score
-  temperature: float  # the router reads h / temperature
-  # Fraction of the sequence processed by each step; () means (R-r)/R. With
-  # token-choice it is the gather buffer, not a limit: overflow runs masked.
-  capacity: tuple[float, ...]
-  capacity_warmup_steps: int  # cosine from 1 to `capacity`; 0 is off
-  # expert-choice: x + g*y ("weighted") or x + y ("additive").
-  # token-choice: only the exit is gated ("weighted", official code), every
-  # step is gated ("every_step", paper eq. 2.2), or no gate ("additive").
-  # Both: x + g*(y - x) ("residual"), at token-choice's exit from the entrance's
-  # x; with g near 1 it leaves a pretrained model as it is.
-  gating: Literal["weighted", "additive", "every_step", "residual"]
-  # What makes expert-choice causal at inference: a BCE on the router's own
-  # logits, a second router on detached states, or nothing.
-  sampling: Literal["aux_loss", "aux_router", "none"]
-  sampling_coef: float
-  aux_router_lr_multiplier: float
-  z_loss_coef: float
-  balancing: Literal["none", "loss", "loss_free"]  # token-choice
-  balance_coef: float
-  bias_update_rate: float  # u of loss-free balancing, per optimizer step
-  balance_warmup_steps: int  # every token goes to depth R until then
+  name: Literal["fixed", "expert_choice", "token_choice"] = _field("expert_choice", "who chooses a token's depth")
+  arch: Literal["linear", "mlp", "wide_mlp", "random"] = _field(
+      "linear", "score network: linear D->1 (or R), mlp D->2D->1, wide_mlp D->4D->1, or random scores without "
+      "parameters (the paper's ablation)")
+  activation: Literal["sigmoid", "tanh", "none", "softmax"] = _field("sigmoid", "activation of the scores")
+  alpha: float = _field(0.1, "factor on the activated score")
+  temperature: float = _field(1.0, "divisor of the hidden states that the router reads")
+  capacity: tuple[float, ...] = _field(
+      (), "fraction of the sequence that each step processes; () is (R-r)/R; token_choice: size of the gather "
+      "buffer, beyond which a step runs masked")
+  capacity_warmup_steps: int = _field(0, "optimizer steps of a cosine from 1 to capacity; 0 is off")
+  gating: Literal["weighted", "additive", "every_step", "residual"] = _field(
+      "weighted", "how a step's output y joins its input x with gate g; weighted: x + g*y (token_choice: at the exit "
+      "only, as the official code); every_step: x + g*y at each step (token_choice, paper eq. 2.2); additive: x + y; "
+      "residual: x + g*(y - x) (token_choice: at the exit, from the entrance's x), which with g near 1 keeps a "
+      "pretrained model as it is")
+  sampling: Literal["aux_loss", "aux_router", "none"] = _field(
+      "aux_loss", "what makes expert_choice causal at inference: a BCE on the router's own logits, a second router on "
+      "detached states, or nothing")
+  sampling_coef: float = _field(0.001, "weight of that loss")
+  aux_router_lr_multiplier: float = _field(10.0, "learning rate of the second router / learning rate")
+  z_loss_coef: float = _field(0.0, "weight of the router's z-loss")
+  balancing: Literal["none", "loss", "loss_free"] = _field("none", "token_choice: how the depths' load is balanced")
+  balance_coef: float = _field(0.1, "weight of the balancing loss")
+  bias_update_rate: float = _field(0.001, "step of loss-free balancing's bias, per optimizer step (u)")
+  balance_warmup_steps: int = _field(0, "optimizer steps during which every token goes to depth R")
 
   def __post_init__(self):
     expert = self.name == "expert_choice"
@@ -77,13 +77,13 @@ class RouterConfig:
 class LoraConfig:
   """Rank of each projection's low-rank delta, one a step; 0 has none (RRT §3.1)."""
 
-  q: int
-  k: int
-  v: int
-  o: int
-  gate: int
-  up: int
-  down: int
+  q: int = _field(0, "rank of the delta of queries; 0 is off")
+  k: int = _field(0, "rank of the delta of keys; 0 is off")
+  v: int = _field(0, "rank of the delta of values; 0 is off")
+  o: int = _field(0, "rank of the delta of attention's output; 0 is off")
+  gate: int = _field(0, "rank of the delta of the feed-forward gate; 0 is off")
+  up: int = _field(0, "rank of the delta of the feed-forward input; 0 is off")
+  down: int = _field(0, "rank of the delta of the feed-forward output; 0 is off")
 
   def __post_init__(self):
     for name, rank in dataclasses.asdict(self).items():
@@ -104,10 +104,10 @@ class RopeScalingConfig:
   between go from one to the other.
   """
 
-  factor: float  # 1 is no scaling
-  low_freq_factor: float  # turns
-  high_freq_factor: float  # turns
-  original_context: int  # positions
+  factor: float = _field(1.0, "divisor of low frequencies; 1 is no scaling")
+  low_freq_factor: float = _field(1.0, "turns in original_context below which a frequency is divided")
+  high_freq_factor: float = _field(4.0, "turns in original_context above which a frequency stays")
+  original_context: int = _field(8192, "positions that the model was trained on before")
 
   def __post_init__(self):
     _require(self.factor >= 1, f"model.rope_scaling.factor={self.factor}", "use a factor >= 1")
@@ -122,31 +122,33 @@ class RopeScalingConfig:
 class ModelConfig:
   """A Llama-style decoder whose middle is a shared stack run R times."""
 
-  vocab_size: int
-  d_model: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  d_ff: int
-  num_layers: int  # unrolled layers, prelude and coda included
-  sharing: Sharing
-  num_recursions: int  # R
-  kv_plan: Literal["recursion_wise", "shared", "hybrid"]
-  execution: Literal["gathered", "masked"]
-  # Where scores are computed: splash (TPU; on a CPU interpreted, for tests), cudnn
-  # (GPU, bfloat16), or xla. "auto" is the device's, where it fits: `model/kernels.py`.
-  attention: Literal["auto", "xla", "splash", "cudnn"]
-  rope_theta: float
-  rope_scaling: RopeScalingConfig
-  norm_eps: float
-  init_std: float
-  tie_embeddings: bool  # the output head is the embedding
-  cross_documents: bool  # True: packed documents attend to each other (paper)
-  compute_dtype: Literal["float32", "bfloat16"]  # parameters stay float32
-  remat: Literal["none", "dots", "full"]  # what the backward pass recomputes
-  scan_layers: bool  # False unrolls the stack: slower compile, same numbers
-  lora: LoraConfig  # what each step adds to the shared projections
-  router: RouterConfig
+  vocab_size: int = _field(4096, "rows of the embedding (V)")
+  d_model: int = _field(192, "width of hidden states (D)")
+  num_heads: int = _field(6, "query heads (N)")
+  num_kv_heads: int = _field(2, "key and value heads (K), a divisor of num_heads")
+  head_dim: int = _field(32, "width of a head (H), even")
+  d_ff: int = _field(512, "width of the feed-forward layer (F)")
+  num_layers: int = _field(8, "unrolled layers, prelude and coda included")
+  sharing: Sharing = _field(
+      "middle_cycle", "which layers share parameters; middle: the first and the last layer have their own")
+  num_recursions: int = _field(3, "recursion steps of the shared stack (R)")
+  kv_plan: Literal["recursion_wise", "shared", "hybrid"] = _field(
+      "recursion_wise", "keys that a step attends to: its own, step 0's, or step 0's with its own in their places")
+  execution: Literal["gathered", "masked"] = _field("gathered", "gathered saves FLOPs; masked is the reference")
+  attention: Literal["auto", "xla", "splash", "cudnn"] = _field(
+      "auto", "where scores are computed: xla, splash (TPU; on a CPU interpreted, for tests), cudnn (GPU, bfloat16); "
+      "auto is the device's, where it fits: model/kernels.py", added=True)
+  rope_theta: float = _field(10000.0, "base of the rotary frequencies")
+  rope_scaling: RopeScalingConfig = _field(RopeScalingConfig(), added=True)
+  norm_eps: float = _field(1e-5, "term added to the mean square in RMSNorm")
+  init_std: float = _field(0.02, "standard deviation of initial weights")
+  tie_embeddings: bool = _field(True, "whether the output head is the embedding", added=True)
+  cross_documents: bool = _field(False, "whether packed documents attend to each other (paper)")
+  compute_dtype: Literal["float32", "bfloat16"] = _field("float32", "dtype of matmuls; parameters stay float32")
+  remat: Literal["none", "dots", "full"] = _field("none", "what the backward pass recomputes: all but matmuls, or all")
+  scan_layers: bool = _field(True, "False unrolls the stack: slower to compile, same numbers")
+  lora: LoraConfig = _field(LoraConfig(), added=True)
+  router: RouterConfig = RouterConfig()
 
   def __post_init__(self):
     for field in ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "num_layers",

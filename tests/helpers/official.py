@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from configs import base
 from mor import config as config_lib
 from mor.model import schedule as schedule_lib
 
@@ -137,7 +136,7 @@ def _model(meta, weights, aux):
       norm_eps=float(meta["rms_norm_eps"]), init_std=0.02, cross_documents=False,
       compute_dtype="float32", remat="none", scan_layers=True,
       router=_router(meta, weights, aux))
-  defaults = base.get_config().to_dict()
+  defaults = config_lib.default().to_dict()
   return config_lib.from_dict({**defaults, "model": {**defaults["model"], **fields}}).model
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs import base
 from mor import config as config_lib
 
 # Router fields that go together, to be merged over the defaults.
@@ -38,7 +37,7 @@ _TINY = dict(
 
 def config(*groups: dict[str, Any], **overrides: Any) -> config_lib.Config:
   """The tiny config, with nested dictionaries of fields merged over it."""
-  fields = copy.deepcopy(base.get_config().to_dict())
+  fields = copy.deepcopy(config_lib.default().to_dict())
   for group in (_TINY, *groups, overrides):
     _merge(fields, group)
   return config_lib.from_dict(fields)

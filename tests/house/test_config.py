@@ -1,10 +1,10 @@
 """Bad configurations: one line with what, the value and the remedy."""
 
+import dataclasses
 import json
 
 import pytest
 
-from configs import base
 from mor import config
 from tests.helpers import tiny
 
@@ -85,18 +85,76 @@ def test_bad_fields_are_named(overrides, words):
 
 
 def test_missing_field_is_named():
-  fields = base.get_config().to_dict()
+  fields = config.default().to_dict()
   del fields["optim"]["b2"]
-  with pytest.raises(ValueError, match=r"config\.optim\.b2; start from configs/base\.py"):
+  with pytest.raises(ValueError, match=r"config\.optim\.b2; start from config\.default\(\)"):
     config.from_dict(fields)
 
 
 def test_unknown_field_of_a_config_dict_is_named():
-  fields = base.get_config()
+  fields = config.default()
   with fields.unlocked():
     fields.train.stepz = 3
   with pytest.raises(ValueError, match=r"unknown field.*config\.train\.stepz"):
     config.from_config_dict(fields)
+
+
+# What runs did that were made before these fields were.
+OLD = dict(
+    init=dict(method="stepwise", lora="svd"),
+    distill=dict(teacher="", weight=0.5, temperature=1.0),
+    exit=dict(layers=(), weighting="constant", coef=0.1, kl=1.0, hidden="none", hidden_coef=0.5, layer_dropout=0.0,
+              curriculum="none"),
+    model=dict(tie_embeddings=True, attention="auto", lora=dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 0),
+               rope_scaling=dict(factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)),
+    train=dict(keep_every=0, step_timeout=0.0))
+
+
+def _without(values, old):
+  """A copy of `values` that lacks the fields of `old`."""
+  return {name: _without(value, old[name]) if name in ("model", "train") and name in old else value
+          for name, value in values.items() if name in ("model", "train") or name not in old}
+
+
+def test_the_config_of_an_old_run_says_what_it_did():
+  wanted = tiny.config(OLD, mesh=dict(tensor=1))
+  old = _without(config.to_dict(wanted), OLD) | dict(mesh=dict(data=1, model=1))
+  given = json.loads(json.dumps(old))
+  assert "exit" not in old and "lora" not in old["model"] and "keep_every" not in old["train"]
+  assert config.from_dict(config.upgrade(given)) == wanted
+  assert given == json.loads(json.dumps(old)), "an argument is not changed"
+
+
+def test_a_field_that_every_run_had_is_not_filled_in():
+  fields = config.default().to_dict()
+  del fields["optim"]["b2"]
+  with pytest.raises(ValueError, match=r"config\.optim\.b2"):
+    config.from_dict(config.upgrade(fields))
+
+
+def _rows(cls, path=""):
+  """Each field that is no group, with its path."""
+  for row in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(row.type):
+      yield from _rows(row.type, f"{path}{row.name}.")
+    else:
+      yield f"{path}{row.name}", row
+
+
+def test_each_field_has_a_default_of_its_type_and_a_help_text():
+  rows = dict(_rows(config.Config))
+  assert len(rows) > 80
+  for path, row in rows.items():
+    assert row.default is not dataclasses.MISSING and row.metadata["help"], path
+  config.from_config_dict(config.default())  # of the types that the fields state
+
+
+def test_the_default_is_locked_and_the_callers_own():
+  first = config.default()
+  first.model.d_model = 7
+  assert config.default().model.d_model == 192
+  with pytest.raises(AttributeError):
+    first.model.d_modle = 7
 
 
 def test_json_round_trip_is_exact():
