@@ -32,8 +32,6 @@ mor/checkpoint.py
 
 mor/colour.py
 
-mor/config.py
-
 mor/conversion/command.py
 
 mor/conversion/gguf_import.py
@@ -113,8 +111,6 @@ mor/exits/policy.py
 mor/exits/ring.py
 
 mor/exits/tick.py
-
-mor/fields.py
 
 mor/flops.py
 
