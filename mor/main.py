@@ -22,12 +22,13 @@ end a process whose coordinator is gone with SIGABRT first. Errors are one line;
 MOR_TRACEBACK=1 shows where they come from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import os
 import pathlib
 import shlex
 import sys
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -43,6 +44,8 @@ from mor import sharding
 from mor.aot import compiled
 from mor.conversion import command as conversion
 from mor.data import text
+from mor.exits import confidence
+from mor.exits import policy as exits_lib
 from mor.serve import cli as command
 from mor.serve import model as model_lib
 from mor.study import plan as study_plan
@@ -94,10 +97,21 @@ _HOW = {  # of the engine; see mor/serve/engine.py
     "context": flags.DEFINE_integer("context", None, "generate: positions at most; default data.seq_len."),
     "weight_format": flags.DEFINE_string("weight_format", None, "generate: float32 (default), bfloat16 or int8."),
     "kv_format": flags.DEFINE_string("kv_format", None, "generate: of stored keys, float32 (default) or bfloat16."),
+    "page_size": flags.DEFINE_integer("page_size", None, "generate: positions in a page of stored keys; default 64."),
+    "num_pages": flags.DEFINE_integer(
+        "num_pages", None, "generate: pages of the recursion's keys, which bounds their memory; default: no bound."),
+    "num_edge_pages": flags.DEFINE_integer("num_edge_pages", None, "generate: the same for prelude and coda."),
+    "prefill_chunk": flags.DEFINE_integer(
+        "prefill_chunk", None, "generate: prompt tokens that are read between two dispatches; default 256."),
+    "ticks": flags.DEFINE_integer("ticks", None, "generate: ticks of a dispatch; default 4 or a little more."),
 }
 _EXITS = {  # see mor/exits/policy.py
     "after": flags.DEFINE_list("exit_after", None, "generate: layers after which a token may leave, e.g. 10,20."),
-    "first": flags.DEFINE_integer("exit_first", 0, "generate: tokens that an exit chooses from; 0 is all."),
+    "measure": flags.DEFINE_enum(
+        "exit_measure", None, list(confidence.MEASURES), "generate: confidence of an exit; default margin."),
+    "first": flags.DEFINE_integer("exit_first", None, "generate: tokens that an exit chooses from; default 0, all."),
+    "kv": flags.DEFINE_enum("exit_kv", None, list(exits_lib.POLICIES),
+                            "generate: deeper keys of tokens that left; default exact."),
 }
 
 
@@ -122,15 +136,19 @@ def _generate() -> int:
   workdir, path = _workdir("generate"), _PROMPT_FILE.value
   if bool(_PROMPT.value) == bool(path):
     raise ValueError("--mode=generate needs either prompts or a file of them; give --prompt=TEXT or --prompt_file=FILE")
-  options, how = ({name: flag.value for name, flag in group.items() if flag.value is not None}
-                  for group in (_OPTIONS, _HOW))
-  if _EXITS["after"].value:
-    how["exits"] = command.exits(_EXITS["after"].value, _EXITS["first"].value)
+  options, how, words = map(_given, (_OPTIONS, _HOW, _EXITS))
+  if words:
+    how["exits"] = command.make_exits(words)
   model = model_lib.load(workdir)
   if path:
     return 0 if command.answer(model, path, options, how) else WRONG
   command.show(model, _PROMPT.value, options, how)
   return 0
+
+
+def _given(group: Mapping[str, flags.FlagHolder]) -> dict[str, Any]:
+  """Returns the values of the flags that were given, or that have a default."""
+  return {name: flag.value for name, flag in group.items() if flag.value is not None}
 
 
 def _convert() -> int:

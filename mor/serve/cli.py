@@ -170,15 +170,21 @@ def _read(model: model_lib.Model, line: str, is_json: bool, options: Mapping[str
     return prompt, None, str(error)
 
 
-def exits(after: Sequence[str], first: int) -> exits_lib.Exits:
-  """Of the words of `--exit_after`.
+def make_exits(words: Mapping[str, Any]) -> exits_lib.Exits:
+  """Returns the exits that flags ask for.
+
+  Args:
+    words: values of the given flags `--exit_…`, by the name of the field of `Exits`; those of `after` are words.
 
   Raises:
-    ValueError: a word is no number, or the exits are wrong.
+    ValueError: a layer is not a number, or the exits are wrong.
   """
+  if "after" not in words:
+    raise ValueError(f"--exit_{next(iter(words))} without exits; give --exit_after=LAYERS too")
+  after = words["after"]
   if not all(word.strip().isdecimal() for word in after):
     raise ValueError(f"--exit_after={','.join(after)}; use numbers of layers, e.g. --exit_after=10,20")
-  return exits_lib.Exits(after=tuple(int(word) for word in after), first=first)
+  return exits_lib.Exits(**{**words, "after": tuple(int(word) for word in after)})
 
 
 def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -> tuple[Run, int]:
@@ -189,7 +195,7 @@ def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -
   settings = {name: value for name, value in how.items() if name != "batching"}
   if "exits" in settings:
     raise ValueError("--exit_after with --batching=none, which knows no exits; leave it out, or use --batching=depth")
-  for name in sorted({"num_slots", "kv_format"} & set(settings)):
+  for name in sorted(set(settings) - {"context", "weight_format"}):
     raise ValueError(f"--{name} with --batching=none, which runs all prompts in one batch with float32 keys; leave it "
                      "out, or use --batching=depth")
   return functools.partial(_at_once, model, settings), settings.get("context", model.context)

@@ -38,8 +38,8 @@ class Engine(loop.Loop):
     ticks: of one dispatch; None is the smallest multiple of the number of steps
       from 4 on, so that tokens that never leave early stay in phase.
     prefill_chunk: prompt tokens prefilled at most between two dispatches.
-    router: in place of the model's own.
-    storage: of keys and values; "dense" is the reference, one page a row.
+    router: router in place of that of the model; for studies of depth, which prescribe it, so no flag sets it.
+    storage: "paged", or "dense": one page a row, the reference of tests and benchmarks, so no flag sets it.
     exits: where tokens may leave early, for requests with exit="trust" or "verify".
     calibrator: gives a request the threshold it does not state; learns from every exit
       where `exits.monitor`.
