@@ -23,7 +23,7 @@ Source: Kaplan et al. 2020, §2.1; MoR paper App. D and Table 2.
 from mor import config as config_lib
 from mor import memory
 from mor.model import schedule as schedule_lib
-from mor.model.kv import table
+from mor.model.kv import plans
 
 
 def breakdown(
@@ -32,7 +32,7 @@ def breakdown(
   """Forward FLOPs per token by part; they add up to the whole."""
   matrices, deltas = memory.layer_parameters(model), memory.lora_ranked(model)
   schedule = schedule_lib.make(model)
-  plan = table.PLANS[model.kv_plan](schedule)
+  plan = plans.PLANS[model.kv_plan](schedule)
   fractions = _fractions(model, seq_len, plan.shares, executed)
   layers = [(1.0, 1.0, 1.0)] * (schedule.prelude + schedule.coda)
   for l, (own, base) in enumerate(zip(plan.own, plan.base)):

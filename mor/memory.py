@@ -14,7 +14,7 @@ Source: MoR paper Table 2.
 
 from mor import config as config_lib
 from mor.model import schedule as schedule_lib
-from mor.model.kv import table as kv_table
+from mor.model.kv import plans as kv_plans
 from mor.model.routers import scores
 from mor.model.routers import table as router_table
 
@@ -89,7 +89,7 @@ def gather_fractions(model: config_lib.ModelConfig, seq_len: int) -> tuple[float
 def kv_bytes_per_token(model: config_lib.ModelConfig, seq_len: int, dtype_bytes: int) -> float:
   """Bytes of cached keys and values, per token of a sequence of `seq_len` tokens."""
   schedule = schedule_lib.make(model)
-  plan = kv_table.PLANS[model.kv_plan](schedule)
+  plan = kv_plans.PLANS[model.kv_plan](schedule)
   fractions = list(step_fractions(model, seq_len))
   if plan.shares:
     fractions[0] = 1.0  # the first step writes keys that later steps need

@@ -17,7 +17,7 @@ import numpy as np
 from mor.model import attention
 from mor.model import kernels
 from mor.model import transformer
-from mor.model.kv import base as kv_base
+from mor.model.kv import view as kv_view
 from tests.helpers import tiny
 from tests.helpers import weights
 
@@ -55,7 +55,7 @@ def check_attention(shape, documents: int) -> bool:
   inputs = draw(num_heads), draw(num_kv_heads), draw(num_kv_heads)
   position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
   segment_BT = 1 + position_BT * documents // seq_len
-  mask_BTS = kv_base.visible(position_BT, segment_BT, position_BT, segment_BT)
+  mask_BTS = kv_view.visible(position_BT, segment_BT, position_BT, segment_BT)
   weight_BTNH = jnp.asarray(rng.normal(size=(batch, seq_len, num_heads, head_dim)), jnp.float32)
 
   def run(attend, dtype):
@@ -65,7 +65,7 @@ def check_attention(shape, documents: int) -> bool:
     grads, out_BTNH = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*(x.astype(dtype) for x in inputs))
     return out_BTNH, grads
 
-  xla = lambda q, k, v: attention.attend(q, kv_base.KV(k, v), mask_BTS)
+  xla = lambda q, k, v: attention.attend(q, kv_view.KV(k, v), mask_BTS)
   cudnn = lambda q, k, v: kernels.cudnn(q, k, v, None if documents == 1 else mask_BTS)
   with jax.default_matmul_precision("highest"):
     exact = run(xla, jnp.float32)

@@ -32,7 +32,7 @@ from mor.conversion import layout
 from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
 from mor.model import schedule as schedule_lib
-from mor.model.kv import table as kv_table
+from mor.model.kv import plans as kv_plans
 
 MODELING = pathlib.Path(__file__).with_name("modeling_mor.py")
 _SIZES = {  # Hugging Face's field -> ours
@@ -102,7 +102,7 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
   if model.router.name != "fixed":
     raise ValueError(f"router.name={model.router.name!r}: tokens leave at different depths, which no Llama does; "
                      "export with --target=hf")
-  if any(slot < 0 for slot in kv_table.PLANS[model.kv_plan](schedule).own):
+  if any(slot < 0 for slot in kv_plans.PLANS[model.kv_plan](schedule).own):
     raise ValueError(f"model.kv_plan={model.kv_plan!r}: later steps have no keys of their own, as each layer of a "
                      "Llama has; export with --target=hf")
   if model.d_model % model.num_heads:

@@ -1,6 +1,6 @@
 """Where a decoder's keys and values are: page tables over a storage's buffers.
 
-A row of the tables belongs to a recursion step (see `kv/storage.py`): with
+A row of the tables belongs to a recursion step (see `kv/plans.py`): with
 recursion-wise and hybrid plans every step has one, with a shared plan step 0 alone.
 Prelude and coda (the *edges*) store every token, in pages of their own. Entries
 ascend by position, so a decoded token sees its rows' entries and needs no mask.
@@ -18,8 +18,7 @@ from mor import config as config_lib
 from mor.decode import pages as pages_lib
 from mor.decode import storage as storage_lib
 from mor.model import schedule as schedule_lib
-from mor.model.kv import recursion_wise
-from mor.model.kv import table as kv_table
+from mor.model.kv import plans as kv_plans
 
 
 @struct.dataclass
@@ -100,9 +99,9 @@ class Tables:
     self.schedule = schedule_lib.make(model)
     if after and self.schedule.num_steps == 1:  # each part stores in a row of its own, as it runs at its own time
       self.schedule = self.schedule.cut(after)
-      self.plan = recursion_wise.plan(self.schedule)
+      self.plan = kv_plans.recursion_wise(self.schedule)
     else:
-      self.plan = kv_table.PLANS[model.kv_plan](self.schedule)
+      self.plan = kv_plans.PLANS[model.kv_plan](self.schedule)
     self.num_edges = self.schedule.prelude + self.schedule.coda
     self.rules = self._rules()
     self.num_rows = 1 + max(row for rule in self.rules for row in rule.own_R)

@@ -17,7 +17,7 @@ from mor.decode import pages as pages_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
 from mor.model import attention
-from mor.model.kv import base as kv_base
+from mor.model.kv import view as kv_view
 
 
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: cache_lib.Cache, tokens_BT: jax.Array,
@@ -155,14 +155,14 @@ class _Chunk:
     if fresh is None:
       return base
     keep_BT11 = run_BT[:, :, None, None]
-    return kv_base.KV(jnp.where(keep_BT11, fresh.k_BSKH, base.k_BSKH), jnp.where(keep_BT11, fresh.v_BSKH, base.v_BSKH))
+    return kv_view.KV(jnp.where(keep_BT11, fresh.k_BSKH, base.k_BSKH), jnp.where(keep_BT11, fresh.v_BSKH, base.v_BSKH))
 
   def _layer(self, weights, h_BTD, attend, deltas=None, step=0):
     batch, seq_len = self.shape
 
     def flat_attend(q_MNH, k_MKH, v_MKH):
       split = lambda x: x.reshape(batch, seq_len, *x.shape[1:])
-      return attend(split(q_MNH), kv_base.KV(split(k_MKH), split(v_MKH))).reshape(q_MNH.shape)
+      return attend(split(q_MNH), kv_view.KV(split(k_MKH), split(v_MKH))).reshape(q_MNH.shape)
 
     h_1MD = self.decoder.layer(weights, h_BTD.reshape(1, batch * seq_len, -1), self.rotation, flat_attend, deltas,
                                 step)
@@ -171,7 +171,7 @@ class _Chunk:
   def _attend(self, q_BTNH, fresh, seen_BT, context: list[tuple[Any, Any]]):
     """Queries over stored entries and the chunk's own keys."""
     segment_BT = self.valid_BT.astype(jnp.int32)
-    mask_BTS = kv_base.visible(self.position_BT, jnp.ones_like(segment_BT), self.position_BT, seen_BT.astype(jnp.int32))
+    mask_BTS = kv_view.visible(self.position_BT, jnp.ones_like(segment_BT), self.position_BT, seen_BT.astype(jnp.int32))
     k, v, mask = [], [], []
     for buffer, rows in context if self.context else []:
       k_BSKH, v_BSKH, seen_BS = self.storage.read(buffer, rows)
@@ -179,7 +179,7 @@ class _Chunk:
       v.append(v_BSKH)
       mask.append(jnp.broadcast_to(seen_BS[:, None, :], (*self.shape, seen_BS.shape[1])))
     join = lambda parts: jnp.concatenate(parts, axis=1)
-    kv = kv_base.KV(join([*k, fresh.k_BSKH]), join([*v, fresh.v_BSKH]))
+    kv = kv_view.KV(join([*k, fresh.k_BSKH]), join([*v, fresh.v_BSKH]))
     return attention.attend(q_BTNH, kv, jnp.concatenate([*mask, mask_BTS], axis=2))
 
   def _place(self, page_BP, index_BT, write_BT, buffer):

@@ -16,7 +16,7 @@ row stores; with a pool of small pages for all rows, memory does too. A page num
 means the same page in every layer's buffer.
 
 A query sees the entries of one row or of two, each in its layer's buffer: its own
-and, beneath it, a base (see `kv/base.py`) whose overlaid entries are hidden.
+and, beneath it, a base (see `kv/plans.py`) whose overlaid entries are hidden.
 
 Number formats: float32, or bfloat16, which is stored as its bits in uint16
 (XLA:CPU widens a bfloat16 scatter to the whole buffer; elsewhere the same bits

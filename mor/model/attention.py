@@ -11,10 +11,10 @@ from mor import types
 from mor.model import kernels
 from mor.model import layers
 from mor.model import lora as lora_lib
-from mor.model.kv import base as kv_base
+from mor.model.kv import view as kv_view
 
 
-def look(q_BTNH: types.Queries, kv: kv_base.KV, view: kv_base.KVView) -> types.Queries:
+def look(q_BTNH: types.Queries, kv: kv_view.KV, view: kv_view.KVView) -> types.Queries:
   """Attention as the view says; rows that see no key mean nothing, but are finite."""
   if view.kernel == "xla":
     return attend(q_BTNH, kv, view.mask_BTS)
@@ -24,7 +24,7 @@ def look(q_BTNH: types.Queries, kv: kv_base.KV, view: kv_base.KVView) -> types.Q
     return kernels.cudnn(q_BTNH, kv.k_BSKH, kv.v_BSKH, view.mask_BTS)
 
 
-def attend(q_BTNH: types.Queries, kv: kv_base.KV, mask_BTS: types.AttentionMask) -> types.Queries:
+def attend(q_BTNH: types.Queries, kv: kv_view.KV, mask_BTS: types.AttentionMask) -> types.Queries:
   """Softmax attention, logits and softmax in float32.
 
   A query that sees no key gets the mean of the values, never NaN; such rows are
@@ -45,8 +45,8 @@ class Attention(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x_BTD: types.Activations, view: kv_base.KVView, base: kv_base.KV | None,
-               own: bool, lora: Mapping[str, Any]) -> tuple[types.Activations, kv_base.KV | None]:
+  def __call__(self, x_BTD: types.Activations, view: kv_view.KVView, base: kv_view.KV | None,
+               own: bool, lora: Mapping[str, Any]) -> tuple[types.Activations, kv_view.KV | None]:
     """Attends from x to its own keys, to the base's, or to both.
 
     Args:
@@ -75,7 +75,7 @@ class Attention(nn.Module):
     fresh = None
     if own:
       k_BTKH, v_BTKH = project("k", k_DKH), project("v", v_DKH)
-      fresh = kv_base.KV(layers.rotate(k_BTKH, view.rotation), v_BTKH)
+      fresh = kv_view.KV(layers.rotate(k_BTKH, view.rotation), v_BTKH)
     if base is None:
       kv = fresh
     else:

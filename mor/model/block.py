@@ -11,7 +11,7 @@ from mor import config as config_lib
 from mor import types
 from mor.model import attention
 from mor.model import layers
-from mor.model.kv import base as kv_base
+from mor.model.kv import view as kv_view
 
 
 class Block(nn.Module):
@@ -20,8 +20,8 @@ class Block(nn.Module):
   config: config_lib.ModelConfig
 
   @nn.compact
-  def __call__(self, x_BTD: types.Activations, view: kv_base.KVView, base: kv_base.KV | None = None,
-               own: bool = True, lora: Mapping[str, Any] | None = None) -> tuple[types.Activations, kv_base.KV | None]:
+  def __call__(self, x_BTD: types.Activations, view: kv_view.KVView, base: kv_view.KV | None = None,
+               own: bool = True, lora: Mapping[str, Any] | None = None) -> tuple[types.Activations, kv_view.KV | None]:
     """See `attention.Attention`; returns the new hidden states and the fresh keys."""
     c, lora = self.config, lora or {}
     dtype = jnp.dtype(c.compute_dtype)

@@ -30,8 +30,8 @@ from mor.model import layers
 from mor.model import lora as lora_lib
 from mor.model import schedule as schedule_lib
 from mor.model import stacked
-from mor.model.kv import base as kv_base
-from mor.model.kv import table as kv_table
+from mor.model.kv import view as kv_view
+from mor.model.kv import plans as kv_plans
 from mor.model.routers import base as router_base
 from mor.model.routers import table as router_table
 
@@ -68,7 +68,7 @@ class Recursion:
   def __init__(self, config: config_lib.ModelConfig):
     self.config = config
     self.schedule = schedule_lib.make(config)
-    self.plan = kv_table.PLANS[config.kv_plan](self.schedule)
+    self.plan = kv_plans.PLANS[config.kv_plan](self.schedule)
     self.router = router_table.ROUTERS[config.router.name](config)
 
   def run(self, params: dict, h_BTD: types.Activations, segment_BT: types.Segments, *, routing: str,
@@ -189,7 +189,7 @@ class _Pass:
     hides = not (whole or self.recursion.plan.shares)
     if hides:
       seen_BT = jnp.where(routed.keep_BT, self.segment_BT, 0)
-    view = kv_base.see(
+    view = kv_view.make_view(
         kernels.choose(self.config, in_order=True), self._rotation(self.position_BT),
         self.position_BT, self.segment_BT, self.position_BT, seen_BT,
         index_BT=jnp.where(routed.keep_BT, self.position_BT, state_BTD.shape[1]),
@@ -207,7 +207,7 @@ class _Pass:
       segment_BC = jnp.where(index_BC < state_BTD.shape[1], take(self.segment_BT, index_BC), 0)
     reads_base = self.recursion.plan.shares
     k_position, k_segment = (self.position_BT, self.segment_BT) if reads_base else (index_BC, segment_BC)
-    view = kv_base.see(
+    view = kv_view.make_view(
         kernels.choose(self.config, in_order=not reads_base), self._rotation(index_BC),
         index_BC, segment_BC, k_position, k_segment, index_BT=index_BC,
         causal=self.config.cross_documents and not reads_base)

@@ -11,7 +11,7 @@ from mor import sharding
 from mor import types
 from mor.model import block as block_lib
 from mor.model import kernels
-from mor.model.kv import base as kv_base
+from mor.model.kv import view as kv_view
 
 _DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
@@ -24,10 +24,10 @@ def _dots_and_kernels(primitive, *avals, **params) -> bool:
 _REMAT = {"none": None, "dots": _dots_and_kernels, "full": jax.checkpoint_policies.nothing_saveable}
 
 
-def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activations, view: kv_base.KVView,
-               base: kv_base.KV | None = None, own: bool = True, keep: bool = False,
+def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activations, view: kv_view.KVView,
+               base: kv_view.KV | None = None, own: bool = True, keep: bool = False,
                lora: Mapping[str, Any] | None = None,
-               drop_LB: jax.Array | None = None) -> tuple[types.Activations, kv_base.KV | None]:
+               drop_LB: jax.Array | None = None) -> tuple[types.Activations, kv_view.KV | None]:
   """A scan over layers stacked on the leading axis of `params` (of `base`, of `lora`).
 
   Where `drop_LB`, a layer leaves a row as it is.

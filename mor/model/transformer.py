@@ -29,7 +29,7 @@ from mor.model import lora as lora_lib
 from mor.model import recursion as recursion_lib
 from mor.model import schedule as schedule_lib
 from mor.model import stacked
-from mor.model.kv import base as kv_base
+from mor.model.kv import view as kv_view
 
 
 @struct.dataclass
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
       return h_BTD
     batch, seq_len = segment_BT.shape
     position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
-    view = kv_base.see(
+    view = kv_view.make_view(
         kernels.choose(self.config, in_order=True), layers.rotation(position_BT, self.config),
         position_BT, segment_BT, position_BT, segment_BT, causal=self.config.cross_documents)
     with jax.named_scope(group):
@@ -147,7 +147,7 @@ class Transformer(nn.Module):
     def init(key):
       block = block_lib.Block(self.config)
       x_BTD = jnp.zeros((1, 1, self.config.d_model))
-      view = kv_base.KVView(
+      view = kv_view.KVView(
           rotation=layers.rotation(jnp.zeros((1, 1), jnp.int32), self.config),
           mask_BTS=jnp.ones((1, 1, 1), bool))
       return jax.vmap(lambda k: block.init(k, x_BTD, view)["params"])(jax.random.split(key, num_layers))

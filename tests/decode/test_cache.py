@@ -8,7 +8,7 @@ from mor import memory
 from mor.decode import decoder as decoder_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
-from mor.model.kv import table as kv_table
+from mor.model.kv import plans as kv_plans
 from mor.model.routers import table as router_table
 from tests.helpers import decoding
 from tests.helpers import serving
@@ -67,7 +67,7 @@ def entries(cache):
   return EDGES * int(cache.edge_length_B.sum()), DEPTH * int(cache.length_BR.sum())
 
 
-@pytest.mark.parametrize("plan", kv_table.PLANS)
+@pytest.mark.parametrize("plan", kv_plans.PLANS)
 def test_stored_bytes_are_the_calculators(plan):
   decoder, cache = stored(plan)
   np.testing.assert_array_equal(cache.edge_length_B, LENGTHS)

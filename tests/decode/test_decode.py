@@ -7,7 +7,7 @@ import pytest
 from mor.decode import cache as cache_lib
 from mor.decode import pages as pages_lib
 from mor.decode import weights as weights_lib
-from mor.model.kv import table as kv_table
+from mor.model.kv import plans as kv_plans
 from mor.model.routers import table as router_table
 from tests.helpers import decoding
 from tests.helpers import tiny
@@ -37,13 +37,13 @@ def check(config, storage):
   decoding.assert_same(decoding.decode(decoder, variables, tokens_BT, decoding.CHUNKS[storage]), whole)
 
 
-@pytest.mark.parametrize("router,plan,storage", tiny.crossed(router_table.ROUTERS, kv_table.PLANS, STORAGES))
+@pytest.mark.parametrize("router,plan,storage", tiny.crossed(router_table.ROUTERS, kv_plans.PLANS, STORAGES))
 def test_decoding_equals_forward(router, plan, storage):
   """Rows of a ragged batch: prefilled at once, in chunks, late, or not at all."""
   check(build(plan, router=ROUTERS[router], num_layers=8), storage)
 
 
-@pytest.mark.parametrize("plan", kv_table.PLANS)
+@pytest.mark.parametrize("plan", kv_plans.PLANS)
 def test_first_step_that_drops_tokens(plan):
   """Where keys are shared, the first step runs even the tokens that it drops."""
   check(build(plan, router=NARROW), "paged")
@@ -83,7 +83,7 @@ def test_bias_moves_depths():
 
 @pytest.mark.parametrize("sharing, storage, plan", [
     pytest.param(*scheme, plan, marks=() if (scheme[1] == "paged") == (plan == "hybrid") else pytest.mark.slow)
-    for scheme in (("sequence", "paged"), ("middle_sequence", "dense")) for plan in kv_table.PLANS])
+    for scheme in (("sequence", "paged"), ("middle_sequence", "dense")) for plan in kv_plans.PLANS])
 def test_steps_with_layers_of_their_own(sharing, storage, plan):
   layers = 8 if sharing.startswith("middle") else 6
   check(build(plan, sharing=sharing, num_layers=layers, router=tiny.FIXED), storage)
@@ -119,7 +119,7 @@ def test_bfloat16_follows_float32(plan, storage):
   assert np.nanmax(np.abs(rounded[0] - whole[0])) > 1e-3, "nothing was rounded"
 
 
-@pytest.mark.parametrize("plan", kv_table.PLANS)
+@pytest.mark.parametrize("plan", kv_plans.PLANS)
 def test_a_row_does_not_know_its_batch(plan):
   config = build(plan, router=ROUTERS["expert_choice"])
   variables, tokens_BT, whole = decoding.expected(config)

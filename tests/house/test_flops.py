@@ -8,7 +8,7 @@ import pytest
 
 from mor import flops
 from mor.model import transformer
-from mor.model.kv import table
+from mor.model.kv import plans
 from tests.helpers import tiny
 
 # D=20 N=4 K=2 H=6 F=28 V=61, T=12, 1 + 3 * 2 + 1 layers: query and output
@@ -40,7 +40,7 @@ def test_expert_choice_by_hand(kv_plan, projections, attention):
   assert flops.train_flops_per_token(model, SEQ_LEN) == pytest.approx(3 * (total + HEAD))
 
 
-@pytest.mark.parametrize("kv_plan", table.PLANS)
+@pytest.mark.parametrize("kv_plan", plans.PLANS)
 def test_a_step_whose_keys_are_read_later_runs_all_tokens(kv_plan):
   make = lambda first: flops.breakdown(tiny.config(
       model=dict(kv_plan=kv_plan, router=dict(capacity=(first, 0.5, 0.25)))).model, SEQ_LEN)
@@ -101,7 +101,7 @@ CASES = {
     # Gathered token-choice is a conditional, of which XLA counts the masked branch.
     "token_choice": dict(execution="masked", router=tiny.TOKEN_CHOICE),
 } | {f"{plan}-{execution}": dict(kv_plan=plan, execution=execution)
-     for plan in table.PLANS for execution in ("gathered", "masked")}
+     for plan in plans.PLANS for execution in ("gathered", "masked")}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,7 +6,7 @@ import pytest
 
 from mor import memory
 from mor.model import transformer
-from mor.model.kv import table
+from mor.model.kv import plans
 from tests.helpers import tiny
 
 SEQ_LEN, BYTES = 12, 4
@@ -76,7 +76,7 @@ def test_capacity_counts_whole_tokens():
   assert memory.step_fractions(low, 10) == (1.0, 0.1, 0.1)
 
 
-@pytest.mark.parametrize("kv_plan", table.PLANS)
+@pytest.mark.parametrize("kv_plan", plans.PLANS)
 def test_keys_that_later_steps_read_are_kept_of_all_tokens(kv_plan):
   make = lambda first: _kv(kv_plan=kv_plan, router=dict(capacity=(first, 0.5, 0.25)))
   assert (make(0.5) == make(1.0)) == (kv_plan != "recursion_wise")

@@ -14,7 +14,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 SHORTEST, LONGEST = 40, 400  # lines of a module
 LONGEST_FUNCTION = 60
 LONG = {"mor/conversion/modeling_mor.py": 450}  # an exported model is one file
-TABLES = ["mor/model/kv/table.py", "mor/model/routers/table.py"]  # one line an entry: may be tiny
+TABLES = ["mor/model/routers/table.py"]  # one line an entry: may be tiny
 
 # Words that look like a verb in the third person at the head of a docstring, and are none.
 FALSE_FRIENDS = frozenset("""Always Arrays As Bits Bytes Cells Chunks Class Classes Columns Computations Cross Depths Does Entries Factors Fields Figures Files Flags
@@ -125,14 +125,6 @@ mor/model/attention.py
 mor/model/block.py
 
 mor/model/kernels.py
-
-mor/model/kv/base.py
-
-mor/model/kv/hybrid.py
-
-mor/model/kv/recursion_wise.py
-
-mor/model/kv/shared.py
 
 mor/model/layers.py
 

@@ -19,7 +19,7 @@ from mor.model import attention
 from mor.model import kernels
 from mor.model import recursion
 from mor.model import transformer
-from mor.model.kv import base as kv_base
+from mor.model.kv import view as kv_view
 from tests.helpers import tiny
 from tests.helpers import weights
 
@@ -55,8 +55,8 @@ def draw(batch=3, seq_len=150, num_heads=4, num_kv_heads=2, head_dim=6, seed=0):
 
 def xla(q, k, v, segment_BT):
   position_BT = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment_BT.shape)
-  mask_BTS = kv_base.visible(position_BT, segment_BT, position_BT, segment_BT)
-  return attention.attend(q, kv_base.KV(k, v), mask_BTS)
+  mask_BTS = kv_view.visible(position_BT, segment_BT, position_BT, segment_BT)
+  return attention.attend(q, kv_view.KV(k, v), mask_BTS)
 
 
 def value_and_grads(attend, q, k, v, segment_BT):
@@ -97,9 +97,9 @@ def test_a_view_shows_both_kernels_the_same_keys(gathered):
     assert (seen_BT == 0).any() and (seen_BT[0] != 0).all()
 
   def attend(kernel):
-    view = kv_base.see(kernel, (q, q), position_BT, segment_BT, position_BT, seen_BT)
+    view = kv_view.make_view(kernel, (q, q), position_BT, segment_BT, position_BT, seen_BT)
     assert (view.mask_BTS is None) == (kernel == "splash")
-    run = lambda q, k, v, _: attention.look(q, kv_base.KV(k, v), view)
+    run = lambda q, k, v, _: attention.look(q, kv_view.KV(k, v), view)
     return value_and_grads(run, q, k, v, seen_BT)
 
   (ours, _), our_grads = attend("splash")
@@ -119,7 +119,7 @@ def test_blocks_are_equal_and_cover_the_sequence():
 def test_padding_for_cudnn_changes_nothing(seq_len):
   q, k, v, segment_BT = (x[:, :seq_len] for x in draw())
   position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], segment_BT.shape)
-  mask_BTS = kv_base.visible(position_BT, segment_BT, position_BT, segment_BT)
+  mask_BTS = kv_view.visible(position_BT, segment_BT, position_BT, segment_BT)
   lengths = []
 
   def padded(q, k, v, segment_BT):

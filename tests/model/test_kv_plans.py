@@ -8,7 +8,7 @@ has its own slots from 0.
 import pytest
 
 from mor.model import schedule
-from mor.model.kv import table
+from mor.model.kv import plans
 from tests.helpers import tiny
 
 SHARED = [name for name in schedule.SCHEMES if name != "vanilla"]
@@ -34,17 +34,17 @@ def _read(plan):
 ])
 def test_shared_slots_are_the_references(sharing, formula, inner, r):
   made = _schedule(sharing, inner, r)
-  slots = [made.prelude + slot for slot in _read(table.PLANS["shared"](made))]
+  slots = [made.prelude + slot for slot in _read(plans.PLANS["shared"](made))]
   layers = range(made.prelude, made.prelude + inner)
   assert slots == [formula(l, inner // r, r) for l in layers]
-  assert table.PLANS["shared"](made).num_slots == inner // r
+  assert plans.PLANS["shared"](made).num_slots == inner // r
 
 
 def test_tables_of_two_layers_and_three_steps():
   made = _schedule("middle_cycle", 6, 3)
-  plans = {name: (plan(made).own, plan(made).base) for name, plan in table.PLANS.items()}
+  slots = {name: (plan(made).own, plan(made).base) for name, plan in plans.PLANS.items()}
   none = -1
-  assert plans == {
+  assert slots == {
       "recursion_wise": ((0, 1, 2, 3, 4, 5), (none,) * 6),
       "shared": ((0, 1, none, none, none, none), (none, none, 0, 1, 0, 1)),
       "hybrid": ((0, 1, 2, 3, 4, 5), (none, none, 0, 1, 0, 1)),
@@ -53,17 +53,17 @@ def test_tables_of_two_layers_and_three_steps():
 
 def test_tables_of_sequences():
   made = _schedule("sequence", 6, 3)
-  plan = table.PLANS["shared"](made)
+  plan = plans.PLANS["shared"](made)
   assert plan.own == (0, -1, -1, 1, -1, -1)
   assert plan.base == (-1, 0, 0, -1, 1, 1)
-  assert table.PLANS["hybrid"](made).base == (-1, 0, 0, -1, 3, 3)
+  assert plans.PLANS["hybrid"](made).base == (-1, 0, 0, -1, 3, 3)
 
 
 @pytest.mark.parametrize("sharing", SHARED)
-@pytest.mark.parametrize("name", table.PLANS)
+@pytest.mark.parametrize("name", plans.PLANS)
 def test_every_plan_is_sound(name, sharing):
   made = _schedule(sharing, 12, 3)
-  plan = table.PLANS[name](made)
+  plan = plans.PLANS[name](made)
   written = [slot for slot in plan.own if slot >= 0]
   assert len(plan.own) == len(plan.base) == made.num_steps * made.depth
   assert sorted(written) == list(range(plan.num_slots)), "a slot is written by exactly one layer"
@@ -77,8 +77,8 @@ def test_every_plan_is_sound(name, sharing):
   assert plan.shares == (name != "recursion_wise")
 
 
-@pytest.mark.parametrize("name", table.PLANS)
+@pytest.mark.parametrize("name", plans.PLANS)
 def test_one_recursion_owns_all_its_keys(name):
-  plan = table.PLANS[name](schedule.make(tiny.config(model=tiny.VANILLA).model))
+  plan = plans.PLANS[name](schedule.make(tiny.config(model=tiny.VANILLA).model))
   assert plan.own == tuple(range(8))
   assert plan.base == (-1,) * 8

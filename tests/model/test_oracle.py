@@ -12,7 +12,7 @@ import pytest
 from mor import config as config_lib
 from mor.model import schedule
 from mor.model import transformer
-from mor.model.kv import table as kv_table
+from mor.model.kv import plans as kv_plans
 from mor.model.routers import table as router_table
 from mor.train import loss
 from tests.helpers import oracle
@@ -72,7 +72,7 @@ def build(router_name: str, **model) -> config_lib.ModelConfig:
 
 def layouts():
   """Every router x KV plan x sharing scheme that the config allows."""
-  return [case for case in itertools.product(router_table.ROUTERS, kv_table.PLANS, schedule.SCHEMES)
+  return [case for case in itertools.product(router_table.ROUTERS, kv_plans.PLANS, schedule.SCHEMES)
           if case[0] == "fixed" or case[1] == "recursion_wise" or "sequence" not in case[2]]
 
 
@@ -145,7 +145,7 @@ def test_layouts(router, plan, sharing):
   check(build(router, kv_plan=plan, sharing=sharing), runs)
 
 
-@pytest.mark.parametrize("plan", kv_table.PLANS)
+@pytest.mark.parametrize("plan", kv_plans.PLANS)
 @pytest.mark.parametrize("router", router_table.ROUTERS)
 def test_compiled(router, plan):
   check(build(router, kv_plan=plan, sharing="middle_cycle"), RUNS[:1], jit=True)

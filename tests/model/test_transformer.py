@@ -10,7 +10,7 @@ import pytest
 
 from mor.model import recursion
 from mor.model import transformer
-from mor.model.kv import table as kv_table
+from mor.model.kv import plans as kv_plans
 from mor.model.routers import table as router_table
 from mor.train import loss
 from tests.helpers import tiny
@@ -21,7 +21,7 @@ ROUTERS = {
     "expert_choice": dict(name="expert_choice", capacity=(1.0, 0.7, 0.4)),
     "token_choice": tiny.TOKEN_CHOICE,
 }
-EVERY = tiny.crossed(router_table.ROUTERS, kv_table.PLANS)
+EVERY = tiny.crossed(router_table.ROUTERS, kv_plans.PLANS)
 
 
 def build(router, plan, num_layers=5):

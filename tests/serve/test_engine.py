@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mor.decode import decoder as decoder_lib
-from mor.model.kv import table as kv_table
+from mor.model.kv import plans as kv_plans
 from mor.model.routers import table as router_table
 from tests.helpers import decoding
 from tests.helpers import serving
@@ -43,7 +43,7 @@ def test_engine_equals_generate_in_any_order_and_beside_aborts():
     serving.assert_all_free(engine)
 
 
-@pytest.mark.parametrize("router,plan", tiny.crossed(router_table.ROUTERS, kv_table.PLANS))
+@pytest.mark.parametrize("router,plan", tiny.crossed(router_table.ROUTERS, kv_plans.PLANS))
 def test_every_router_and_plan(router, plan):
   model, requests = serving.model(kv_plan=plan, router=ROUTERS[router]), serving.requests(20)
   check(serving.engine(model), requests, serving.reference(model, requests))
