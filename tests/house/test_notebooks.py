@@ -1,5 +1,7 @@
 """Every notebook runs from top to bottom, shortened by an environment variable."""
 
+import ast
+import importlib
 import pathlib
 
 import nbclient
@@ -34,3 +36,19 @@ def test_notebook_is_short(path):
   lines = [line for cell in code_cells(nbformat.read(path, as_version=4))
            for line in cell.source.splitlines() if line.strip()]
   assert len(lines) < 80
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_exists(path):
+  """Quickly, so that a module that moves is seen before the notebooks run."""
+  tree = ast.parse("\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4))))
+  ours = {}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("mor", "configs", "benchmarks"):
+      for alias in node.names:
+        found = getattr(importlib.import_module(node.module), alias.name, None)
+        ours[alias.asname or alias.name] = found or importlib.import_module(f"{node.module}.{alias.name}")
+  assert len(ours) > 3
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+      assert hasattr(ours[node.value.id], node.attr), f"{path.name}: {node.value.id} has no {node.attr}"
