@@ -1,6 +1,8 @@
-"""Where a decoder's keys and values are: page tables over a storage's buffers.
+"""Where a decoder's keys and values are: free pages, and page tables over a storage's buffers.
 
-A row of the tables belongs to a recursion step (see `kv/plans.py`): with
+Sequences take pages when an entry needs one and give them back when their request
+ends, inside jitted programs, so that the host never has to know how long a row is.
+A row of the tables belongs to a recursion step (see `model/kv/plans.py`): with
 recursion-wise and hybrid plans every step has one, with a shared plan step 0 alone.
 Prelude and coda (the *edges*) store every token, in pages of their own. Entries
 ascend by position, so a decoded token sees its rows' entries and needs no mask.
@@ -15,10 +17,70 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor import config as config_lib
-from mor.decode import pages as pages_lib
 from mor.decode import storage as storage_lib
 from mor.model import schedule as schedule_lib
 from mor.model.kv import plans as kv_plans
+
+
+@struct.dataclass
+class FreePages:
+  """Stack of a pool's free pages on the device: the first `num` of `page_P` are free."""
+
+  page_P: jax.Array
+  num: jax.Array
+
+
+def make_free(num_pages: int) -> FreePages:
+  """Returns a pool whose pages are all free; the lowest number is taken first."""
+  return FreePages(jnp.arange(num_pages, dtype=jnp.int32)[::-1], jnp.int32(num_pages))
+
+
+def reserve_pages(free: FreePages, page_BP: jax.Array, length_B: jax.Array, count_B: jax.Array,
+                  page_size: int) -> tuple[FreePages, jax.Array, jax.Array]:
+  """Takes the pages that `count_B` more entries need.
+
+  A row gets all that it needs or nothing; rows are served in order.
+
+  Args:
+    free: the pool's free pages.
+    page_BP: pages of each row.
+    length_B: entries in each row, whose pages it has.
+    count_B: entries to make room for.
+    page_size: entries in a page.
+
+  Returns:
+    The pages still free, `page_BP` with the new pages, and True for the rows that
+    have room now.
+  """
+  return take_pages(free, page_BP, _between(page_BP.shape[1], length_B, length_B + count_B, page_size))
+
+
+def take_pages(free: FreePages, page_BP: jax.Array, new_BP: jax.Array) -> tuple[FreePages, jax.Array, jax.Array]:
+  """Takes a page for every True of `new_BP`; returns what `reserve_pages` does."""
+  rank_BP = jnp.cumsum(new_BP.reshape(-1)).reshape(new_BP.shape) - 1
+  last_B = jnp.max(jnp.where(new_BP, rank_BP, -1), axis=1)
+  ok_B = last_B < free.num
+  new_BP &= ok_B[:, None]
+  taken_BP = free.page_P.at[free.num - 1 - rank_BP].get(mode="clip")
+  left = free.num - jnp.sum(new_BP, dtype=jnp.int32)
+  return FreePages(free.page_P, left), jnp.where(new_BP, taken_BP, page_BP), ok_B
+
+
+def release_pages(free: FreePages, page_BP: jax.Array, length_B: jax.Array, page_size: int,
+                  kept_B: jax.Array | int = 0) -> FreePages:
+  """Gives back the pages of rows with `length_B` entries, of which the first `kept_B` stay."""
+  used_BP = _between(page_BP.shape[1], jnp.broadcast_to(kept_B, length_B.shape), length_B, page_size)
+  rank_BP = jnp.cumsum(used_BP.reshape(-1)).reshape(used_BP.shape) - 1
+  target_BP = jnp.where(used_BP, free.num + rank_BP, free.page_P.shape[0])
+  page_P = free.page_P.at[target_BP.reshape(-1)].set(page_BP.reshape(-1), mode="drop")
+  return FreePages(page_P, free.num + jnp.sum(used_BP, dtype=jnp.int32))
+
+
+def _between(num_pages: int, low_B: jax.Array, high_B: jax.Array, page_size: int) -> jax.Array:
+  """Returns True for the pages `[B, P]` that entries `high_B` need and entries `low_B` do not."""
+  low_B1, high_B1 = (((entries_B + page_size - 1) // page_size)[:, None] for entries_B in (low_B, high_B))
+  column_1P = jnp.arange(num_pages)[None, :]
+  return (column_1P >= low_B1) & (column_1P < high_B1)
 
 
 @struct.dataclass
@@ -42,8 +104,8 @@ class Cache:
   page_BRP: jax.Array
   length_BR: jax.Array
   hidden_BRS: jax.Array
-  free: pages_lib.Free
-  edge_free: pages_lib.Free
+  free: FreePages
+  edge_free: FreePages
 
 
 @struct.dataclass
@@ -132,15 +194,15 @@ class Tables:
         page_BRP=jnp.zeros((num_sequences, self.num_rows, pages_per_row), jnp.int32),
         length_BR=jnp.zeros((num_sequences, self.num_rows), jnp.int32),
         hidden_BRS=jnp.zeros((num_sequences, self.num_rows, size if self.overlays else 0), bool),
-        free=pages_lib.make(num_pages),
-        edge_free=pages_lib.make(num_edge_pages))
+        free=make_free(num_pages),
+        edge_free=make_free(num_edge_pages))
 
   def reserve_edge(self, cache: Cache, run_B: jax.Array) -> tuple[Cache, jax.Array]:
     """Room in the edges for one more token of each row of `run_B`; True where there is."""
     if not self.num_edges:
       return cache, run_B
     count_B = run_B.astype(jnp.int32)
-    free, page_BP, ok_B = pages_lib.reserve(
+    free, page_BP, ok_B = reserve_pages(
         cache.edge_free, cache.edge_page_BP, cache.edge_length_B, count_B, self.storage.page_size)
     ok_B &= run_B
     length_B = cache.edge_length_B + ok_B.astype(jnp.int32)
@@ -151,7 +213,7 @@ class Tables:
     """Room for `count_B` entries of each row's step; True where there is, or where none is stored."""
     own_B, stores_B = self.stores(step_B)
     batch_B = jnp.arange(own_B.shape[0])
-    free, page_BP, ok_B = pages_lib.reserve(
+    free, page_BP, ok_B = reserve_pages(
         cache.free, cache.page_BRP[batch_B, own_B], cache.length_BR[batch_B, own_B],
         jnp.where(run_B & stores_B, count_B, 0), self.storage.page_size)
     return cache.replace(free=free, page_BRP=cache.page_BRP.at[batch_B, own_B].set(page_BP)), ok_B & run_B
@@ -162,7 +224,7 @@ class Tables:
     full_BR = cache.length_BR % self.storage.page_size == 0
     at_BRP = jnp.arange(pages)[None, None, :] == (cache.length_BR // self.storage.page_size)[:, :, None]
     new_BRP = at_BRP & (full_BR & writes_BR & run_B[:, None])[:, :, None]
-    free, page_BX, ok_B = pages_lib.take(cache.free, cache.page_BRP.reshape(num, -1), new_BRP.reshape(num, -1))
+    free, page_BX, ok_B = take_pages(cache.free, cache.page_BRP.reshape(num, -1), new_BRP.reshape(num, -1))
     return cache.replace(free=free, page_BRP=page_BX.reshape(num, rows, pages)), ok_B & run_B
 
   def release(self, cache: Cache, done_B: jax.Array) -> Cache:
@@ -172,8 +234,8 @@ class Tables:
     length_BR = jnp.where(done_B1, cache.length_BR, 0)
     flat_MP = cache.page_BRP.reshape(-1, cache.page_BRP.shape[2])
     return cache.replace(
-        edge_free=pages_lib.release(cache.edge_free, cache.edge_page_BP, edge_length_B, size),
-        free=pages_lib.release(cache.free, flat_MP, length_BR.reshape(-1), size),
+        edge_free=release_pages(cache.edge_free, cache.edge_page_BP, edge_length_B, size),
+        free=release_pages(cache.free, flat_MP, length_BR.reshape(-1), size),
         edge_length_B=cache.edge_length_B - edge_length_B,
         length_BR=cache.length_BR - length_BR,
         hidden_BRS=cache.hidden_BRS & ~done_B1[:, :, None])
@@ -194,8 +256,8 @@ class Tables:
     position_S = jnp.arange(cache.hidden_BRS.shape[2])
     forgotten_BS = crop_B[:, None] & (position_S[None, :] >= position_B[:, None])
     return cache.replace(
-        edge_free=pages_lib.release(cache.edge_free, cache.edge_page_BP, cache.edge_length_B, size, edge_length_B),
-        free=pages_lib.release(cache.free, flat_MP, cache.length_BR.reshape(-1), size, length_BR.reshape(-1)),
+        edge_free=release_pages(cache.edge_free, cache.edge_page_BP, cache.edge_length_B, size, edge_length_B),
+        free=release_pages(cache.free, flat_MP, cache.length_BR.reshape(-1), size, length_BR.reshape(-1)),
         edge_length_B=edge_length_B, length_BR=length_BR,
         hidden_BRS=cache.hidden_BRS & ~forgotten_BS[:, None, :])
 

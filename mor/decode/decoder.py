@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mor import config as config_lib
 from mor.decode import cache as cache_lib
-from mor.decode import narrow as narrow_lib
+from mor.decode import control
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
 from mor.exits import policy as exits_lib
@@ -55,7 +55,7 @@ class Decoder:
 
   def layer(self, weights: weights_lib.Layer, x_1MD: jax.Array, rotation: Any, attend: Callable,
             deltas: Mapping[str, weights_lib.Delta] | None = None, step: jax.Array | int = 0,
-            narrow: narrow_lib.Narrow | None = None) -> jax.Array:
+            narrow: control.Narrow | None = None) -> jax.Array:
     """One decoder layer over M tokens; `attend(q_MNH, k_MKH, v_MKH)` does the rest.
 
     Args:
@@ -87,10 +87,10 @@ class Decoder:
         return x_1MD + project(jax.nn.silu(gate_MF) * up_MF, "down", step)[None]
 
     with jax.named_scope("attention"):
-      qk_1MNH, v_1MKH = narrow_lib.first(enter, narrow, x_1MD, rotation, step)
+      qk_1MNH, v_1MKH = control.run_first(enter, narrow, x_1MD, rotation, step)
       out_MNH = attend(qk_1MNH[0, :, :num_q], qk_1MNH[0, :, num_q:], v_1MKH[0])
       out_1MO = out_MNH.reshape(1, out_MNH.shape[0], -1).astype(jnp.float32)
-    return narrow_lib.first(leave, narrow, x_1MD, out_1MO, step)
+    return control.run_first(leave, narrow, x_1MD, out_1MO, step)
 
   def keys(self, weights: weights_lib.Layer, h_MD: jax.Array, rotation: Any,
            deltas: Mapping[str, weights_lib.Delta] | None = None, step: int = 0) -> tuple[jax.Array, jax.Array]:
@@ -140,7 +140,7 @@ class Decoder:
       x_1MD = self.layer(layer, x_1MD, rotation, attend, narrow=narrow)
     return cache.replace(edge=tuple(buffers)), jnp.zeros_like(h_MD).at[order_M].set(x_1MD[0], unique_indices=True)
 
-  def narrow(self, tokens: cache_lib.Tokens, num: int, few: bool = False) -> narrow_lib.Narrow | None:
+  def narrow(self, tokens: cache_lib.Tokens, num: int, few: bool = False) -> control.Narrow | None:
     """Products as wide as the running tokens need, where there is room for more than one of each of `num` sequences.
 
     Args:
@@ -150,7 +150,7 @@ class Decoder:
     """
     if tokens.alone and not few:
       return None
-    return narrow_lib.Narrow(jnp.sum(tokens.run_M), narrow_lib.widths(num, tokens.run_M.shape[0]))
+    return control.Narrow(jnp.sum(tokens.run_M), control.list_widths(num, tokens.run_M.shape[0]))
 
   def decide(self, weights: weights_lib.Weights, h_BD: jax.Array, entry_BD: jax.Array, alive_B: jax.Array,
              position_B: jax.Array, step_B: jax.Array, steps: tuple[int, ...]) -> router_base.Routing:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from mor.decode import cache as cache_lib
 from mor.decode import decoder as decoder_lib
-from mor.decode import pages as pages_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
 from mor.model import attention
@@ -62,7 +61,7 @@ class _Chunk:
   def reserve_edge(self, cache):
     if not self.decoder.tables.num_edges:
       return cache
-    free, page_BP, ok_B = pages_lib.reserve(
+    free, page_BP, ok_B = cache_lib.reserve_pages(
         cache.edge_free, cache.edge_page_BP, self.start_B, self.length_B, self.storage.page_size)
     self.ok &= jnp.all(ok_B)
     return cache.replace(edge_free=free, edge_page_BP=page_BP, edge_length_B=cache.edge_length_B + self.length_B)
@@ -136,7 +135,7 @@ class _Chunk:
   def _store(self, cache, row: int, run_BT):
     """Makes room in a table row for the tokens of `run_BT`, and says where each goes."""
     length_B, count_B = cache.length_BR[:, row], jnp.sum(run_BT, axis=1, dtype=jnp.int32)
-    free, page_BP, ok_B = pages_lib.reserve(
+    free, page_BP, ok_B = cache_lib.reserve_pages(
         cache.free, cache.page_BRP[:, row], length_B, count_B, self.storage.page_size)
     self.ok &= jnp.all(ok_B)
     cache = cache.replace(free=free, page_BRP=cache.page_BRP.at[:, row].set(page_BP),

@@ -26,10 +26,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mor.decode import branch
 from mor.decode import cache as cache_lib
+from mor.decode import control
 from mor.decode import decoder as decoder_lib
-from mor.decode import narrow
 from mor.decode import prefill
 from mor.decode import sampling
 from mor.decode import slots as slots_lib
@@ -85,8 +84,8 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
 
   # Tokens that look at no exit, and have nobody pending before them, pay nothing for exits.
   used = exit_pass.used(decoder, slots)
-  carry = branch.once(~used, lambda carry: plain(carry[0]), (slots, nothing))
-  return branch.once(used, lambda carry: parts(carry[0]), carry)
+  carry = control.run_once(~used, lambda carry: plain(carry[0]), (slots, nothing))
+  return control.run_once(used, lambda carry: parts(carry[0]), carry)
 
 
 def _plain(decoder, weights, steps, stalled_B, vocab_size, together, slots):
@@ -100,7 +99,7 @@ def _plain(decoder, weights, steps, stalled_B, vocab_size, together, slots):
   carry = one((slots, flag_B, flag_B), steps[0])
   for step in steps[1:]:
     # Apart, or XLA:CPU makes both passes' writes to a buffer one, and copies it for what reads it in between.
-    carry = branch.once(jnp.any(slots_lib.running(carry[0], step)), functools.partial(one, step=step), carry)
+    carry = control.run_once(jnp.any(slots_lib.running(carry[0], step)), functools.partial(one, step=step), carry)
   slots, ran_B, waits_B = carry
   leave_B = slots.phase_B == slots_lib.LEAVE
   if together:
@@ -114,8 +113,8 @@ def _at_need(part, room, slots, nothing):
   if not room:
     return part(slots)
   some = exit_pass.waiting(slots)
-  carry = branch.once(~some, lambda carry: part(carry[0]), (slots, nothing))
-  return branch.once(some, lambda carry: part(carry[0], room=room), carry)
+  carry = control.run_once(~some, lambda carry: part(carry[0]), (slots, nothing))
+  return control.run_once(some, lambda carry: part(carry[0], room=room), carry)
 
 
 def _if(on, part, slots, out):
@@ -129,7 +128,7 @@ def _if(on, part, slots, out):
     merged = jax.tree.map(pick, new[0], old[0])
     return slots, (merged, *(a | b for a, b in zip(new[1:], old[1:])))
 
-  return branch.once(on, run, (slots, out))
+  return control.run_once(on, run, (slots, out))
 
 
 def _start(decoder, weights, slots, context):
@@ -249,7 +248,7 @@ def next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size):
     return token_M, logprob_M
 
   nobody = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, jnp.float32)
-  return narrow.some(head, leave_B, narrow.widths(num_slots, num_slots), nobody)
+  return control.run_some(head, leave_B, control.list_widths(num_slots, num_slots), nobody)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together"), donate_argnums=2)

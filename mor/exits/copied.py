@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from mor.decode import branch
 from mor.decode import cache as cache_lib
+from mor.decode import control
 from mor.decode import decoder as decoder_lib
 from mor.decode import slots as slots_lib
 from mor.decode import weights as weights_lib
@@ -25,7 +25,7 @@ def fill(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   writes_BR &= exit_B[:, None]
 
   write = lambda cache: _write(decoder, weights, slots, cache, exit_B, writes_BR)
-  return branch.once(jnp.any(exit_B), write, cache), exit_B
+  return control.run_once(jnp.any(exit_B), write, cache), exit_B
 
 
 def _deeper(decoder):

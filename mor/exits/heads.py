@@ -4,8 +4,8 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from mor.decode import control
 from mor.decode import decoder as decoder_lib
-from mor.decode import narrow
 from mor.decode import sampling
 from mor.decode import slots as slots_lib
 from mor.decode import weights as weights_lib
@@ -61,7 +61,7 @@ def read(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   """The whole head, for the tokens that need it."""
   num_slots, size = slots.phase_B.shape[0], flat.slot_M.shape[0]
   heads = lambda index_W: _heads(decoder, weights, slots, jax.tree.map(lambda a: a[index_W], flat), vocab_size)
-  return narrow.some(heads, flat.need_M, narrow.widths(num_slots, size), _unread(size))
+  return control.run_some(heads, flat.need_M, control.list_widths(num_slots, size), _unread(size))
 
 
 def _unread(size) -> Read:
@@ -143,4 +143,4 @@ def read_first(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots
           previous_hidden_BD=previous_WD))
     return _unread(index_W.shape[0]).replace(token=token_W, logprob=logprob_W, sure=sure_W, top=top_W)
 
-  return narrow.some(run, on_B, narrow.widths(num_slots, num_slots), _unread(num_slots))
+  return control.run_some(run, on_B, control.list_widths(num_slots, num_slots), _unread(num_slots))

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from mor.decode import cache as cache_lib
+from mor.decode import control
 from mor.decode import decoder as decoder_lib
-from mor.decode import narrow
 from mor.decode import slots as slots_lib
 from mor.exits import heads as exit_heads
 from mor.exits import policy as exits_lib
@@ -85,7 +85,7 @@ def company(slots: slots_lib.Slots, newest_B: jax.Array, room: int, num_steps: i
   if step is None:
     return wants_B, fits_B, fits_B, step_B, along_BS
   # A product computes whole widths: its spare rows take tokens that would have to come along later.
-  num_rows, widths = jnp.sum(along_BS) + jnp.sum(newest_B & fits_B), narrow.widths(num_slots, num_slots + room)
+  num_rows, widths = jnp.sum(along_BS) + jnp.sum(newest_B & fits_B), control.list_widths(num_slots, num_slots + room)
   spare = jnp.asarray(widths)[jnp.sum(num_rows > jnp.asarray(widths))] - num_rows
   other_BS = (_held(slots) & ~fits_B)[:, None] & ring.behind() & (ring.step_BS == step)
   spare = jnp.minimum(spare, room - jnp.sum(along_BS))

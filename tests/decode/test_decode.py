@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from mor.decode import cache as cache_lib
-from mor.decode import pages as pages_lib
 from mor.decode import weights as weights_lib
 from mor.model.kv import plans as kv_plans
 from mor.model.routers import table as router_table
@@ -141,6 +140,6 @@ def test_prefill_says_when_pages_run_out():
   decoder = decoding.decoder(config, "paged")
   weights = weights_lib.prepare(config, decoding.draw(config), "float32")
   tokens_BT, zero_B = decoding.tokens(config)[:, :8], jnp.zeros(decoding.BATCH, jnp.int32)
-  make = lambda less: decoding.make_cache(decoder, decoding.BATCH).replace(free=pages_lib.make(30 - less))
+  make = lambda less: decoding.make_cache(decoder, decoding.BATCH).replace(free=cache_lib.make_free(30 - less))
   run = lambda cache: decoding.prefill(decoder, weights, cache, tokens_BT, zero_B, zero_B + 8, False)[2]
   assert [bool(run(make(less))) for less in (0, 1)] == [True, False]

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor.decode import pages
+from mor.decode import cache
 
 ROWS, COLUMNS, SIZE, POOL = 4, 5, 3, 11
 
-reserve = jax.jit(functools.partial(pages.reserve, page_size=SIZE))
-release = jax.jit(functools.partial(pages.release, page_size=SIZE))
+reserve = jax.jit(functools.partial(cache.reserve_pages, page_size=SIZE))
+release = jax.jit(functools.partial(cache.release_pages, page_size=SIZE))
 
 
 def count(entries):
@@ -47,7 +47,7 @@ def step(rng, free, page_BP, length_B):
 
 def test_pool_against_its_model():
   rng = np.random.default_rng(0)
-  free, page_BP, length_B = pages.make(POOL), np.zeros((ROWS, COLUMNS), np.int32), np.zeros(ROWS, int)
+  free, page_BP, length_B = cache.make_free(POOL), np.zeros((ROWS, COLUMNS), np.int32), np.zeros(ROWS, int)
   refused = full = 0
   for _ in range(400):
     if rng.random() < 0.3:
@@ -66,7 +66,7 @@ def test_pool_against_its_model():
 
 
 def test_the_lowest_pages_go_first():
-  free, page_BP, ok_B = reserve(pages.make(POOL), jnp.zeros((ROWS, COLUMNS), jnp.int32), jnp.zeros(ROWS, jnp.int32),
+  free, page_BP, ok_B = reserve(cache.make_free(POOL), jnp.zeros((ROWS, COLUMNS), jnp.int32), jnp.zeros(ROWS, jnp.int32),
                                 jnp.array([4, 0, 1, 0]))
   assert ok_B.all()
   assert page_BP[0, :2].tolist() == [0, 1] and page_BP[2, 0] == 2

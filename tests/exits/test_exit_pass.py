@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.decode import narrow
+from mor.decode import control
 from mor.decode import slots as slots_lib
 from mor.exits import pending as exit_pass
 from mor.exits import policy as exits_lib
@@ -53,7 +53,7 @@ def company(slots, room, step=1):
 
 
 def test_spare_rows_of_a_pass_take_the_first_pending_tokens_of_others(empty, monkeypatch):
-  monkeypatch.setattr(narrow, "widths", lambda num, size: (4, 8, size))
+  monkeypatch.setattr(control, "list_widths", lambda num, size: (4, 8, size))
   phases = [slots_lib.RUN, slots_lib.START, slots_lib.FREE, slots_lib.START, slots_lib.START]
   slots = placed(empty, phases, [1, 0, 0, 0, 0], [2, 0, 3, 3, 2])  # 1 + 2 rows of 4, so one is spare
   wants_B, fits_B, goes_B, step_B, along_BS = company(slots, room=32)
@@ -67,7 +67,7 @@ def test_spare_rows_of_a_pass_take_the_first_pending_tokens_of_others(empty, mon
 
 
 def test_what_finds_no_room_sends_its_first_pending_tokens_ahead(empty, monkeypatch):
-  monkeypatch.setattr(narrow, "widths", lambda num, size: (4, 8, size))
+  monkeypatch.setattr(control, "list_widths", lambda num, size: (4, 8, size))
   slots = placed(empty, [slots_lib.RUN, slots_lib.RUN], [1, 1], [3, 3])
   wants_B, fits_B, goes_B, _, along_BS = company(slots, room=4)
   assert wants_B.sum() == 2 and fits_B.tolist()[:2] == [True, False] and goes_B.sum() == 1

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor.decode import cache as cache_lib
 from mor.decode import decoder as decoder_lib
-from mor.decode import pages as pages_lib
 from mor.decode import prefill as prefill_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
@@ -70,7 +70,7 @@ def make_cache(decoder: decoder_lib.Decoder, batch: int) -> Any:
   """Room for whole rows, in pages that come in no order."""
   pages = CONTEXT // decoder.tables.storage.page_size
   cache = decoder.tables.make_cache(batch, batch * decoder.tables.num_rows * pages, batch * pages, pages)
-  shuffle = lambda free, seed: pages_lib.Free(jax.random.permutation(jax.random.key(seed), free.page_P), free.num)
+  shuffle = lambda free, seed: cache_lib.FreePages(jax.random.permutation(jax.random.key(seed), free.page_P), free.num)
   return cache.replace(free=shuffle(cache.free, 1), edge_free=shuffle(cache.edge_free, 2))
 
 

@@ -72,15 +72,9 @@ mor/data/text.py
 
 mor/data/tokenizer.py
 
-mor/decode/branch.py
-
 mor/decode/cache.py
 
 mor/decode/decoder.py
-
-mor/decode/narrow.py
-
-mor/decode/pages.py
 
 mor/decode/prefill.py
 

@@ -1,18 +1,18 @@
-"""Products of the rows that matter."""
+"""Functions of the rows in use, at the widths that hold them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor.decode import narrow
+from mor.decode import control
 
 
 @pytest.mark.parametrize("num, size", [(1, 1), (1, 8), (2, 16), (4, 32), (8, 8), (8, 36), (16, 16), (16, 48), (64, 192)])
 @pytest.mark.parametrize("backend, tile", [("cpu", 5), ("tpu", 8)])
 def test_widths_are_whole_tiles_that_end_with_the_batch(monkeypatch, num, size, backend, tile):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  widths = narrow.widths(num, size)
+  widths = control.list_widths(num, size)
   assert list(widths) == sorted(set(widths)) and widths[-1] == size and len(widths) <= 8
   assert all(width % tile == 0 for width in widths[:-1] if width > 1)
   assert (widths[0] == 1) == (num == 1), "one row alone is a product of its own"
@@ -28,14 +28,14 @@ def test_a_function_of_the_first_rows_runs_at_the_narrowest_width_that_holds_the
     def function(x_1MD, position_M):
       traced.append(x_1MD.shape[1])
       return x_1MD * position_M[None, :, None] + x_1MD.shape[1]
-    return narrow.first(function, narrow.Narrow(num, (2, 4, 7)), x_1MD, position_M)
+    return control.run_first(function, control.Narrow(num, (2, 4, 7)), x_1MD, position_M)
 
   x_1MD, position_M = jnp.ones((1, 7, 3)), jnp.arange(7.0)
   for num, width in ((0, 2), (1, 2), (2, 2), (3, 4), (4, 4), (5, 7), (7, 7)):
     expected_M = np.where(np.arange(7) < width, np.arange(7) + width, 0.0)
     np.testing.assert_array_equal(run(x_1MD, position_M, jnp.int32(num))[0, :, 0], expected_M, err_msg=str(num))
   assert set(traced) == {2, 4, 7}
-  np.testing.assert_array_equal(narrow.first(lambda x_1MD: x_1MD + 1, None, x_1MD), x_1MD + 1)
+  np.testing.assert_array_equal(control.run_first(lambda x_1MD: x_1MD + 1, None, x_1MD), x_1MD + 1)
 
 
 @pytest.mark.parametrize("on", [(), (5,), (0, 3), (1, 2, 4, 5), range(6)], ids=str)
@@ -45,7 +45,7 @@ def test_a_function_of_some_rows_leaves_the_others_results(on):
   @jax.jit
   def run(on_M):
     others = (jnp.full(6, -1), jnp.full((6, 2), -1.0))
-    return narrow.some(lambda index_W: (10 * index_W, jnp.tile(index_W[:, None], (1, 2)) + 0.5), on_M, (2, 6), others)
+    return control.run_some(lambda index_W: (10 * index_W, jnp.tile(index_W[:, None], (1, 2)) + 0.5), on_M, (2, 6), others)
 
   number_M, pair_MX = map(np.asarray, run(on_M))
   for m in range(6):

@@ -1,0 +1,102 @@
+"""Control flow for arrays of which often only some rows are in use.
+
+XLA runs a `cond` by copying what passes through it, and computes every row of a
+matmul. `run_once` is a branch that works on a cache in place. A function of rows is
+compiled at a few static numbers of rows, its *widths*, and runs at the smallest width
+that holds the rows in use.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Carry = TypeVar("Carry")
+
+_TILE = {"cpu": 5}  # rows that a matmul computes at once, by backend: measured, bfloat16 with AVX2
+_OTHER_TILE = 8
+
+
+def run_once(on: jax.Array, function: Callable[[Carry], Carry], carry: Carry) -> Carry:
+  """Returns `function(carry)` if `on`, else `carry`: a loop of one turn, because `cond` would copy the carry."""
+  def body(turn_carry):
+    return jnp.bool_(False), function(turn_carry[1])
+
+  return jax.lax.while_loop(lambda turn_carry: turn_carry[0], body, (on, carry))[1]
+
+
+class Narrow(NamedTuple):
+  """The first `num` rows of a batch are in use; matmuls run at the smallest of `widths` that holds them."""
+
+  num: jax.Array
+  widths: tuple[int, ...]
+
+
+def list_widths(num: int, size: int) -> tuple[int, ...]:
+  """Returns the numbers of rows to compile: multiples of the tile, denser around the typical count.
+
+  Args:
+    num: typical count of rows in use.
+    size: rows of the batch, the last width.
+  """
+  tile = _TILE.get(jax.default_backend(), _OTHER_TILE)
+
+  def whole(rows):
+    return -(-rows // tile) * tile
+
+  step = whole(-(-num // 4))
+  width = step if size == num else whole(-(-num // 2))
+  found = {1, size} if num == 1 else {size}
+  while width < size:
+    found.add(width)
+    width = whole(max(width + step, 3 * width // 2 if width >= 2 * num else 0))
+  return tuple(sorted(found))
+
+
+def run_first(function: Callable, narrow: Narrow | None, *args: Any) -> Any:
+  """Runs a function of `[1, M, …]` or `[M]` arrays on the first rows; the other rows of its results are 0."""
+  if narrow is None:
+    return function(*args)
+  size = narrow.widths[-1]
+
+  def run_at(width):
+    def cut(a):
+      return a if isinstance(a, int) else a[:width] if a.ndim == 1 else a[:, :width]
+
+    def pad(a):
+      return jnp.pad(a, ((0, 0), (0, size - width)) + ((0, 0),) * (a.ndim - 2))
+
+    return lambda: jax.tree.map(pad, function(*jax.tree.map(cut, args)))
+
+  return _switch(run_at, narrow.num, narrow.widths)
+
+
+def run_some(function: Callable[[jax.Array], Any], on_M: jax.Array, widths: Sequence[int], others: Any) -> Any:
+  """Runs a function on the rows that are on, and perhaps on more.
+
+  Args:
+    function: `index_W` -> a tree of `[W, …]` arrays.
+    on_M: rows in use.
+    widths: numbers of rows at which the function is compiled, the last one M.
+    others: a tree of `[M, …]` arrays, the results of all other rows.
+
+  Returns:
+    A tree like `others`.
+  """
+  order_M = jnp.argsort(~on_M, stable=True)
+
+  def run_at(width):
+    index_W = order_M[:width]
+
+    def put(old, new):
+      return old.at[index_W].set(new, unique_indices=True)
+
+    return lambda: jax.tree.map(put, others, function(index_W)) if width else others
+
+  return _switch(run_at, jnp.sum(on_M), (0, *widths))
+
+
+def _switch(run_at, num, widths):
+  which = jnp.sum(num > jnp.asarray(widths[:-1]))
+  return jax.lax.switch(which, [run_at(width) for width in widths])
