@@ -160,8 +160,6 @@ mor/serve/engine.py
 
 mor/serve/generate.py
 
-mor/serve/loop.py
-
 mor/serve/meter.py
 
 mor/serve/model.py
