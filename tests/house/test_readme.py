@@ -78,7 +78,7 @@ def test_headlines_are_the_results():
   gain, = batch["gains"]
   exits, = [row for row in load("early_exit_smollm2")["batches"][0]["variants"] if row["variant"] == "verify-0.1"]
   quickstart = load("quickstart")["summary"]
-  rows = re.findall(r"^\| [^|]* \| ([^|]*) \| [^|]* \| `(\w+)` \|$", README, re.MULTILINE)
+  rows = re.findall(r"^\| [^|]* \| ([^|]*) \| [^|]* \| \[(\w+)\]\(.*\) \|$", README, re.MULTILINE)
   assert [name for _, name in rows] == ["train_h200_1700m", "decode_135m", "early_exit_smollm2", "quickstart"]
   assert [re.findall(r"\d+\.\d+", text) for text, _ in rows] == [
       [f"{step['wall_ratio']['median']:.3f}"], [f"{gain['gain']['median']:.3f}"],
