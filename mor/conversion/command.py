@@ -23,7 +23,6 @@ from mor import checkpoint
 from mor import config as config_lib
 from mor import memory
 from mor import paths
-from mor import restore
 from mor.conversion import hf_export
 from mor.conversion import recursive_init
 from mor.conversion import source as source_lib
@@ -90,8 +89,8 @@ def export(workdir: str | os.PathLike, target: str, output: str | os.PathLike, d
   Raises:
     ValueError: no checkpoint, or a model or folder that cannot be written.
   """
-  config, step, variables = restore.variables(workdir)
-  about = restore.pretrained(workdir) or {}
+  config, step, variables = checkpoint.variables(workdir)
+  about = checkpoint.pretrained(workdir) or {}
   tokenizer = text.load_tokenizer(config.data)
   opening = {name: (tokenizer.eos_id,) for name in ("bos", "eos", "pad")}  # as documents are in training
   TARGETS[target](output, config.model, jax.tree.map(np.asarray, variables), tokenizer=tokenizer.serialized,
@@ -103,10 +102,10 @@ def export(workdir: str | os.PathLike, target: str, output: str | os.PathLike, d
 def _read(spec: str, target: config_lib.ModelConfig) -> _Given:
   kind, _, path = spec.partition(":")
   if kind == "mor":
-    config, _, variables = restore.variables(path)
+    config, _, variables = checkpoint.variables(path)
     file = pathlib.Path(path).expanduser() / "tokenizer.json"
     tokenizer = file.read_text(encoding="utf-8") if file.is_file() else None
-    return _Given(config.model, jax.tree.map(np.asarray, variables), tokenizer, restore.pretrained(path))
+    return _Given(config.model, jax.tree.map(np.asarray, variables), tokenizer, checkpoint.pretrained(path))
   source = source_lib.read(spec, target)
   about = dict(context=source.context, special_ids=source.special_ids, special_tokens=source.special_tokens,
                add_bos=source.add_bos, chat_template=source.chat_template)

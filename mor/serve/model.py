@@ -5,8 +5,8 @@ import dataclasses
 import os
 from typing import Any
 
+from mor import checkpoint
 from mor import config as config_lib
-from mor import restore
 from mor.data import text
 from mor.decode import decoder as decoder_lib
 from mor.decode import storage as storage_lib
@@ -100,9 +100,9 @@ def load(workdir: str | os.PathLike) -> Model:
     ValueError: the directory holds no checkpoint.
     OSError: the checkpoint is damaged.
   """
-  config, step, variables = restore.variables(workdir)
+  config, step, variables = checkpoint.variables(workdir)
   tokenizer = text.load_tokenizer(config.data)
-  about = restore.pretrained(workdir) if step == 0 else None
+  about = checkpoint.pretrained(workdir) if step == 0 else None
   if about is None:
     return Model(config.model, variables, tokenizer, config.data.seq_len)
   ids = about["special_ids"]

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import optax
 
+from mor import checkpoint
 from mor import config as config_lib
 from mor import distributed
-from mor import restore
 from mor import sharding
 from mor.model import transformer
 from mor.model.routers import expert_choice
@@ -91,7 +91,7 @@ def load_teacher(config: config_lib.Config, mesh: Mesh) -> Teacher | None:
   if not workdir:
     return None
   try:
-    theirs, _, variables = restore.variables(workdir, lambda _, shapes: sharding.tree_shardings(mesh, shapes))
+    theirs, _, variables = checkpoint.variables(workdir, lambda _, shapes: sharding.tree_shardings(mesh, shapes))
   except ValueError as error:
     raise ValueError(f"distill.teacher={workdir!r}: {error}") from error
   if theirs.model.vocab_size != config.model.vocab_size:

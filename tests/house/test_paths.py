@@ -10,7 +10,6 @@ import pytest
 
 from mor import checkpoint
 from mor import paths
-from mor import restore
 from mor.conversion import command
 from mor.study import plan as study_plan
 from mor.study import run as study
@@ -93,13 +92,13 @@ def test_training_in_a_bucket_is_training_on_a_disk(root, tmp_path):
   loop.train(config(steps=2), "gs://mine/run")
   loop.train(config(steps=4), "gs://mine/run")
   loop.train(config(steps=4), tmp_path / "run")
-  (_, step, ours), (_, wanted_step, wanted) = (restore.variables(w) for w in ("gs://mine/run", tmp_path / "run"))
+  (_, step, ours), (_, wanted_step, wanted) = (checkpoint.variables(w) for w in ("gs://mine/run", tmp_path / "run"))
   assert step == wanted_step == 4
   jax.tree.map(np.testing.assert_array_equal, ours, wanted)
   rows = [row["step"] for row in metrics.read("gs://mine/run") if "train/loss" in row]
   assert rows == [row["step"] for row in metrics.read(tmp_path / "run") if "train/loss" in row]
   names = {file.name for file in (root / "mine/run").iterdir()}
   assert names == {file.name for file in (tmp_path / "run").iterdir()} and "report.html" in names
-  assert restore.pretrained("gs://mine/run") is None
+  assert checkpoint.pretrained("gs://mine/run") is None
   with checkpoint.Checkpoints("gs://mine/run", read_only=True) as checkpoints:
     assert str(checkpoints.directory) == "gs://mine/run/checkpoints"

@@ -150,8 +150,6 @@ mor/plots.py
 
 mor/report.py
 
-mor/restore.py
-
 mor/serve/cli.py
 
 mor/serve/early_exit.py
