@@ -11,7 +11,7 @@ import logging
 
 from matplotlib import figure
 from matplotlib import patches
-from mor import colour
+from mor import depth as depth_lib
 
 Row = Mapping[str, float]
 
@@ -136,7 +136,7 @@ def _style(axes, title: str, x_label: str = "step") -> None:
 
 def _line_colour(r: int, num_recursions: int) -> str:
   """As in the text, but the palest is too pale for a line."""
-  return "#d4b106" if colour.shade(r, num_recursions) == 0 else colour.page_colour(r, num_recursions)
+  return "#d4b106" if depth_lib.shade(r, num_recursions) == 0 else depth_lib.page_colour(r, num_recursions)
 
 
 def _heat_map(axes, runs: Sequence[tuple[int, int, str, int]], num_recursions: int) -> None:
@@ -148,14 +148,14 @@ def _heat_map(axes, runs: Sequence[tuple[int, int, str, int]], num_recursions: i
   axes.set_title("held-out text by recursion depth (causal routing)", loc="left", fontsize=10)
   cell = dict(height=0.86, linewidth=0)
   for line, start, text, depth in runs:
-    axes.add_patch(patches.Rectangle((start, line + 0.07), len(text), facecolor=colour.page_colour(
+    axes.add_patch(patches.Rectangle((start, line + 0.07), len(text), facecolor=depth_lib.page_colour(
         depth, num_recursions), **cell))
     for i, char in enumerate(text):
       axes.text(start + i + 0.5, line + 0.5, char.replace("$", r"\$"), family="monospace", fontsize=8, ha="center",
                 va="center", color="#1e293b")
   for r in range(1, num_recursions + 1):
     left = (r - 1) * 16
-    axes.add_patch(patches.Rectangle((left, bottom + 0.5), 2, facecolor=colour.page_colour(r, num_recursions), **cell))
+    axes.add_patch(patches.Rectangle((left, bottom + 0.5), 2, facecolor=depth_lib.page_colour(r, num_recursions), **cell))
     axes.text(left + 2.5, bottom + 0.93, f"{r} step{'s' if r > 1 else ''}", fontsize=8, va="center")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from etils import epath
 
-from mor import colour
 from mor import config as config_lib
+from mor import depth as depth_lib
 from mor import paths
 from mor import plots
 
@@ -73,7 +73,7 @@ def write(workdir: str | os.PathLike, config: config_lib.Config, rows: Sequence[
   fields = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
                    for k, v in _flatten(config_lib.to_dict(config)))
   page = _PAGE.format(title=html.escape(title), cards=cards, curves=plots.curves(rows, r),
-                      tokens=colour.page(parts, depths, r), fields=fields)
+                      tokens=depth_lib.page(parts, depths, r), fields=fields)
   (workdir / "report.png").write_bytes(plots.overview(rows, r, parts, depths, title))
   (workdir / "summary.json").write_text(json.dumps(dict(summary), indent=2) + "\n", encoding="utf-8")
   (workdir / "report.html").write_text(page, encoding="utf-8")

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mor import colour
 from mor import config as config_lib
+from mor import depth as depth_lib
 from mor import distributed
 from mor import report
-from mor import traces
 from mor.train import evaluate as evaluate_lib
 from mor.train import metrics as metrics_lib
 from mor.train import sample as sample_lib
@@ -81,9 +80,9 @@ def sample(config: config_lib.Config, variables: Mapping[str, Any], tokenizer: A
            temperature: float, seed: int) -> str:
   """A continuation of `prompt` whose tokens show their depth."""
   ids = sample_lib.generate(config, variables, tokenizer, prompt, max_tokens, temperature, seed)
-  depths = traces.depth_of_ids(config.model, variables, ids, config.data.seq_len)
-  parts = colour.pieces(tokenizer, ids.tolist())
-  return colour.terminal(parts, depths.tolist(), config.model.num_recursions, colour.wanted())
+  depths = depth_lib.depth_of_ids(config.model, variables, ids, config.data.seq_len)
+  parts = depth_lib.pieces(tokenizer, ids.tolist())
+  return depth_lib.terminal(parts, depths.tolist(), config.model.num_recursions, depth_lib.wanted())
 
 
 def held_out_depths(config: config_lib.Config, variables: Mapping[str, Any],
@@ -91,8 +90,8 @@ def held_out_depths(config: config_lib.Config, variables: Mapping[str, Any],
   """The first held-out row, token by token, and each token's depth."""
   batch = next(iter(corpus.validation.in_order(1)))
   length = int(np.sum(batch["segment_BT"][0] != 0))
-  depth_1T = traces.depth(config.model, variables, batch["tokens_BT"], batch["segment_BT"])
-  parts = colour.pieces(corpus.tokenizer, batch["tokens_BT"][0, :length].tolist())
+  depth_1T = depth_lib.depth(config.model, variables, batch["tokens_BT"], batch["segment_BT"])
+  parts = depth_lib.pieces(corpus.tokenizer, batch["tokens_BT"][0, :length].tolist())
   return parts, np.asarray(depth_1T)[0, :length].tolist()
 
 

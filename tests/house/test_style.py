@@ -30,7 +30,7 @@ mor/aot/hlo.py
 
 mor/checkpoint.py
 
-mor/colour.py
+mor/depth.py
 
 mor/conversion/command.py
 
@@ -177,8 +177,6 @@ mor/study/plot.py
 mor/study/report.py
 
 mor/study/run.py
-
-mor/traces.py
 
 mor/train/batches.py
 

@@ -1,13 +1,48 @@
-"""Text whose tokens show their recursion depth, for terminals and pages."""
+"""How deep each token goes, and text whose tokens show it, for terminals and pages.
 
-from collections.abc import Sequence
+The depth of a token is the number of recursion steps that process it. It belongs to the
+token that is read, on the way to predicting the next one, and is decided causally, as
+in generation.
+"""
+
+from collections.abc import Mapping, Sequence
+import functools
 import html
 import os
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor import config as config_lib
+from mor import types
+from mor.model import transformer
+
 # From shallow to deep: 256-colour terminal code and the same colour on a page.
 _PALETTE = ((230, "#ffffd7"), (222, "#ffd787"), (215, "#ffaf5f"), (208, "#ff8700"), (202, "#ff5f00"), (160, "#d70000"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def depth(model: config_lib.ModelConfig, variables: Mapping[str, Any], tokens_BT: types.Tokens,
+          segment_BT: types.Segments) -> jax.Array:
+  """Recursion steps `[B, T]` of each token; 0 on padding."""
+  out = transformer.Transformer(model).apply(
+      variables, tokens_BT, segment_BT, routing="decide", key=jax.random.key(0))
+  return jnp.sum(out.keep_RBT, axis=0, dtype=jnp.int32) * (segment_BT != 0)
+
+
+def depth_of_ids(model: config_lib.ModelConfig, variables: Mapping[str, Any], ids: np.ndarray,
+                 seq_len: int) -> np.ndarray:
+  """Depths of one text of any length; every `seq_len` tokens are read afresh."""
+  num_rows = max(1, -(-len(ids) // seq_len))
+  padded = np.zeros(num_rows * seq_len, np.int32)
+  padded[:len(ids)] = ids
+  valid = np.arange(len(padded)) < len(ids)
+  depths = [depth(model, variables, jnp.asarray(row_1T), jnp.asarray(valid_1T, jnp.int32))
+            for row_1T, valid_1T in zip(padded.reshape(-1, 1, seq_len), valid.reshape(-1, 1, seq_len))]
+  return np.concatenate([np.asarray(d)[0] for d in depths])[:len(ids)]
 
 
 def wanted() -> bool:
