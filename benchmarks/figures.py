@@ -12,7 +12,6 @@ import json
 
 from benchmarks import harness as results
 from mor import plots
-from mor.study import plot as study_plot
 
 DOCS = results.ROOT / "docs"
 
@@ -32,7 +31,7 @@ def early_exit(record: dict) -> bytes:
 
 FIGURES = {  # file below docs/ -> result, and what draws it
     "depth.png": ("quickstart.json", depth),
-    "study.png": ("study_cpu.json", study_plot.curves),
+    "study.png": ("study_cpu.json", plots.study_curves),
     "early_exit.png": ("early_exit_smollm2.json", early_exit),
 }
 

@@ -15,7 +15,7 @@ import statistics
 import sys
 from typing import Any
 
-from mor.study import plot as study_plot
+from mor import plots
 
 Result = Mapping[str, Any]
 _Cell = Callable[[Result, Mapping[str, Any]], float | None]
@@ -68,7 +68,7 @@ def write(directory: str | os.PathLike, study: Mapping[str, Any], name: str = "s
   directory = pathlib.Path(directory)
   write_json(directory / f"{name}.json", study)
   (directory / f"{name}.md").write_text(tables(study), encoding="utf-8")
-  (directory / f"{name}.png").write_bytes(study_plot.curves(study))
+  (directory / f"{name}.png").write_bytes(plots.study_curves(study))
 
 
 def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     study = read_json(path)
     path.with_suffix(".md").write_text(tables(study), encoding="utf-8")
-    path.with_suffix(".png").write_bytes(study_plot.curves(study))
+    path.with_suffix(".png").write_bytes(plots.study_curves(study))
   except (OSError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -15,7 +15,7 @@ HOMES = {
     "array_record": "mor.data.",
     "datasets": "mor.data.",
     "grain": "mor.data.",
-    "matplotlib": ("mor.plots", "mor.study.plot"),  # figures of a run; of many runs
+    "matplotlib": "mor.plots",
     "ml_collections": ("mor.config", "mor.data.", "mor.main"),
     "tensorflow_datasets": "mor.data.",
     # The exported model; pickled weights.

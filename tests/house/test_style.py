@@ -172,8 +172,6 @@ mor/study/judge.py
 
 mor/study/plan.py
 
-mor/study/plot.py
-
 mor/study/report.py
 
 mor/study/run.py
