@@ -43,7 +43,7 @@ def initialize(mode: str = "off", coordinator: str | None = None, num_processes:
   _check(mode, given)
   if mode == "off" and coordinator is None:
     return
-  # Its handler of SIGTERM would swallow one that comes before ours (train/stop.py).
+  # Its handler of SIGTERM would swallow one that comes before ours (train/signals.py).
   jax.config.update("jax_enable_preemption_service", False)
   # Two programs at once would mix up their collectives, which CPU devices match by order alone.
   jax.config.update("jax_cpu_enable_async_dispatch", False)

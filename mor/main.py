@@ -52,10 +52,10 @@ from mor.study import plan as study_plan
 from mor.study import run as study_lib
 from mor.train import evaluate
 from mor.train import loop
+from mor.train import signals
 from mor.train import step as step_lib
-from mor.train import watchdog
 
-STOPPED, WRONG, DIVERGED, LOST = 75, 2, 1, watchdog.HUNG
+STOPPED, WRONG, DIVERGED, LOST = 75, 2, 1, signals.HUNG
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py; see configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")

@@ -29,9 +29,8 @@ from mor.train import evaluate as evaluate_lib
 from mor.train import finish
 from mor.train import metrics as metrics_lib
 from mor.train import progress
+from mor.train import signals
 from mor.train import step as step_lib
-from mor.train import stop as stop_lib
-from mor.train import watchdog as watchdog_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
     existing.check(config)
   teacher = step_lib.load_teacher(config, mesh)
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(stop_lib.Stop())
+    stop = stack.enter_context(signals.Stop())
     corpus = text.load(config.data, config.model.vocab_size)
     checkpoints = stack.enter_context(
         checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every))
@@ -73,7 +72,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
     main = distributed.main()
     writer = stack.enter_context(metrics_lib.Writer(workdir, start, enabled=main))
     shown = stack.enter_context(progress.Progress(start, config.train.steps, enabled=main))
-    watchdog = stack.enter_context(watchdog_lib.Watchdog(config.train.step_timeout, start))
+    watchdog = stack.enter_context(signals.Watchdog(config.train.step_timeout, start))
     shown.say(f"resuming at step {start}" if start else f"starting in {workdir}")
     if teacher:
       shown.say(f"taught by {config.distill.teacher}, whose parameters take {teacher.num_bytes / 2**20:,.0f} MiB")
@@ -141,7 +140,7 @@ class _Log:
   """Reads every step's metrics one step late, checks them, writes some."""
 
   def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh, writer: metrics_lib.Writer,
-               shown: progress.Progress, watchdog: watchdog_lib.Watchdog, stop: stop_lib.Stop):
+               shown: progress.Progress, watchdog: signals.Watchdog, stop: signals.Stop):
     self._every, self._writer, self._shown = config.train.log_every, writer, shown
     self._watchdog, self._stop = watchdog, stop
     self._meter = metrics_lib.Throughput(

@@ -120,7 +120,7 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
   def voted(state, batch, teacher, bucket):
     rows = {name: value for name, value in batch.items() if name != "votes"}
     new_state, metrics = update(config, mesh, state, rows, teacher, bucket)
-    return new_state, metrics | ({"stop": jnp.any(batch["votes"])} if "votes" in batch else {})  # see train/stop.py
+    return new_state, metrics | ({"stop": jnp.any(batch["votes"])} if "votes" in batch else {})  # see train/signals.py
 
   placed = None if jax.process_count() > 1 else by_row  # several processes always place their rows
   jitted = jax.jit(

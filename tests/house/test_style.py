@@ -200,9 +200,7 @@ mor/train/sample.py
 
 mor/train/step.py
 
-mor/train/stop.py
-
-mor/train/watchdog.py
+mor/train/signals.py
 
 mor/types.py
 """

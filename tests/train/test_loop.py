@@ -15,9 +15,8 @@ from mor import sharding
 from mor.train import loop
 from mor.train import metrics
 from mor.train import progress
+from mor.train import signals
 from mor.train import step as step_lib
-from mor.train import stop as stop_lib
-from mor.train import watchdog
 from tests.helpers import tiny
 
 
@@ -127,8 +126,8 @@ def test_metrics_are_read_one_step_late(make_config, tmp_path, monkeypatch):
   monkeypatch.setattr(loop._Log, "_read", lambda log, step, values: read.append(step))
   config = make_config()
   with metrics.Writer(tmp_path, 0) as writer:
-    log = loop._Log(config, sharding.make_mesh(config.mesh), writer, progress.Progress(0, 5), watchdog.Watchdog(0),
-                    stop_lib.Stop())
+    log = loop._Log(config, sharding.make_mesh(config.mesh), writer, progress.Progress(0, 5), signals.Watchdog(0),
+                    signals.Stop())
     log.put(1, {})
     assert read == []
     log.put(2, {})
@@ -151,7 +150,7 @@ def test_bad_data_leaves_no_workdir(make_config, tmp_path):
 
 
 def test_a_second_signal_interrupts():
-  with stop_lib.Stop() as stop:
+  with signals.Stop() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.requested
     with pytest.raises(KeyboardInterrupt):

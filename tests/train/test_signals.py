@@ -7,16 +7,16 @@ import time
 import pytest
 
 from mor import main
-from mor.train import watchdog
+from mor.train import signals
 
 HANGS = """
 import time
-from mor.train import watchdog
+from mor.train import signals
 
 def a_step_that_hangs():
   time.sleep(60)
 
-with watchdog.Watchdog(0.2, 6) as watched:
+with signals.Watchdog(0.2, 6) as watched:
   watched.beat(7)
   a_step_that_hangs()
 """
@@ -25,7 +25,7 @@ with watchdog.Watchdog(0.2, 6) as watched:
 def test_a_hung_step_ends_the_process_and_says_where():
   begun = time.monotonic()
   done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, check=False)
-  assert done.returncode == watchdog.HUNG == main.LOST and time.monotonic() - begun < 50
+  assert done.returncode == signals.HUNG == main.LOST and time.monotonic() - begun < 50
   assert done.returncode not in (0, main.STOPPED, main.WRONG, main.DIVERGED)
   line, *stacks = done.stderr.splitlines()
   assert line.startswith("error: no step has finished since step 7, in train.step_timeout=0.2 s")
@@ -35,7 +35,7 @@ def test_a_hung_step_ends_the_process_and_says_where():
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
 def test_steps_that_finish_and_pauses_are_left_alone(seconds):
   ended = []
-  with watchdog.Watchdog(seconds, end=ended.append) as watched:
+  with signals.Watchdog(seconds, end=ended.append) as watched:
     time.sleep(0.6)  # compiling
     for step in range(4):
       watched.beat(step)
@@ -47,7 +47,7 @@ def test_steps_that_finish_and_pauses_are_left_alone(seconds):
 
 def test_a_pause_ends_as_well(capsys):
   ended = []
-  with watchdog.Watchdog(0.05, end=ended.append) as watched:
+  with signals.Watchdog(0.05, end=ended.append) as watched:
     watched.pause()
     time.sleep(2)
-  assert ended == [watchdog.HUNG] and "since step 0" in capsys.readouterr().err
+  assert ended == [signals.HUNG] and "since step 0" in capsys.readouterr().err
