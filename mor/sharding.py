@@ -107,6 +107,22 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
 
 
+def local_rows(mesh: Mesh, num_rows: int) -> slice:
+  """The rows of a global batch that this process's devices hold.
+
+  Processes that share rows (they differ in `tensor` or `sequence` only) get the same.
+  """
+  held = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((num_rows,)).values()
+  bounds = [rows.indices(num_rows) for (rows,) in held]
+  return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def put_whole(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  """A whole numpy batch as global arrays; each process gives its own rows."""
+  rows = local_rows(mesh, len(batch["tokens_BT"]))
+  return put_batch(mesh, {name: value[rows] for name, value in batch.items()})
+
+
 def put_votes(mesh: Mesh, vote: bool) -> jax.Array:
   """A vote of each process, on all its devices."""
   sharding = NamedSharding(mesh, P(mesh.axis_names))

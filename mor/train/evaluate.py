@@ -24,7 +24,6 @@ from mor import config as config_lib
 from mor import distributed
 from mor import sharding
 from mor.model import transformer
-from mor.train import batches as batches_lib
 from mor.train import loss as loss_lib
 
 Batch = Mapping[str, np.ndarray]
@@ -51,7 +50,7 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
   def evaluate(params: dict, balance: dict, batches: Iterable[Batch]) -> dict[str, float]:
     total, pending = {}, None
     for batch in batches:
-      given = config, mesh, params, balance, num_bytes_V, batches_lib.put(mesh, batch)
+      given = config, mesh, params, balance, num_bytes_V, sharding.put_whole(mesh, batch)
       with jax.set_mesh(mesh):
         if pending is None:
           distributed.compile_together(_sums, *given)

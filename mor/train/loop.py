@@ -24,7 +24,6 @@ from mor import flops
 from mor import sharding
 from mor.data import prefetch
 from mor.data import text
-from mor.train import batches as batches_lib
 from mor.train import evaluate as evaluate_lib
 from mor.train import finish
 from mor.train import metrics as metrics_lib
@@ -108,7 +107,7 @@ def _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, l
   """The loop itself; returns the state and the number of finished steps."""
   plan, step = config.train, start
   train_step = step_lib.make_train_step(config, mesh, teacher)
-  rows = batches_lib.local_rows(mesh, config.data.batch_size)
+  rows = sharding.local_rows(mesh, config.data.batch_size)
   make_batch = lambda step: stop.vote(mesh, sharding.put_batch(mesh, corpus.train.batch(step, rows)))
   with contextlib.closing(prefetch.prefetch(make_batch, start, plan.steps)) as batches:
     for batch in batches:

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mor import config as config_lib
+from mor import sharding
 from mor.data import blimp
 from mor.model import transformer
-from mor.train import batches as batches_lib
 from mor.train import loss as loss_lib
 
 Scorer = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -53,7 +53,7 @@ def make(config: config_lib.Config, mesh: Mesh, eos_id: int) -> Callable[[dict, 
     for start in range(0, len(batch["tokens_BT"]), config.data.batch_size):
       part = {name: value[start:start + config.data.batch_size] for name, value in batch.items()}
       with jax.set_mesh(mesh):
-        rows.append(np.asarray(nll(params, balance, batches_lib.put(mesh, part)), np.float64))
+        rows.append(np.asarray(nll(params, balance, sharding.put_whole(mesh, part)), np.float64))
     nll_BT = np.concatenate(rows)
     return np.array([-nll_BT[row, start:stop].sum() for row, start, stop in places])
 

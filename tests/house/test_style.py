@@ -176,8 +176,6 @@ mor/study/report.py
 
 mor/study/run.py
 
-mor/train/batches.py
-
 mor/train/evaluate.py
 
 mor/train/exit_losses.py

@@ -11,7 +11,6 @@ import pytest
 
 from mor import sharding
 from mor.model import transformer
-from mor.train import batches
 from mor.train import evaluate
 from mor.train import step as step_lib
 from tests.helpers import tiny
@@ -127,6 +126,6 @@ def test_compressors_are_those_of_the_command_line():
 
 def test_each_process_gives_the_rows_its_devices_hold():
   mesh = sharding.make_mesh(tiny.config(mesh=dict(data=4, tensor=2)).mesh)
-  assert batches.local_rows(mesh, 8) == slice(0, 8)
-  array = batches.put(mesh, tiny.batch(tiny.config(data=dict(batch_size=8))))["tokens_BT"]
+  assert sharding.local_rows(mesh, 8) == slice(0, 8)
+  array = sharding.put_whole(mesh, tiny.batch(tiny.config(data=dict(batch_size=8))))["tokens_BT"]
   assert array.shape == (8, 12) and array.addressable_shards[0].data.shape == (2, 12)
