@@ -13,12 +13,15 @@ is another permutation of the records. So the position in the data is one
 integer, whatever the number of processes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 import pathlib
+from typing import TypeVar
 
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+Made = TypeVar("Made")
 
 
 def write(path: pathlib.Path, documents: Sequence[np.ndarray], eos_id: int, seq_len: int,
@@ -99,3 +102,14 @@ class Rows:
         "segment_BT": np.where(valid_BT, segment_BT, 0),
         "loss_mask_BT": valid_BT,
     }
+
+
+def prefetch(batch_fn: Callable[[int], Made], start: int, stop: int) -> Iterator[Made]:
+  """Yields batch_fn(start) .. batch_fn(stop - 1); a thread makes the next one while the current one is used."""
+  with futures.ThreadPoolExecutor(max_workers=1) as pool:
+    pending = pool.submit(batch_fn, start) if start < stop else None
+    for step in range(start, stop):
+      batch = pending.result()
+      if step + 1 < stop:
+        pending = pool.submit(batch_fn, step + 1)
+      yield batch

@@ -22,7 +22,7 @@ from mor import config as config_lib
 from mor import distributed
 from mor import flops
 from mor import sharding
-from mor.data import prefetch
+from mor.data import rows as rows_lib
 from mor.data import text
 from mor.train import evaluate as evaluate_lib
 from mor.train import finish
@@ -109,7 +109,7 @@ def _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, l
   train_step = step_lib.make_train_step(config, mesh, teacher)
   rows = sharding.local_rows(mesh, config.data.batch_size)
   make_batch = lambda step: stop.vote(mesh, sharding.put_batch(mesh, corpus.train.batch(step, rows)))
-  with contextlib.closing(prefetch.prefetch(make_batch, start, plan.steps)) as batches:
+  with contextlib.closing(rows_lib.prefetch(make_batch, start, plan.steps)) as batches:
     for batch in batches:
       state, values = train_step(state, batch, step)
       step += 1

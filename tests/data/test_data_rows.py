@@ -1,4 +1,6 @@
-"""Rows hold every token once; a batch is a function of the step."""
+"""Rows hold every token once; a batch is a function of the step and is made one ahead."""
+
+import threading
 
 import numpy as np
 import pytest
@@ -102,3 +104,40 @@ def test_some_rows_in_order_are_spread_evenly(made):
   assert keys(made.in_order(5, max_rows=5)) == everything[::2]
   assert keys(made.in_order(10, max_rows=99)) == everything
   assert len(list(made.in_order(2, max_rows=5))) == 3
+
+
+def test_batches_come_in_order():
+  asked = []
+  assert list(rows.prefetch(lambda step: asked.append(step) or step * step, 2, 6)) == [4, 9, 16, 25]
+  assert asked == [2, 3, 4, 5]
+  assert not list(rows.prefetch(lambda step: step, 3, 3))
+
+
+def test_prefetch_makes_one_batch_ahead_and_no_more():
+  started = [threading.Event() for _ in range(4)]
+  main = threading.get_ident()
+
+  def make(step):
+    assert threading.get_ident() != main
+    started[step].set()
+    return step
+
+  batches = rows.prefetch(make, 0, 4)
+  assert not started[0].is_set()
+  assert next(batches) == 0
+  assert started[1].wait(timeout=5)
+  assert not started[2].is_set()
+  batches.close()
+  assert not started[2].is_set()
+
+
+def test_an_error_arrives_at_its_step():
+  def make(step):
+    if step == 1:
+      raise ValueError("row 1 is damaged")
+    return step
+
+  batches = rows.prefetch(make, 0, 3)
+  assert next(batches) == 0
+  with pytest.raises(ValueError, match="row 1 is damaged"):
+    next(batches)

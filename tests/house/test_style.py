@@ -58,8 +58,6 @@ mor/data/blimp.py
 
 mor/data/cache.py
 
-mor/data/prefetch.py
-
 mor/data/readers.py
 
 mor/data/rows.py
