@@ -27,7 +27,6 @@ from mor.data import text
 from mor.train import evaluate as evaluate_lib
 from mor.train import finish
 from mor.train import metrics as metrics_lib
-from mor.train import progress
 from mor.train import signals
 from mor.train import step as step_lib
 
@@ -70,7 +69,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
     state, start = restore_or_init(config, mesh, checkpoints)
     main = distributed.main()
     writer = stack.enter_context(metrics_lib.Writer(workdir, start, enabled=main))
-    shown = stack.enter_context(progress.Progress(start, config.train.steps, enabled=main))
+    shown = stack.enter_context(metrics_lib.Progress(start, config.train.steps, enabled=main))
     watchdog = stack.enter_context(signals.Watchdog(config.train.step_timeout, start))
     shown.say(f"resuming at step {start}" if start else f"starting in {workdir}")
     if teacher:
@@ -139,7 +138,7 @@ class _Log:
   """Reads every step's metrics one step late, checks them, writes some."""
 
   def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh, writer: metrics_lib.Writer,
-               shown: progress.Progress, watchdog: signals.Watchdog, stop: signals.Stop):
+               shown: metrics_lib.Progress, watchdog: signals.Watchdog, stop: signals.Stop):
     self._every, self._writer, self._shown = config.train.log_every, writer, shown
     self._watchdog, self._stop = watchdog, stop
     self._meter = metrics_lib.Throughput(

@@ -190,8 +190,6 @@ mor/train/minimal_pairs.py
 
 mor/train/optim.py
 
-mor/train/progress.py
-
 mor/train/sample.py
 
 mor/train/step.py

@@ -14,7 +14,6 @@ from mor import checkpoint
 from mor import sharding
 from mor.train import loop
 from mor.train import metrics
-from mor.train import progress
 from mor.train import signals
 from mor.train import step as step_lib
 from tests.helpers import tiny
@@ -126,7 +125,7 @@ def test_metrics_are_read_one_step_late(make_config, tmp_path, monkeypatch):
   monkeypatch.setattr(loop._Log, "_read", lambda log, step, values: read.append(step))
   config = make_config()
   with metrics.Writer(tmp_path, 0) as writer:
-    log = loop._Log(config, sharding.make_mesh(config.mesh), writer, progress.Progress(0, 5), signals.Watchdog(0),
+    log = loop._Log(config, sharding.make_mesh(config.mesh), writer, metrics.Progress(0, 5), signals.Watchdog(0),
                     signals.Stop())
     log.put(1, {})
     assert read == []

@@ -7,7 +7,6 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from mor.train import metrics
-from mor.train import progress
 
 
 def write(workdir, start, stop):
@@ -83,7 +82,7 @@ def test_throughput_counts_steps_between_restarts(monkeypatch):
 def test_without_a_terminal_progress_is_plain_lines(capsys, monkeypatch):
   now = iter((5.0, 14.0))
   monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-  with progress.Progress(0, 120) as shown:
+  with metrics.Progress(0, 120) as shown:
     shown.step(1)
     shown.step(2)
     shown.show(10, dict(loss=1.25, tokens_per_second=12345.0, other=3))
