@@ -40,6 +40,7 @@ from mor import checkpoint
 from mor import config as config_lib
 from mor import distributed
 from mor import info
+from mor import report
 from mor import sharding
 from mor.aot import compiled
 from mor.conversion import command as conversion
@@ -116,7 +117,7 @@ _EXITS = {  # see mor/exits/policy.py
 
 
 def _train() -> int:
-  outcome = loop.train(_config("train"), _workdir("train"))
+  outcome = loop.train(_config("train"), _workdir("train"), report.finish)
   if distributed.main():
     print(outcome.text, flush=True)
   return 0 if outcome.summary is not None else STOPPED

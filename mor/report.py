@@ -1,17 +1,30 @@
-"""The report of a run: report.html (one file, nothing to fetch), report.png, summary.json."""
+"""The end of a run: its final figures, a sample coloured by depth, and its report.
 
-from collections.abc import Mapping, Sequence
+The report is report.html (one file, nothing to fetch), report.png and summary.json.
+Training knows nothing of it: `train.loop.train` is given `finish`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
 import html
 import json
 import os
 from typing import Any
 
 from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from mor import config as config_lib
 from mor import depth as depth_lib
+from mor import distributed
 from mor import paths
 from mor import plots
+from mor import types
+from mor.model import transformer
+from mor.train import evaluate as evaluate_lib
+from mor.train import metrics as metrics_lib
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -52,6 +65,124 @@ _CARDS = (  # figure of the summary, label, format
     ("tokens_per_second", "tokens per second", ",.0f"),
     ("mfu", "MFU", ".1%"),
 )
+SAMPLE_TEMPERATURE = 0.8
+
+
+def finish(config: config_lib.Config, workdir: str | os.PathLike, corpus: Any,
+           evaluate: Callable[[], dict[str, float]], params: dict, balance: dict) -> tuple[dict[str, float], str]:
+  """Writes the report; returns the final figures and the text to print.
+
+  Process 0 does so alone, with the parameters whole in its memory; the others take part
+  in the evaluation, hand over their parts, and return the held-out figures and no text.
+
+  Args:
+    config: the experiment.
+    workdir: of the run.
+    corpus: its data.
+    evaluate: gives the held-out metrics; called where the run wrote none.
+    params: trained.
+    balance: token-choice's loss-free bias, or {}.
+  """
+  rows = metrics_lib.read(workdir) if distributed.main() else []
+  held_out = _last_evaluation(rows, config.train.steps)
+  if distributed.from_main(held_out is None):  # the metrics of a finished run were removed
+    held_out = evaluate()
+  params, balance = distributed.gather((params, balance))
+  if not distributed.main():
+    return held_out or {}, ""
+  summary = summarize(config, rows, held_out, corpus.validation_text(), params)
+  variables = {"params": params, "balance": balance}
+  parts, depths = held_out_depths(config, variables, corpus)
+  lines = [figures(summary)]
+  if config.train.sample_prompt and config.train.sample_tokens:
+    lines += ["", sample(config, variables, corpus.tokenizer, config.train.sample_prompt, config.train.sample_tokens,
+                         SAMPLE_TEMPERATURE, config.seed)]
+  page = write(workdir, config, metrics_lib.read(workdir), summary, parts, depths)
+  lines += ["", f"report: {page}"]
+  return summary, "\n".join(lines)
+
+
+def summarize(config: config_lib.Config, rows: list[dict[str, float]], held_out: Mapping[str, float],
+              held_out_text: str, params: dict) -> dict[str, float]:
+  """The final figures: held-out loss, compressors on the same text, size, speed."""
+  rates = {name: [row[f"train/{name}"] for row in rows if f"train/{name}" in row]
+           for name in ("tokens_per_second", "mfu")}
+  return {
+      "step": config.train.steps,
+      **held_out,
+      **evaluate_lib.compressed_bits_per_byte(held_out_text),
+      "params": sum(x.size for x in jax.tree.leaves(params)),
+      "train_tokens": config.train.steps * config.data.batch_size * config.data.seq_len,
+      **{name: float(np.median(values)) for name, values in rates.items() if values},
+  }
+
+
+def figures(summary: Mapping[str, float]) -> str:
+  """Bits per byte, ours beside the compressors'."""
+  labels = (("bpb_causal", "causal (honest: what generation can do)"), ("bpb_oracle", "oracle (routed as in training)"),
+            ("bpb_gzip", "gzip -9"), ("bpb_xz", "xz -9"))
+  rows = [f"  {summary[name]:6.3f}  {label}" for name, label in labels if name in summary]
+  read = f"{summary['targets']:,.0f} tokens, {summary['bytes']:,.0f} bytes"
+  return "\n".join([f"held-out bits per byte ({read}; compressors: the whole held-out text)", *rows])
+
+
+def sample(config: config_lib.Config, variables: Mapping[str, Any], tokenizer: Any, prompt: str, max_tokens: int,
+           temperature: float, seed: int) -> str:
+  """A continuation of `prompt` whose tokens show their depth."""
+  ids = generate_ids(config, variables, tokenizer, prompt, max_tokens, temperature, seed)
+  depths = depth_lib.depth_of_ids(config.model, variables, ids, config.data.seq_len)
+  parts = depth_lib.pieces(tokenizer, ids.tolist())
+  return depth_lib.terminal(parts, depths.tolist(), config.model.num_recursions, depth_lib.wanted())
+
+
+def held_out_depths(config: config_lib.Config, variables: Mapping[str, Any],
+                    corpus: Any) -> tuple[list[str], list[int]]:
+  """The first held-out row, token by token, and each token's depth."""
+  batch = next(iter(corpus.validation.in_order(1)))
+  length = int(np.sum(batch["segment_BT"][0] != 0))
+  depth_1T = depth_lib.depth(config.model, variables, batch["tokens_BT"], batch["segment_BT"])
+  parts = depth_lib.pieces(corpus.tokenizer, batch["tokens_BT"][0, :length].tolist())
+  return parts, np.asarray(depth_1T)[0, :length].tolist()
+
+
+def generate_ids(config: config_lib.Config, variables: Mapping[str, Any], tokenizer: Any, prompt: str, max_tokens: int,
+             temperature: float, seed: int) -> np.ndarray:
+  """Continues `prompt` by a plain sampler, and returns the ids of all of it.
+
+  It is the reference for cached decoding: no cache, one jitted forward pass with causal
+  routing per token, over a buffer of `seq_len` positions. A text longer than the buffer
+  is continued from its last `seq_len` tokens (positions restart at 0), so the cost of a
+  token is that of a window.
+
+  Args:
+    config: the experiment.
+    variables: {"params": …} and, where the model has one, {"balance": …}.
+    tokenizer: of the training data.
+    prompt: text; it opens a document.
+    max_tokens: new tokens at most; the end of the document stops earlier.
+    temperature: 0 takes the most likely token.
+    seed: of the draws.
+
+  Returns:
+    Ids: the document's opening token, the prompt, the new tokens.
+
+  Raises:
+    ValueError: `max_tokens` or `temperature` is negative.
+  """
+  if max_tokens < 0 or temperature < 0:
+    raise ValueError(f"max_tokens={max_tokens}, temperature={temperature}; use values >= 0")
+  seq_len, key = config.data.seq_len, jax.random.key(seed)
+  ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+  for i in range(max_tokens):
+    window = ids[-seq_len:]
+    tokens_1T = np.zeros((1, seq_len), np.int32)
+    tokens_1T[0, :len(window)] = window
+    token = int(_next(config.model, tokenizer.vocab_size, variables, jnp.asarray(tokens_1T),
+                      jnp.int32(len(window)), jnp.float32(temperature), jax.random.fold_in(key, i)))
+    if token == tokenizer.eos_id:
+      break
+    ids.append(token)
+  return np.asarray(ids, np.int32)
 
 
 def write(workdir: str | os.PathLike, config: config_lib.Config, rows: Sequence[Mapping[str, float]],
@@ -94,3 +225,23 @@ def describe(model: config_lib.ModelConfig) -> str:
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
   return [pair for k, v in fields.items()
           for pair in (_flatten(v, f"{prefix}{k}.") if isinstance(v, dict) else [(f"{prefix}{k}", v)])]
+
+
+def _last_evaluation(rows: list[dict[str, float]], step: int) -> dict[str, float] | None:
+  found = [row for row in rows if row["step"] == step and "eval/nll_causal" in row]
+  return {k.removeprefix("eval/"): v for k, v in found[-1].items() if k != "step"} if found else None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _next(model: config_lib.ModelConfig, vocab_size: int, variables: Mapping[str, Any], tokens_1T: types.Tokens,
+          length: jax.Array, temperature: jax.Array, key: jax.Array) -> jax.Array:
+  """The token after the first `length` ones."""
+  segment_1T = (jnp.arange(tokens_1T.shape[1]) < length).astype(jnp.int32)[None]
+  out = transformer.Transformer(model).apply(
+      variables, tokens_1T, segment_1T, routing="decide", key=jax.random.key(0))
+  last_11D = jax.lax.dynamic_slice_in_dim(out.hidden_BTD, length - 1, 1, axis=1)
+  logits_V = transformer.unembed(variables["params"], last_11D)[0, 0]
+  # The model's vocabulary may be rounded up beyond the tokenizer's.
+  logits_V = jnp.where(jnp.arange(model.vocab_size) < vocab_size, logits_V, -jnp.inf)
+  drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
+  return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)

@@ -27,6 +27,7 @@ from mor import config as config_lib
 from mor import flops
 from mor import memory
 from mor import paths
+from mor import report
 from mor import sharding
 from mor.data import text
 from mor.study import judge as judge_lib
@@ -74,11 +75,11 @@ def run(base: config_lib.Config, study: study_plan.Study, workdir: str | os.Path
 
 def _train_and_judge(directory: pathlib.Path, one: study_plan.Run, judge: judge_lib.Judge) -> dict[str, Any] | None:
   """The result of a member; None where a signal stopped its training."""
-  if loop.train(one.full, directory / "full").summary is None:
+  if loop.train(one.full, directory / "full", report.finish).summary is None:
     return None
   if one.short is not None:
     fork(one, directory)
-    if loop.train(one.short, directory / "short").summary is None:
+    if loop.train(one.short, directory / "short", report.finish).summary is None:
       return None
   figures = judge.make(one.full, sharding.make_mesh(one.full.mesh))
   result = _describe(one) | {"equal_flops": _end(one.full, directory / "full", figures)}

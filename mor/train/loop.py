@@ -4,8 +4,8 @@ The loop never waits for the step it has just dispatched: it reads the metrics o
 the one before. Before an evaluation or a save it reads them all, so that a state
 whose loss or gradient is not finite is never saved.
 
-What a run leaves in its workdir: checkpoints/, metrics.jsonl, tensorboard/, and
-at the end report.html, report.png and summary.json.
+What a run leaves in its workdir: checkpoints/, metrics.jsonl, tensorboard/, and what
+the `finish` that it is given writes at its end (`mor/report.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -25,10 +25,14 @@ from mor import sharding
 from mor.data import rows as rows_lib
 from mor.data import text
 from mor.train import evaluate as evaluate_lib
-from mor.train import finish
 from mor.train import metrics as metrics_lib
 from mor.train import signals
 from mor.train import step as step_lib
+
+
+# finish(config, workdir, corpus, evaluate, params, balance) -> final figures, text to print
+Finish = Callable[[config_lib.Config, str | os.PathLike, text.Corpus, Callable[[], dict[str, float]], dict, dict],
+                  tuple[Mapping[str, float], str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +50,16 @@ class Outcome:
   text: str
 
 
-def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
+def train(config: config_lib.Config, workdir: str | os.PathLike, finish: Finish | None = None) -> Outcome:
   """Trains, or goes on training, the run of `workdir`.
 
   The result does not depend on where a run was interrupted: parameters are
   bitwise those of an uninterrupted run on the same machine.
+
+  Args:
+    config: the experiment.
+    workdir: run directory.
+    finish: writes the end of the run, e.g. `report.finish`; all processes call it.
 
   Raises:
     FloatingPointError: the loss or the gradient of a step is not finite.
@@ -80,7 +89,9 @@ def train(config: config_lib.Config, workdir: str | os.PathLike) -> Outcome:
   if step < config.train.steps:
     return Outcome(step, None, f"stopped at step {step} of {config.train.steps}, saved; "
                    "run the same command to go on")
-  return Outcome(step, *finish.finish(config, workdir, corpus, lambda: evaluate(state), state.params, state.balance))
+  if finish is None:
+    return Outcome(step, {}, f"finished at step {step}")
+  return Outcome(step, *finish(config, workdir, corpus, lambda: evaluate(state), state.params, state.balance))
 
 
 def restore_or_init(config: config_lib.Config, mesh: jax.sharding.Mesh,

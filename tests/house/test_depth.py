@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from mor import depth as depth_lib
+from mor import report
 from mor import sharding
 from mor.data import tokenizer as tokenizer_lib
 from mor.model import transformer
-from mor.train import sample
 from mor.train import step as step_lib
 from tests.helpers import tiny
 
@@ -48,7 +48,7 @@ def test_a_long_text_is_read_row_by_row(variables):
 @pytest.mark.parametrize("prompt", ["the state", "the state of the union"])  # within the window, and beyond
 def test_greedy_sampling_takes_the_likeliest_token_of_the_window(variables, prompt):
   tokenizer = tokenizer_lib.ByteTokenizer()
-  ids = sample.generate(CONFIG, variables, tokenizer, prompt, max_tokens=6, temperature=0, seed=0)
+  ids = report.generate_ids(CONFIG, variables, tokenizer, prompt, max_tokens=6, temperature=0, seed=0)
   start = 1 + len(prompt)
   assert ids[0] == tokenizer.eos_id and tokenizer.decode(ids[1:start]) == prompt and start < len(ids) <= start + 6
   for n in range(start, len(ids)):
@@ -60,20 +60,20 @@ def test_greedy_sampling_takes_the_likeliest_token_of_the_window(variables, prom
 
 
 def test_sampling_is_a_function_of_the_seed_and_stays_in_the_vocabulary(variables):
-  draw = lambda seed: sample.generate(CONFIG, variables, tokenizer_lib.ByteTokenizer(), "a", 20, 5.0, seed).tolist()
+  draw = lambda seed: report.generate_ids(CONFIG, variables, tokenizer_lib.ByteTokenizer(), "a", 20, 5.0, seed).tolist()
   assert draw(1) == draw(1) != draw(2)
 
   class Small(tokenizer_lib.ByteTokenizer):
     vocab_size = 17  # of the model's 263
 
-  ids = sample.generate(CONFIG, variables, Small(), "a", 20, 5.0, seed=3)
+  ids = report.generate_ids(CONFIG, variables, Small(), "a", 20, 5.0, seed=3)
   assert len(ids) == 22 and ids[2:].max() < 17
 
 
 @pytest.mark.parametrize("max_tokens, temperature", [(-1, 1.0), (3, -0.5)])
 def test_sampling_refuses_negative_numbers(variables, max_tokens, temperature):
   with pytest.raises(ValueError, match="use values >= 0"):
-    sample.generate(CONFIG, variables, tokenizer_lib.ByteTokenizer(), "a", max_tokens, temperature, 0)
+    report.generate_ids(CONFIG, variables, tokenizer_lib.ByteTokenizer(), "a", max_tokens, temperature, 0)
 
 
 def test_pieces_join_to_the_text_even_where_a_character_is_split():

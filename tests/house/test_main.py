@@ -12,6 +12,7 @@ import pytest
 
 import mor
 from mor import main
+from mor import report
 from mor.train import loop
 from tests.helpers import tiny
 
@@ -36,7 +37,7 @@ def tiny_run(tmp_path_factory):
   directory = tmp_path_factory.mktemp("main")
   config = tiny.config(tiny.BYTES, data=dict(source=tiny.write_text(directory), cache_dir=str(directory / "cache")),
                        train=dict(steps=2))
-  outcome = loop.train(config, directory / "run")
+  outcome = loop.train(config, directory / "run", report.finish)
   return directory / "run", outcome
 
 

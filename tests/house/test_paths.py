@@ -10,6 +10,7 @@ import pytest
 
 from mor import checkpoint
 from mor import paths
+from mor import report
 from mor.conversion import command
 from mor.study import plan as study_plan
 from mor.study import run as study
@@ -90,8 +91,8 @@ def test_training_in_a_bucket_is_training_on_a_disk(root, tmp_path):
   data = dict(source=tiny.write_text(tmp_path), cache_dir=str(tmp_path / "cache"))
   config = lambda **train: tiny.config(tiny.BYTES, dict(data=data, train=train, optim=dict(schedule="constant")))
   loop.train(config(steps=2), "gs://mine/run")
-  loop.train(config(steps=4), "gs://mine/run")
-  loop.train(config(steps=4), tmp_path / "run")
+  loop.train(config(steps=4), "gs://mine/run", report.finish)
+  loop.train(config(steps=4), tmp_path / "run", report.finish)
   (_, step, ours), (_, wanted_step, wanted) = (checkpoint.variables(w) for w in ("gs://mine/run", tmp_path / "run"))
   assert step == wanted_step == 4
   jax.tree.map(np.testing.assert_array_equal, ours, wanted)

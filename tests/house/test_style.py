@@ -178,8 +178,6 @@ mor/train/evaluate.py
 
 mor/train/exit_losses.py
 
-mor/train/finish.py
-
 mor/train/loop.py
 
 mor/train/loss.py
@@ -189,8 +187,6 @@ mor/train/metrics.py
 mor/train/minimal_pairs.py
 
 mor/train/optim.py
-
-mor/train/sample.py
 
 mor/train/step.py
 

@@ -14,11 +14,11 @@ from mor import checkpoint
 from mor import config as config_lib
 from mor import flops
 from mor import memory
+from mor import report
 from mor import sharding
 from mor.study import plan as study_plan
 from mor.study import report as study_report
 from mor.study import run as study_lib
-from mor.train import finish
 from mor.train import loop
 from mor.train import optim
 from tests.helpers import tiny
@@ -114,7 +114,7 @@ def finished(tmp_path_factory):
   study = make_study(texts={"wikitext_2": str(directory / "other.txt"), "gone": "no/such/file"},
                      blimp=str(directory / "pairs.jsonl"))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(finish, "finish", lambda *unused: ({}, ""))  # a run's own report, tested elsewhere
+    patch.setattr(report, "finish", lambda *unused: ({}, ""))  # a run's own report, tested elsewhere
     assert study_lib.run(base, study, directory / "work", "the command")
   return base, study, directory / "work"
 
@@ -143,7 +143,7 @@ def test_the_fork_is_the_run_of_its_length(finished, monkeypatch, tmp_path):
   base, study, workdir = finished
   one = study_plan.make(base, study)[1]
   assert 0 < one.fork < 6
-  monkeypatch.setattr(finish, "finish", lambda *unused: ({}, ""))
+  monkeypatch.setattr(report, "finish", lambda *unused: ({}, ""))
   loop.train(one.short, tmp_path)
   states = []
   for directory in (tmp_path, workdir / "mor-seed0/short"):

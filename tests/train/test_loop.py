@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mor import checkpoint
+from mor import report
 from mor import sharding
 from mor.train import loop
 from mor.train import metrics
@@ -38,7 +39,7 @@ def make_config(tmp_path_factory):
 def straight(make_config, tmp_path_factory):
   """A run of 5 steps from beginning to end."""
   workdir = tmp_path_factory.mktemp("straight")
-  return workdir, loop.train(make_config(), workdir)
+  return workdir, loop.train(make_config(), workdir, report.finish)
 
 
 def final_state(config, workdir):
@@ -96,7 +97,7 @@ def test_a_stopped_run_resumes_bitwise(number, straight, make_config, tmp_path, 
 def test_a_finished_run_does_not_train_again(straight, make_config, monkeypatch):
   workdir, outcome = straight
   monkeypatch.setattr(step_lib, "make_train_step", lambda *unused: pytest.fail)
-  again = loop.train(make_config(), workdir)
+  again = loop.train(make_config(), workdir, report.finish)
   assert (again.step, again.summary) == (5, outcome.summary)
 
 
