@@ -16,9 +16,10 @@ Source of names: transformers models/llama; llama.cpp gguf-py tensor_mapping.py;
 raymin0223/mixture_of_recursions model/mor_model.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import math
+from typing import Any
 
 from mor import model_config
 
@@ -171,3 +172,18 @@ def find(path: str, rows: Iterable[Parameter] = ()) -> Parameter:
     raise ValueError(f"{path!r} is {len(found)} parameters; it must be one: declare it in mor/parameters.py, or in the "
                      "`parameters` of its router")
   return found[0]
+
+
+def get(tree: Mapping[str, Any], path: str) -> Any:
+  """Returns the leaf at a path such as "attention/q"."""
+  for name in path.split("/"):
+    tree = tree[name]
+  return tree
+
+
+def put(tree: dict, path: str, leaf: Any) -> None:
+  """Sets the leaf at a path, making its groups."""
+  *groups, name = path.split("/")
+  for group in groups:
+    tree = tree.setdefault(group, {})
+  tree[name] = leaf

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor.model import attention
 from mor.model import kernels
 from mor.model import transformer
 from mor.model.kv import view as kv_view
@@ -65,7 +64,7 @@ def check_attention(shape, documents: int) -> bool:
     grads, out_BTNH = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*(x.astype(dtype) for x in inputs))
     return out_BTNH, grads
 
-  xla = lambda q, k, v: attention.attend(q, kv_view.KV(k, v), mask_BTS)
+  xla = lambda q, k, v: kernels.xla(q, k, v, mask_BTS)
   cudnn = lambda q, k, v: kernels.cudnn(q, k, v, None if documents == 1 else mask_BTS)
   with jax.default_matmul_precision("highest"):
     exact = run(xla, jnp.float32)

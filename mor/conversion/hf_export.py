@@ -170,7 +170,7 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
   variables: dict[str, Any] = {}
   for path, parts in leaves.items():
     lead = tuple(n + 1 for n in max(parts))
-    layout.put(variables, path, np.stack([parts[i] for i in np.ndindex(lead)]).reshape(lead + parts[max(parts)].shape))
+    parameters.put(variables, path, np.stack([parts[i] for i in np.ndindex(lead)]).reshape(lead + parts[max(parts)].shape))
   return fields, variables
 
 

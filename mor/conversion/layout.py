@@ -65,7 +65,7 @@ class Entry:
 
   def write(self, variables: Mapping[str, Any]) -> np.ndarray:
     """Returns the tensor of the file from our variables, float32 and contiguous."""
-    ours = np.asarray(get(variables, self.path)[self.index], np.float32)
+    ours = np.asarray(parameters.get(variables, self.path)[self.index], np.float32)
     theirs = ours.reshape(self.shape[::-1]).T if self.ins else ours
     return np.ascontiguousarray(interleave(theirs, self.heads) if self.heads else theirs)
 
@@ -228,18 +228,3 @@ def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 def deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
   """Inverts `interleave`."""
   return rows.reshape(heads, len(rows) // heads // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
-
-
-def get(tree: Mapping[str, Any], path: str) -> Any:
-  """Returns the leaf at a path such as "attention/q"."""
-  for name in path.split("/"):
-    tree = tree[name]
-  return tree
-
-
-def put(tree: dict, path: str, leaf: Any) -> None:
-  """Sets the leaf at a path, making its groups."""
-  *groups, name = path.split("/")
-  for group in groups:
-    tree = tree.setdefault(group, {})
-  tree[name] = leaf

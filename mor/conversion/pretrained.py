@@ -130,8 +130,8 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
       continue
     ours = entry.read(tensors.read(entry.key))
     if not any(path == entry.path for path, _ in first):
-      layout.put(variables, entry.path, np.empty((*lengths[entry.path], *ours.shape), np.float32))
-    leaf = layout.get(variables, entry.path)
+      parameters.put(variables, entry.path, np.empty((*lengths[entry.path], *ours.shape), np.float32))
+    leaf = parameters.get(variables, entry.path)
     known = first.setdefault((entry.path, entry.index), entry.key)
     if known == entry.key:
       leaf[entry.index] = ours

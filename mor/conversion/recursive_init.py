@@ -36,7 +36,6 @@ import numpy as np
 
 from mor import config as config_lib
 from mor import parameters
-from mor.conversion import layout
 from mor.model import schedule as schedule_lib
 from mor.model.routers import table as router_table
 
@@ -148,12 +147,12 @@ class _Init:
     for row in parameters.PROJECTIONS:
       rank = self.model.lora.ranks.get(row.name)
       if rank:
-        wanted_IO, shared_IO = (np.reshape(layout.get(layer, row.path), row.matrix(self.model)).astype(np.float64)
+        wanted_IO, shared_IO = (np.reshape(parameters.get(layer, row.path), row.matrix(self.model)).astype(np.float64)
                                 for layer in (source, shared))
         if row.norm:
           ratio_D = source[row.norm].astype(np.float64) / shared[row.norm]
           wanted_IO = ratio_D[:, None] * wanted_IO
-        layout.put(deltas, row.path, self._delta(wanted_IO - shared_IO, rank))
+        parameters.put(deltas, row.path, self._delta(wanted_IO - shared_IO, rank))
     return deltas
 
   def _delta(self, lost_IO: np.ndarray, rank: int) -> dict:
@@ -189,7 +188,7 @@ def _random(init: _Init) -> list[dict]:
     drawn = {}
     for row in parameters.layer(init.model):
       ins, outs = row.shape(init.model)
-      layout.put(drawn, row.path, init.normal(*ins, *outs) if ins else np.ones(outs, np.float32))
+      parameters.put(drawn, row.path, init.normal(*ins, *outs) if ins else np.ones(outs, np.float32))
     return drawn
   return [layer() for _ in range(init.schedule.num_stack_rows)]
 

@@ -20,6 +20,7 @@ from mor.decode import control
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
 from mor.exits import policy as exits_lib
+from mor.model import block
 from mor.model import layers
 from mor.model.routers import base as router_base
 from mor.model.routers import table as router_table
@@ -67,42 +68,25 @@ class Decoder:
       step: whose deltas: one static step, or each token's `[M]`.
       narrow: how many tokens at the front the products are of; None is all.
     """
-    model = self.model
-    num_q, num_k = model.num_heads, model.num_kv_heads
-
-    def project(x_MI, name, step):
-      y_MO = weights_lib.project(x_MI, getattr(weights, name))
-      return y_MO + weights_lib.project_delta(x_MI, deltas[name], step) if deltas and name in deltas else y_MO
-
     def enter(x_1MD, rotation, step):
-      normed_MD = layers.rms_norm(x_1MD, weights.attention_norm_D, model.norm_eps)[0]
-      qkv_1MNH = project(normed_MD, "qkv", step).reshape(1, -1, num_q + 2 * num_k, model.head_dim)
-      return layers.rotate(qkv_1MNH[:, :, :num_q + num_k], rotation), qkv_1MNH[:, :, num_q + num_k:]
+      project = weights_lib.projector(self.model, weights, deltas, step)
+      return block.enter(self.model, weights.norms, x_1MD, rotation, project)
 
-    def leave(x_1MD, out_1MO, step):
-      x_1MD = x_1MD + project(out_1MO[0], "o", step)[None]
-      with jax.named_scope("ffw"):
-        normed_MD = layers.rms_norm(x_1MD, weights.ffw_norm_D, model.norm_eps)[0]
-        gate_MF, up_MF = jnp.split(project(normed_MD, "gate_up", step), 2, axis=-1)
-        return x_1MD + project(jax.nn.silu(gate_MF) * up_MF, "down", step)[None]
+    def leave(x_1MD, out_1MNH, step):
+      project = weights_lib.projector(self.model, weights, deltas, step)
+      return block.leave(self.model, weights.norms, x_1MD, out_1MNH, project)
 
     with jax.named_scope("attention"):
-      qk_1MNH, v_1MKH = control.run_first(enter, narrow, x_1MD, rotation, step)
-      out_MNH = attend(qk_1MNH[0, :, :num_q], qk_1MNH[0, :, num_q:], v_1MKH[0])
-      out_1MO = out_MNH.reshape(1, out_MNH.shape[0], -1).astype(jnp.float32)
-    return control.run_first(leave, narrow, x_1MD, out_1MO, step)
+      q_1MNH, k_1MKH, v_1MKH = control.run_first(enter, narrow, x_1MD, rotation, step)
+      out_1MNH = attend(q_1MNH[0], k_1MKH[0], v_1MKH[0])[None].astype(jnp.float32)
+    return control.run_first(leave, narrow, x_1MD, out_1MNH, step)
 
   def keys(self, weights: weights_lib.Layer, h_MD: jax.Array, rotation: Any,
            deltas: Mapping[str, weights_lib.Delta] | None = None, step: int = 0) -> tuple[jax.Array, jax.Array]:
-    """A layer's keys (rotated) and values `[M, K, H]` of states that it does not process."""
-    model = self.model
-    normed_MD = layers.rms_norm(h_MD[None], weights.attention_norm_D, model.norm_eps)[0]
-    qkv_MO = weights_lib.project(normed_MD, weights.qkv)
-    if deltas and "qkv" in deltas:
-      qkv_MO = qkv_MO + weights_lib.project_delta(normed_MD, deltas["qkv"], step)
-    kv_1MKH = qkv_MO[:, model.num_heads * model.head_dim:].reshape(1, -1, 2 * model.num_kv_heads, model.head_dim)
-    k_1MKH, v_1MKH = jnp.split(kv_1MKH, 2, axis=2)
-    return layers.rotate(k_1MKH, rotation)[0], v_1MKH[0]
+    """Returns the keys (rotated) and values `[M, K, H]` of hidden states that the layer does not process."""
+    project = weights_lib.projector(self.model, weights, deltas, step)
+    k_1MKH, v_1MKH = block.enter(self.model, weights.norms, h_MD[None], rotation, project, "kv")
+    return k_1MKH[0], v_1MKH[0]
 
   def rotation(self, position_M: jax.Array) -> Any:
     """Of flat tokens."""

@@ -15,7 +15,7 @@ from mor.decode import cache as cache_lib
 from mor.decode import decoder as decoder_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
-from mor.model import attention
+from mor.model import kernels
 from mor.model.kv import view as kv_view
 
 
@@ -178,8 +178,9 @@ class _Chunk:
       v.append(v_BSKH)
       mask.append(jnp.broadcast_to(seen_BS[:, None, :], (*self.shape, seen_BS.shape[1])))
     join = lambda parts: jnp.concatenate(parts, axis=1)
-    kv = kv_view.KV(join([*k, fresh.k_BSKH]), join([*v, fresh.v_BSKH]))
-    return attention.attend(q_BTNH, kv, jnp.concatenate([*mask, mask_BTS], axis=2))
+    with jax.named_scope("attend"):
+      return kernels.xla(q_BTNH, join([*k, fresh.k_BSKH]), join([*v, fresh.v_BSKH]),
+                         jnp.concatenate([*mask, mask_BTS], axis=2))
 
   def _place(self, page_BP, index_BT, write_BT, buffer):
     size = self.storage.page_size

@@ -22,10 +22,14 @@ import jax
 import jax.numpy as jnp
 
 from mor import config as config_lib
+from mor import parameters
+from mor.model import block
 from mor.model import schedule as schedule_lib
 from mor.model import transformer
 
 FORMATS = ("float32", "bfloat16", "int8")
+MERGED = {name: tuple(row for row in parameters.PROJECTIONS if row.merged == name)  # matrix -> the rows it is made of
+          for name in dict.fromkeys(row.merged for row in parameters.PROJECTIONS)}
 _LEAST_ROWS = {"bfloat16": 4, "int8": 16}  # XLA:CPU multiplies fewer rows more slowly (5x for one)
 
 
@@ -39,14 +43,15 @@ class Matrix:
 
 @struct.dataclass
 class Layer:
-  """One decoder layer."""
+  """One decoder layer.
 
-  attention_norm_D: jax.Array
-  qkv: Matrix
-  o: Matrix
-  ffw_norm_D: jax.Array
-  gate_up: Matrix
-  down: Matrix
+  Attributes:
+    norms: scales by path, e.g. "attention_norm".
+    matrices: projections by the name under which their rows are merged, e.g. "qkv".
+  """
+
+  norms: Mapping[str, jax.Array]
+  matrices: Mapping[str, Matrix]
 
 
 @struct.dataclass
@@ -79,7 +84,7 @@ class Weights:
       because XLA:CPU gathers bfloat16 from a table widened to float32.
     draft_head: its first rows, those that exits read; None is all.
     prelude, stack, coda: layers.
-    deltas: of each layer of a step, by the name of the projection in `Layer`.
+    deltas: of each layer of a step, by the name of the matrix in `Layer`.
     final_norm_D: before the head.
     router: the routers' own parameters, float32.
     bias_R: of loss-free balancing.
@@ -114,7 +119,10 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
   params, balance = variables["params"], variables.get("balance") or {}
   embedding_VD = jnp.asarray(params["embedding"], jnp.float32)
   head_VD = jnp.asarray(transformer.head(params), jnp.float32)
-  bits = lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16) if weight_format != "float32" else x
+
+  def bits(x_VD: jax.Array) -> jax.Array:
+    return x_VD if weight_format == "float32" else jax.lax.bitcast_convert_type(x_VD.astype(jnp.bfloat16), jnp.uint16)
+
   lookup_VD = bits(embedding_VD)
   return Weights(
       head=_matrix(head_VD, weight_format),
@@ -128,7 +136,7 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
 
 
 def project(x_MI: jax.Array, matrix: Matrix) -> jax.Array:
-  """x w^T in float32; x is rounded to the matrix' format."""
+  """Returns x w^T in float32; x is rounded to the format of the matrix."""
   num, dtype = x_MI.shape[0], matrix.w_OI.dtype
   x_MI = jnp.pad(x_MI, ((0, max(0, _LEAST_ROWS.get(dtype.name, 1) - num)), (0, 0)))
   contract = (((1,), (1,)), ((), ()))
@@ -139,8 +147,34 @@ def project(x_MI: jax.Array, matrix: Matrix) -> jax.Array:
   return y_MO.astype(jnp.float32) * scale_M1[:num] * matrix.scale_O[None, :]
 
 
+def projector(model: config_lib.ModelConfig, layer: Layer, deltas: Mapping[str, Delta] | None = None,
+              step: jax.Array | int = 0) -> block.Project:
+  """Returns the projection of `block.enter` and `block.leave` by a layer's merged matrices.
+
+  Args:
+    model: config of the layer.
+    layer: norms and matrices.
+    deltas: low-rank deltas of the layer in every step, by matrix.
+    step: step whose deltas count: one static step, or the step `[M]` of each token.
+  """
+  def project_parts(x_1MI, *names):
+    (merged,) = {row.merged for row in parameters.PROJECTIONS if row.name in names}
+    x_MI = x_1MI.reshape(x_1MI.shape[1], -1)
+    y_MO = project(x_MI, layer.matrices[merged])
+    if deltas and merged in deltas:
+      y_MO = y_MO + project_delta(x_MI, deltas[merged], step)
+    found, start = {}, 0
+    for row in MERGED[merged]:
+      width = row.matrix(model)[1]
+      found[row.name] = y_MO[:, start:start + width].reshape(1, -1, *row.shape(model)[1])
+      start += width
+    return tuple(found[name] for name in names)
+
+  return project_parts
+
+
 def project_delta(x_MI: jax.Array, delta: Delta, step: jax.Array | int) -> jax.Array:
-  """x a^T b^T, with the deltas of `step`: one for all tokens, static, or one of each."""
+  """Returns x a^T b^T, with the deltas of `step`: one static step, or the step `[M]` of each token."""
   rank = delta.a.w_OI.shape[0] // delta.num_steps
   if isinstance(step, int):
     a = jax.tree.map(lambda w: w[step * rank:(step + 1) * rank], delta.a)
@@ -163,7 +197,7 @@ def project_delta(x_MI: jax.Array, delta: Delta, step: jax.Array | int) -> jax.A
 
 
 def _round(x_MI: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Rows in int8, and the scale of each."""
+  """Returns the rows in int8, and the scale of each."""
   scale_M1 = jnp.maximum(jnp.max(jnp.abs(x_MI), axis=1, keepdims=True), 1e-30) / 127.0
   return jnp.round(x_MI / scale_M1).astype(jnp.int8), scale_M1
 
@@ -175,47 +209,44 @@ def _matrix(w_OI: jax.Array, weight_format: str) -> Matrix:
   return Matrix(w_OI.astype(weight_format), None)
 
 
-_MERGED = {"qkv": ("attention", "qkv"), "o": ("attention", "o"), "gate_up": ("ffw", ("gate", "up")),
-           "down": ("ffw", ("down",))}
-
-
 def _deltas(model: config_lib.ModelConfig, lora: Mapping[str, Any] | None,
             weight_format: str) -> tuple[Mapping[str, Delta], ...]:
-  """Of each layer of a step; int8 weights have bfloat16 deltas."""
+  """Returns the deltas of each layer of a step; int8 weights have bfloat16 deltas."""
   depth = schedule_lib.make(model).depth
   if lora is None:
     return ({},) * depth
-  outs, steps = {name: wide[1] for name, wide in model.projections.items()}, model.num_recursions
   low_format = "bfloat16" if weight_format == "int8" else weight_format
-  matrix = lambda w_OI: _matrix(jnp.asarray(w_OI, jnp.float32), low_format)
 
-  def one(group: Mapping[str, Any], names: tuple[str, ...], i: int) -> Delta:
-    a_RIA = [jnp.asarray(group[name]["a"])[:, i] for name in names if name in group]
-    a_RAI = jnp.concatenate(a_RIA, axis=2).transpose(0, 2, 1)
-    flat = lambda b_RAO: jnp.reshape(b_RAO, (-1, b_RAO.shape[2])).T
+  def matrix(w_OI: jax.Array) -> Matrix:
+    return _matrix(jnp.asarray(w_OI, jnp.float32), low_format)
+
+  def merged_b(b_RAO: jax.Array) -> Matrix:
+    return matrix(jnp.reshape(b_RAO, (-1, b_RAO.shape[2])).T)
+
+  def one(rows: tuple[parameters.Parameter, ...], i: int) -> Delta:
+    pairs = [parameters.get(lora, row.path) if row.name in model.lora.ranks else None for row in rows]
+    a_RIA = jnp.concatenate([jnp.asarray(pair["a"])[:, i] for pair in pairs if pair], axis=2)
+    a_RAI = a_RIA.transpose(0, 2, 1)
     return Delta(
         a=matrix(a_RAI.reshape(-1, a_RAI.shape[2])),
-        b=tuple(matrix(flat(jnp.asarray(group[name]["b"])[:, i])) if name in group else None for name in names),
-        outs=tuple(outs[name] for name in names), num_steps=steps)
+        b=tuple(merged_b(jnp.asarray(pair["b"])[:, i]) if pair else None for pair in pairs),
+        outs=tuple(row.matrix(model)[1] for row in rows), num_steps=model.num_recursions)
 
-  return tuple(
-      {merged: one(lora[part], tuple(names), i) for merged, (part, names) in _MERGED.items()
-       if any(name in lora.get(part, {}) for name in names)} for i in range(depth))
+  return tuple({merged: one(rows, i) for merged, rows in MERGED.items()
+                if any(row.name in model.lora.ranks for row in rows)} for i in range(depth))
 
 
 def _layers(model: config_lib.ModelConfig, group: Mapping[str, Any] | None, weight_format: str) -> tuple[Layer, ...]:
+  """Returns the layers of a group, each with arrays of its own."""
   if group is None:
     return ()
-  attention, ffw = group["attention"], group["ffw"]
-  width = model.num_heads * model.head_dim
-  matrix = lambda w_OI: _matrix(jnp.asarray(w_OI, jnp.float32), weight_format)
-  flat = lambda w_DNH: jnp.reshape(w_DNH, (model.d_model, -1)).T
-  return tuple(
-      Layer(
-          attention_norm_D=jnp.asarray(group["attention_norm"][i], jnp.float32),
-          qkv=matrix(jnp.concatenate([flat(attention[name][i]) for name in "qkv"])),
-          o=matrix(jnp.reshape(attention["o"][i], (width, model.d_model)).T),
-          ffw_norm_D=jnp.asarray(group["ffw_norm"][i], jnp.float32),
-          gate_up=matrix(jnp.concatenate([ffw["gate"][i].T, ffw["up"][i].T])),
-          down=matrix(ffw["down"][i].T))
-      for i in range(group["attention_norm"].shape[0]))
+
+  def one(i: int) -> Layer:
+    norms = {row.path: jnp.asarray(parameters.get(group, row.path)[i], jnp.float32) for row in parameters.layer(model) if not row.ins}
+    matrices = {
+        merged: _matrix(jnp.asarray(jnp.concatenate(
+            [jnp.reshape(parameters.get(group, row.path)[i], row.matrix(model)).T for row in rows]), jnp.float32), weight_format)
+        for merged, rows in MERGED.items()}
+    return Layer(norms, matrices)
+
+  return tuple(one(i) for i in range(group["attention_norm"].shape[0]))

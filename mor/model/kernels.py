@@ -74,6 +74,15 @@ def choose(config: config_lib.ModelConfig, in_order: bool) -> str:
   return name
 
 
+def xla(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys, mask_BTS: types.AttentionMask) -> types.Queries:
+  """Attends under any mask, logits and softmax in float32.
+
+  A query that sees no key gets the mean of the values, never NaN; such queries are
+  padding, and the caller drops their results.
+  """
+  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="xla")
+
+
 def splash(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys,
            segment_BS: types.Segments) -> types.Queries:
   """Causal attention within segments; on a CPU interpreted, for tests.

@@ -146,11 +146,7 @@ class Transformer(nn.Module):
     """Parameters of `num_layers` blocks, stacked."""
     def init(key):
       block = block_lib.Block(self.config)
-      x_BTD = jnp.zeros((1, 1, self.config.d_model))
-      view = kv_view.KVView(
-          rotation=layers.rotation(jnp.zeros((1, 1), jnp.int32), self.config),
-          mask_BTS=jnp.ones((1, 1, 1), bool))
-      return jax.vmap(lambda k: block.init(k, x_BTD, view)["params"])(jax.random.split(key, num_layers))
+      return jax.vmap(lambda k: block.init(k)["params"])(jax.random.split(key, num_layers))
     if self.has_variable("params", group):  # not `param`, which refuses a device's part of them
       return self.get_variable("params", group)
     return self.param(group, init)

@@ -84,8 +84,6 @@ mor/decode/storage.py
 
 mor/decode/tick.py
 
-mor/decode/weights.py
-
 mor/distributed.py
 
 mor/exits/calibration.py
@@ -112,13 +110,7 @@ mor/main.py
 
 mor/memory.py
 
-mor/model/attention.py
-
-mor/model/block.py
-
 mor/model/kernels.py
-
-mor/model/layers.py
 
 mor/model/lora.py
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 import pytest
 
-from mor.model import attention
+from mor.model import block
 from mor.model import kernels
 from mor.model import recursion
 from mor.model import transformer
@@ -56,7 +56,7 @@ def draw(batch=3, seq_len=150, num_heads=4, num_kv_heads=2, head_dim=6, seed=0):
 def xla(q, k, v, segment_BT):
   position_BT = jnp.broadcast_to(jnp.arange(q.shape[1])[None, :], segment_BT.shape)
   mask_BTS = kv_view.visible(position_BT, segment_BT, position_BT, segment_BT)
-  return attention.attend(q, kv_view.KV(k, v), mask_BTS)
+  return kernels.xla(q, k, v, mask_BTS)
 
 
 def value_and_grads(attend, q, k, v, segment_BT):
@@ -99,7 +99,7 @@ def test_a_view_shows_both_kernels_the_same_keys(gathered):
   def attend(kernel):
     view = kv_view.make_view(kernel, (q, q), position_BT, segment_BT, position_BT, seen_BT)
     assert (view.mask_BTS is None) == (kernel == "splash")
-    run = lambda q, k, v, _: attention.look(q, kv_view.KV(k, v), view)
+    run = lambda q, k, v, _: block.attend(q, kv_view.KV(k, v), view)
     return value_and_grads(run, q, k, v, seen_BT)
 
   (ours, _), our_grads = attend("splash")
