@@ -19,17 +19,15 @@ from mor import parameters
 from mor.conversion import layout
 from mor.conversion import tensors as tensors_lib
 
-# Fields of a model that no checkpoint of others tells, and that do not change its numbers.
-EXECUTION = dict(execution="gathered", attention="auto", cross_documents=False, compute_dtype="float32", remat="none",
-                 scan_layers=True)
-NO_ROUTER = model_config.RouterConfig(
-    name="fixed", arch="linear", activation="sigmoid", alpha=0.1, temperature=1.0, capacity=(), capacity_warmup_steps=0,
-    gating="weighted", sampling="none", sampling_coef=0.001, aux_router_lr_multiplier=10.0, z_loss_coef=0.0,
-    balancing="none", balance_coef=0.1, bias_update_rate=0.001, balance_warmup_steps=0)
-NO_SCALING = model_config.RopeScalingConfig(
-    factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-NO_LORA = model_config.LoraConfig(q=0, k=0, v=0, o=0, gate=0, up=0, down=0)
+# Fields that no checkpoint of others tells: those that do not change a model's numbers, with their defaults.
+EXECUTION = {name: getattr(model_config.ModelConfig(), name) for name in (
+    "execution", "attention", "cross_documents", "compute_dtype", "remat", "scan_layers")}
+NO_ROUTER = model_config.RouterConfig(name="fixed", sampling="none")
+NO_SCALING = model_config.RopeScalingConfig()
 
+# Fields that every file tells, in its own words: a default must not stand in for them.
+_TOLD = frozenset("vocab_size d_model num_heads num_kv_heads head_dim d_ff num_layers rope_theta norm_eps init_std "
+                  "tie_embeddings".split())
 _BUFFERS = re.compile(r".*\brotary_emb\.inv_freq")  # follow from the config; old files have them
 _SHOWN = 4  # names in a message
 _UNTIED = {  # where a checkpoint's copies of a shared parameter differ: what it is instead
@@ -91,10 +89,10 @@ def build(where: pathlib.Path, **said: Any) -> model_config.ModelConfig:
   Raises:
     ValueError: they do not fit together.
   """
-  plain = dict(sharing="vanilla", num_recursions=1, kv_plan="recursion_wise", router=NO_ROUTER, lora=NO_LORA,
-               rope_scaling=NO_SCALING)
+  assert _TOLD <= said.keys(), f"a reader forgot {', '.join(sorted(_TOLD - said.keys()))}"
+  plain = dict(sharing="vanilla", num_recursions=1, kv_plan="recursion_wise", router=NO_ROUTER)
   try:
-    return model_config.ModelConfig(**EXECUTION, **(plain | said))
+    return model_config.ModelConfig(**(plain | said))
   except ValueError as error:
     raise ValueError(f"{where}: {error}") from error
 
