@@ -7,7 +7,7 @@ the paper's 1024 x 2048 tokens takes
 
   hours = S * tokens a step * FLOPs a token / (chips * peak * MFU * 3600)
 
-with the FLOPs of forward and backward pass, head included, as `mor/flops.py`
+with the FLOPs of forward and backward pass, head included, as `mor/costs.py`
 counts them, and the peaks of the table that MFU is measured with.
 """
 
@@ -17,8 +17,7 @@ import re
 
 from configs import paper
 from mor import config as config_lib
-from mor import flops
-from mor import memory
+from mor import costs
 from mor.train import metrics
 
 README = pathlib.Path(__file__).parents[1] / "launch" / "README.md"
@@ -37,8 +36,8 @@ def cost(name: str) -> dict[str, float]:
   """Parameters, tokens and training FLOPs of a member of configs/paper.py."""
   config = config_lib.from_config_dict(paper.get_config(name))
   tokens = config.train.steps * config.data.batch_size * config.data.seq_len
-  return {"parameters": sum(memory.parameter_count(config.model)), "tokens": tokens,
-          "flops": tokens * flops.train_flops_per_token(config.model, config.data.seq_len)}
+  return {"parameters": sum(costs.parameter_count(config.model)), "tokens": tokens,
+          "flops": tokens * costs.train_flops_per_token(config.model, config.data.seq_len)}
 
 
 def table(names: Sequence[str]) -> str:

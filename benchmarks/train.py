@@ -44,8 +44,7 @@ from benchmarks import profile
 from benchmarks import torch_train
 from configs import paper
 from mor import config as config_lib
-from mor import flops
-from mor import memory
+from mor import costs
 from mor import sharding
 from mor.train import metrics as metrics_lib
 from mor.train import step as step_lib
@@ -149,8 +148,8 @@ def costs(runner: Runner, counted: bool = True) -> dict[str, Any]:
   """Parameters, FLOPs and memory of one step, and what XLA counts of it."""
   config, compiled = runner.config, runner.compiled
   tokens = config.data.batch_size * config.data.seq_len
-  embedding, rest = memory.parameter_count(config.model)
-  forward = lambda executed: flops.forward_flops_per_token(config.model, config.data.seq_len, executed=executed)
+  embedding, rest = costs.parameter_count(config.model)
+  forward = lambda executed: costs.forward_flops_per_token(config.model, config.data.seq_len, executed=executed)
   plan = compiled.memory_analysis()
   parts = {part: getattr(plan, f"{part}_size_in_bytes") for part in ("argument", "temp", "output", "alias")}
   return {

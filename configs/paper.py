@@ -13,7 +13,7 @@ python -m mor.main --config=configs/paper.py:mor-360m-r3 --workdir=WORKDIR \\
   --config.data.source='DIR/*.jsonl.gz' --config.data.tokenizer=DIR/tokenizer.json
 
 Where the paper is silent: the learning rate and warm-up are those of 360M, and
-the steps not in STEPS are what 16.5e18 FLOPs pay for by `mor/info.py`.
+the steps not in STEPS are what 16.5e18 FLOPs pay for by `mor/costs.py`.
 """
 
 import re
@@ -21,7 +21,7 @@ import re
 import ml_collections
 
 from mor import config as config_lib
-from mor import info
+from mor import costs
 
 MODELS = ("vanilla", "recursive", "mor", "mor_token", "mor_share")
 SIZES = {  # layers, d_model, num_heads, num_kv_heads, d_ff (paper Table 6)
@@ -58,8 +58,8 @@ def get_config(name: str = "mor-360m-r3") -> ml_collections.ConfigDict:
   config.train.update(accumulation=16, log_every=10, eval_every=1000, eval_rows=500,
                       checkpoint_every=1000)
   config.optim.warmup_steps = 57 if model in ("vanilla", "recursive") else 86
-  config.train.steps = STEPS.get(full) or info.steps_of_budget(
-      config_lib.from_config_dict(config).model, info.PAPER_BUDGET)
+  config.train.steps = STEPS.get(full) or costs.steps_of_budget(
+      config_lib.from_config_dict(config).model, costs.PAPER_BUDGET)
   return config
 
 

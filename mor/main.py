@@ -38,8 +38,8 @@ from ml_collections import config_flags
 
 from mor import checkpoint
 from mor import config as config_lib
+from mor import costs
 from mor import distributed
-from mor import info
 from mor import report
 from mor import sharding
 from mor.aot import compiled
@@ -168,7 +168,7 @@ def _export() -> int:
 
 
 def _info() -> int:
-  print(json.dumps(info.info(_config("info"), _BUDGET.value)))
+  print(json.dumps(costs.report(_config("info"), _BUDGET.value)))
   return 0
 
 

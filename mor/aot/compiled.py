@@ -4,7 +4,7 @@ The TPU compiler runs on any CPU (`pip install 'mor[tpu]'`) and says what a chip
 hold and do. What a step would take is estimated from a roofline of three times, as if
 each resource ran at its peak and all at once:
 
-  compute      FLOPs of the executed program (`flops.py`; twice the forward for a
+  compute      FLOPs of the executed program (`costs.py`; twice the forward for a
                backward, once more where layers are rematerialised) / peak in bfloat16
   memory       bytes that the instructions read and write / bandwidth of the HBM
   collectives  bytes that each chip sends round its ring / bandwidth of the links
@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from mor import config as config_lib
-from mor import flops
+from mor import costs
 from mor import sharding
 from mor.aot import hlo
 from mor.decode import decoder as decoder_lib
@@ -144,12 +144,12 @@ def bound(config: config_lib.Config, peaks: Chip, num_chips: int, figures: dict[
   """The roofline of a step; see the module docstring."""
   tokens = config.data.batch_size * config.data.seq_len
   passes = 4 if config.model.remat == "full" else 3
-  executed = passes * flops.forward_flops_per_token(config.model, config.data.seq_len, executed=True)
+  executed = passes * costs.forward_flops_per_token(config.model, config.data.seq_len, executed=True)
   sent = sum(one["bytes"] * (2 if kind == "all-reduce" else 1) for kind, one in figures["collectives"].items())
   seconds = {"compute": executed * tokens / num_chips / peaks.flops, "memory": figures["bytes"] / peaks.bandwidth,
              "collectives": sent / peaks.links}
   step = max(seconds.values())
-  useful = flops.train_flops_per_token(config.model, config.data.seq_len) * tokens
+  useful = costs.train_flops_per_token(config.model, config.data.seq_len) * tokens
   return {**{f"{name}_seconds": value for name, value in seconds.items()}, "step_seconds": step,
           "mfu": useful / (step * num_chips * peaks.flops), "tokens_per_second": tokens / step}
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from mor import checkpoint
 from mor import config as config_lib
-from mor import memory
+from mor import costs
 from mor import paths
 from mor.conversion import hf_export
 from mor.conversion import recursive_init
@@ -73,7 +73,7 @@ def convert(config: config_lib.Config, spec: str, workdir: str | os.PathLike) ->
   with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
     checkpoints.save(0, state, config)
     checkpoints.wait()
-  count = lambda model: dict(zip(("embedding_parameters", "other_parameters"), memory.parameter_count(model)))
+  count = lambda model: dict(zip(("embedding_parameters", "other_parameters"), costs.parameter_count(model)))
   return {"source": count(given.model), "model": count(config.model), "workdir": str(workdir)}
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor import config as config_lib
-from mor import flops
+from mor import costs
 from mor.train import optim
 
 _KEEP_ALL = 1000  # the checkpoint at the fork must outlive later ones
@@ -132,7 +132,7 @@ def override(base: config_lib.Config, member: Member) -> config_lib.Config:
 
 def forward_flops(config: config_lib.Config) -> float:
   """Forward FLOPs per token, with the head."""
-  return flops.forward_flops_per_token(config.model, config.data.seq_len)
+  return costs.forward_flops_per_token(config.model, config.data.seq_len)
 
 
 def seeded(config: config_lib.Config, seed: int) -> config_lib.Config:

@@ -24,8 +24,7 @@ import jax
 
 from mor import checkpoint
 from mor import config as config_lib
-from mor import flops
-from mor import memory
+from mor import costs
 from mor import paths
 from mor import report
 from mor import sharding
@@ -131,13 +130,13 @@ def _end(config: config_lib.Config, directory: pathlib.Path, figures) -> dict[st
 
 def _describe(one: study_plan.Run) -> dict[str, Any]:
   model, seq_len = one.full.model, one.full.data.seq_len
-  embedding, rest = memory.parameter_count(model)
+  embedding, rest = costs.parameter_count(model)
   return {
       "name": one.member.name, "label": one.member.label, "seed": one.full.seed,
       "params_embedding": embedding, "params_non_embedding": rest,
-      "forward_flops_per_token": flops.forward_flops_per_token(model, seq_len),
-      "forward_flops_per_token_no_head": flops.forward_flops_per_token(model, seq_len, head=False),
-      "nominal_load": list(memory.step_fractions(model, seq_len)), "fork_step": one.fork if one.short else None,
+      "forward_flops_per_token": costs.forward_flops_per_token(model, seq_len),
+      "forward_flops_per_token_no_head": costs.forward_flops_per_token(model, seq_len, head=False),
+      "nominal_load": list(costs.step_fractions(model, seq_len)), "fork_step": one.fork if one.short else None,
   }
 
 

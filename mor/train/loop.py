@@ -19,8 +19,8 @@ import jax
 
 from mor import checkpoint
 from mor import config as config_lib
+from mor import costs
 from mor import distributed
-from mor import flops
 from mor import sharding
 from mor.data import rows as rows_lib
 from mor.data import text
@@ -154,7 +154,7 @@ class _Log:
     self._watchdog, self._stop = watchdog, stop
     self._meter = metrics_lib.Throughput(
         config.data.batch_size * config.data.seq_len,
-        flops.train_flops_per_token(config.model, config.data.seq_len), mesh.devices.flat[0].device_kind,
+        costs.train_flops_per_token(config.model, config.data.seq_len), mesh.devices.flat[0].device_kind,
         mesh.devices.size)
     self._pending: tuple[int, Any] | None = None
 

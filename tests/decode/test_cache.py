@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mor import memory
+from mor import costs
 from mor.decode import decoder as decoder_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
@@ -71,7 +71,7 @@ def entries(cache):
 def test_stored_bytes_are_the_calculators(plan):
   decoder, cache = stored(plan)
   np.testing.assert_array_equal(cache.edge_length_B, LENGTHS)
-  per_token = memory.kv_bytes_per_token(decoder.model, 12, BYTES["float32"])
+  per_token = costs.kv_bytes_per_token(decoder.model, 12, BYTES["float32"])
   assert sum(entries(cache)) * PAIR * BYTES["float32"] == pytest.approx(per_token * sum(LENGTHS))
 
 

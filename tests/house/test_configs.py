@@ -14,7 +14,7 @@ from configs import exit_smollm2
 from configs import paper
 from configs import uptrain_smollm2
 from mor import config
-from mor import memory
+from mor import costs
 from mor.model import transformer
 
 DIRECTORY = pathlib.Path(paper.__file__).parent
@@ -34,7 +34,7 @@ def _check(made):
   assert hidden_BTD.shape == (1, made.data.seq_len, made.model.d_model)
   assert keep_RBT.shape == (made.model.num_recursions, 1, made.data.seq_len)
   num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
-  assert num_params == sum(memory.parameter_count(made.model))
+  assert num_params == sum(costs.parameter_count(made.model))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -57,7 +57,7 @@ def test_uptrained_member(name):
   _check(made)
   assert bool(made.distill.teacher) == (name != "full")
   assert (made.model.router.gating == "residual") == name.endswith("mor")
-  embedding, rest = memory.parameter_count(made.model)
+  embedding, rest = costs.parameter_count(made.model)
   assert embedding == 28_311_552
   if name == "full":
     assert rest == 106_203_456  # the weights' own

@@ -102,13 +102,7 @@ mor/exits/ring.py
 
 mor/exits/tick.py
 
-mor/flops.py
-
-mor/info.py
-
 mor/main.py
-
-mor/memory.py
 
 mor/model/kernels.py
 

@@ -12,8 +12,7 @@ from configs import study_cpu
 from configs import study_gpu
 from mor import checkpoint
 from mor import config as config_lib
-from mor import flops
-from mor import memory
+from mor import costs
 from mor import report
 from mor import sharding
 from mor.study import plan as study_plan
@@ -40,10 +39,10 @@ def train_config(steps: int, **optim_fields) -> config_lib.Config:
 def test_every_member_gets_the_same_forward_flops():
   base = train_config(400)
   runs = study_plan.make(base, make_study())
-  budget = 400 * 4 * 12 * flops.forward_flops_per_token(runs[0].full.model, 12)
+  budget = 400 * 4 * 12 * costs.forward_flops_per_token(runs[0].full.model, 12)
   assert runs[0].full.train.steps == 400 < runs[1].full.train.steps
   for run in runs:
-    spent = run.full.train.steps * 4 * 12 * flops.forward_flops_per_token(run.full.model, 12)
+    spent = run.full.train.steps * 4 * 12 * costs.forward_flops_per_token(run.full.model, 12)
     assert abs(spent / budget - 1) < 0.5 / 400  # half a step
 
 
@@ -93,7 +92,7 @@ def test_study_files(module):
   study = study_plan.read(module.__file__)
   runs = {run.member.name: run for run in study_plan.make(base, study)}
   assert len(runs) == 8
-  body = {name: memory.parameter_count(run.full.model)[1] for name, run in runs.items()}
+  body = {name: costs.parameter_count(run.full.model)[1] for name, run in runs.items()}
   assert body["vanilla_small"] == body["recursive_r3"]
   assert 0 < body["mor_expert_r3"] - body["vanilla_small"] < 0.002 * body["vanilla_small"]  # the routers
   assert {run.full.model.num_layers for run in runs.values()} == {base.model.num_layers, runs["vanilla_small"].full.model.num_layers}
