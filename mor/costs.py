@@ -41,6 +41,7 @@ import dataclasses
 from typing import Any
 
 from mor import config as config_lib
+from mor import parameters
 from mor.model import schedule as schedule_lib
 from mor.model.kv import plans
 from mor.model.routers import scores
@@ -51,13 +52,13 @@ PAPER_BUDGET = 16.5e18  # FLOPs
 PAPER_VANILLA_360M_STEPS = 9438
 
 
+_USES = {"query_output": ("q", "o"), "key_value": ("k", "v"), "ffw": ("gate", "up", "down")}  # use -> projections
+
+
 def layer_parameters(model: config_lib.ModelConfig) -> dict[str, int]:
-  """Returns the matrix entries of one layer by use; the norms' 2 * D come on top."""
-  return {
-      "query_output": 2 * model.d_model * model.num_heads * model.head_dim,
-      "key_value": 2 * model.d_model * model.num_kv_heads * model.head_dim,
-      "ffw": 3 * model.d_model * model.d_ff,
-  }
+  """Returns the matrix entries of one layer by use; the norms come on top."""
+  return {use: sum(row.size(model) for row in parameters.PROJECTIONS if row.name in names)
+          for use, names in _USES.items()}
 
 
 def router_parameters(model: config_lib.ModelConfig) -> int:
@@ -83,9 +84,10 @@ def parameter_count(model: config_lib.ModelConfig) -> tuple[int, int]:
   which are under 0.1 % of the paper's models with linear routers.
   """
   schedule = schedule_lib.make(model)
-  layer = sum(layer_parameters(model).values()) + 2 * model.d_model
-  rest = schedule.num_unique * layer + model.d_model + router_parameters(model) + lora_parameters(model)
-  return model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2), rest
+  layer = sum(row.size(model) for row in parameters.layer(model))
+  tables = sum(row.size(model) for row in parameters.top(model) if "vocab" in row.axes)
+  norm = sum(row.size(model) for row in parameters.top(model)) - tables
+  return tables, schedule.num_unique * layer + norm + router_parameters(model) + lora_parameters(model)
 
 
 def lora_parameters(model: config_lib.ModelConfig) -> int:
@@ -96,8 +98,8 @@ def lora_parameters(model: config_lib.ModelConfig) -> int:
 
 def lora_ranked(model: config_lib.ModelConfig) -> dict[str, int]:
   """Returns the entries of the delta of each projection of a layer, by projection."""
-  widths = model.projections
-  return {name: rank * sum(widths[name]) for name, rank in model.lora.ranks.items()}
+  ranks = model.lora.ranks
+  return {row.name: ranks[row.name] * sum(row.matrix(model)) for row in parameters.PROJECTIONS if row.name in ranks}
 
 
 def step_fractions(model: config_lib.ModelConfig, seq_len: int) -> tuple[float, ...]:

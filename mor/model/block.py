@@ -144,7 +144,7 @@ def _projector(config: config_lib.ModelConfig, params: Mapping[str, Any], lora: 
     if name not in lora.get(group, {}):
       return y
     x_BTI = x.reshape(*x.shape[:2], -1)
-    return y + lora_lib.delta(x_BTI, lora[group], name).reshape(y.shape)
+    return y + lora_lib.delta(x_BTI, lora[group][name]).reshape(y.shape)
 
   def project(x, *names):
     return tuple(one(x, name) for name in names)
