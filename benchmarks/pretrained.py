@@ -29,7 +29,7 @@ from mor import config as config_lib
 from mor.conversion import hf_export
 from mor.conversion import pretrained
 from mor.conversion import recursive_init
-from mor.conversion import source as source_lib
+from mor.conversion import command
 from mor.data import tokenizer as tokenizer_lib
 from mor.model import transformer
 from mor.serve import engine as engine_lib
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--out", default="", help="JSON file; default standard output")
   args = parser.parse_args(argv)
   ranks, recursions = ([int(x) for x in text.split(",")] for text in (args.ranks, args.recursions))
-  source = source_lib.read(args.source)
+  source = command.read(args.source)
   if source.tokenizer is None:
     raise ValueError(f"--source={args.source}: there is no tokenizer beside the model; give a folder or file with one")
   tokenizer = tokenizer_lib.JsonTokenizer(source.tokenizer)

@@ -26,7 +26,7 @@ from mor import config as config_lib
 from mor import sharding
 from mor.conversion import pretrained
 from mor.conversion import recursive_init
-from mor.conversion import source as source_lib
+from mor.conversion import command
 from mor.data import text
 from mor.train import evaluate
 from mor.train import step as step_lib
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--out", default="", help="JSON file; default standard output")
   args = parser.parse_args(argv)
   configs = {run: make_config(run, args) for run in args.runs.split(",")}
-  source = source_lib.read(args.source)
+  source = command.read(args.source)
   sizes = {name: getattr(args, name) for name in ("steps", "batch", "seq_len", "learning_rate", "eval_rows")}
   record = results.header("uptraining", argv, "float32", sizes)
   record |= {"source_nll": _source_nll(configs, source), "runs": []}

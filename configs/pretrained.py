@@ -15,13 +15,13 @@ import dataclasses
 import ml_collections
 
 from mor import config as config_lib
-from mor.conversion import source
+from mor.conversion import command
 
 
 def get_config(spec: str = "") -> ml_collections.ConfigDict:
   config = config_lib.default()
   if spec:
-    fields = dataclasses.asdict(source.describe(spec))
+    fields = dataclasses.asdict(command.describe(spec))
     config.model.update(fields)
   config.data.update(seq_len=1024, batch_size=8)
   config.optim.update(learning_rate=2e-4, schedule="cosine")

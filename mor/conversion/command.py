@@ -1,5 +1,9 @@
 """`--mode=convert` and `--mode=export`: pretrained models in, Hugging Face folders out.
 
+  model = command.read("hf:models/SmolLM2-135M")
+  model = command.read("gguf:SmolLM2-135M-Instruct.Q4_1.gguf")
+  model = command.read("official_mor:checkpoint-14161", target=config.model)
+
 A converted workdir holds a checkpoint of step 0, which `--mode=train` with the same
 config goes on from, and beside it
 
@@ -8,7 +12,7 @@ config goes on from, and beside it
                     chat template
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import json
 import os
@@ -23,12 +27,17 @@ from mor import checkpoint
 from mor import config as config_lib
 from mor import costs
 from mor import paths
+from mor.conversion import gguf_import
 from mor.conversion import hf_export
+from mor.conversion import hf_import
+from mor.conversion import official_import
+from mor.conversion import pretrained
 from mor.conversion import recursive_init
-from mor.conversion import source as source_lib
 from mor.data import text
 from mor.train import step as step_lib
 
+_DESCRIBERS = {"hf": hf_import.describe, "gguf": gguf_import.describe}
+_READERS = {"hf": hf_import.read, "gguf": gguf_import.read, "official_mor": official_import.read}  # prefix -> reader
 TARGETS = {"hf": hf_export.write, "llama": hf_export.write_llama}
 
 
@@ -42,12 +51,33 @@ class _Given:
   about: dict[str, Any] | None  # pretrained.json
 
 
+def read(spec: str, target: config_lib.ModelConfig | None = None) -> pretrained.Source:
+  """Reads the pretrained model that `spec` names, whole, before anything is written.
+
+  Args:
+    spec: "hf:FOLDER", "gguf:FILE" or "official_mor:FOLDER_OR_FILE".
+    target: for official_mor, the config of what its files do not tell; else unused.
+
+  Raises:
+    ValueError: the kind is unknown, the model unsupported, or a file lies.
+    OSError: a file cannot be read.
+  """
+  kind, path = _find(spec, _READERS)
+  return _READERS[kind](path, *([target] if kind == "official_mor" else []))
+
+
+def describe(spec: str) -> config_lib.ModelConfig:
+  """Returns the model of an "hf:FOLDER" or "gguf:FILE", without its weights; raises as `read` does."""
+  kind, path = _find(spec, _DESCRIBERS)
+  return _DESCRIBERS[kind](path)
+
+
 def convert(config: config_lib.Config, spec: str, workdir: str | os.PathLike) -> dict[str, Any]:
   """Writes the first checkpoint of a run from a pretrained model.
 
   Args:
     config: of the run; `init` says how its shared layers are made.
-    spec: "mor:WORKDIR", or what `source.read` takes.
+    spec: "mor:WORKDIR", or what `read` takes.
     workdir: of the run; must hold no checkpoint.
 
   Returns:
@@ -61,7 +91,7 @@ def convert(config: config_lib.Config, spec: str, workdir: str | os.PathLike) ->
   with checkpoint.Checkpoints(workdir, read_only=True) as existing:
     if existing.latest_step() is not None:
       raise ValueError(f"{existing.directory} holds a checkpoint already; give another --workdir")
-  given = _read(spec, config.model)
+  given = _given(spec, config.model)
   variables = recursive_init.convert(config.model, config.init, config.seed, given.model, given.variables)
   _check_tokenizer(config, given, directory)
   directory.mkdir(parents=True, exist_ok=True)
@@ -73,7 +103,10 @@ def convert(config: config_lib.Config, spec: str, workdir: str | os.PathLike) ->
   with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
     checkpoints.save(0, state, config)
     checkpoints.wait()
-  count = lambda model: dict(zip(("embedding_parameters", "other_parameters"), costs.parameter_count(model)))
+
+  def count(model: config_lib.ModelConfig) -> dict[str, int]:
+    return dict(zip(("embedding_parameters", "other_parameters"), costs.parameter_count(model)))
+
   return {"source": count(given.model), "model": count(config.model), "workdir": str(workdir)}
 
 
@@ -99,14 +132,25 @@ def export(workdir: str | os.PathLike, target: str, output: str | os.PathLike, d
   return {"step": step, "target": target, "dtype": dtype, "output": str(output)}
 
 
-def _read(spec: str, target: config_lib.ModelConfig) -> _Given:
+def _find(spec: str, kinds: Collection[str]) -> tuple[str, pathlib.Path]:
+  kind, colon, path = spec.partition(":")
+  if kind not in kinds or not colon or not path:
+    raise ValueError(f"source {spec!r}; use {', '.join(f'{known}:PATH' for known in kinds)}, or mor:WORKDIR to "
+                     "convert a run")
+  expanded = pathlib.Path(path).expanduser()
+  if not expanded.exists():
+    raise FileNotFoundError(f"source {spec!r}: there is no {expanded}")
+  return kind, expanded
+
+
+def _given(spec: str, target: config_lib.ModelConfig) -> _Given:
   kind, _, path = spec.partition(":")
   if kind == "mor":
     config, _, variables = checkpoint.variables(path)
     file = pathlib.Path(path).expanduser() / "tokenizer.json"
     tokenizer = file.read_text(encoding="utf-8") if file.is_file() else None
     return _Given(config.model, jax.tree.map(np.asarray, variables), tokenizer, checkpoint.pretrained(path))
-  source = source_lib.read(spec, target)
+  source = read(spec, target)
   about = dict(context=source.context, special_ids=source.special_ids, special_tokens=source.special_tokens,
                add_bos=source.add_bos, chat_template=source.chat_template)
   return _Given(source.model, source.variables, source.tokenizer, about)

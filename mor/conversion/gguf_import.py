@@ -1,13 +1,19 @@
-"""Reads a GGUF file of architecture llama: metadata, dequantised tensors, tokenizer.
+"""Reads a GGUF file of the Llama family: metadata, dequantised tensors, tokenizer.
 
-The `gguf` library parses and dequantises. Here a file is first found whole:
-every length it claims lies within it.
+The `gguf` library parses and dequantises. Before that, every length that the file
+claims is checked to lie within it.
+
+The tokenizer becomes a `tokenizers` .json; byte-level BPE only. The file names its
+pre-tokenizer; the expressions are what the name means to llama.cpp, written with the
+parts of the library. A file that names none, or "default", was converted before
+names were kept, so its tokenizer is unknown, and it is refused.
 
 Source: llama.cpp gguf-py (gguf_reader.py, constants.py), docs/gguf.md in ggml,
-src/llama-model.cpp for defaults.
+src/llama-model.cpp for defaults, src/llama-vocab.cpp.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import json
 import math
 import pathlib
 from typing import Any
@@ -16,9 +22,11 @@ import gguf
 import numpy as np
 
 from mor import model_config
-from mor.conversion import gguf_tokenizer
 from mor.conversion import pretrained
 
+FAMILIES = {  # architecture -> form of its names (`layout.FORMS`), and fields of our config that it fixes
+    "llama": ("gguf", {}),
+}
 _ALTERING = {  # key -> values with which it alters nothing
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (0.0, 1.0),
@@ -33,6 +41,19 @@ _KNOWN = {"block_count", "context_length", "embedding_length", "feed_forward_len
           "attention.value_length", "rope.freq_base", "rope.dimension_count", "vocab_size", "tensor_data_layout",
           "rope.scaling.original_context_length", "rope.scaling.finetuned", *_ALTERING}
 
+_BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
+_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+           r"\s+(?!\S)|\s+")
+_PARTS = {  # name -> what splits text before BPE
+    "gpt-2": [_BYTES | dict(use_regex=True)],
+    "smollm": [dict(type="Digits", individual_digits=True), _BYTES | dict(use_regex=True)],
+    "llama-bpe": [dict(type="Split", pattern=dict(Regex=_LLAMA3), behavior="Isolated", invert=False),
+                  _BYTES | dict(use_regex=False)],
+}
+_WHOLE_WORDS = ("llama-bpe",)  # a word that is a token is one, whatever the merges say; and bos is on by default
+_IDS = dict(bos="bos", eos="eos", pad="padding", unk="unknown")
+_ADDED = {int(gguf.TokenType.CONTROL): True, int(gguf.TokenType.USER_DEFINED): False}  # type -> special
+
 
 def read(path: pathlib.Path) -> pretrained.Source:
   """Reads the file.
@@ -42,14 +63,14 @@ def read(path: pathlib.Path) -> pretrained.Source:
     OSError: it cannot be read.
   """
   metadata, tensors, model = _begin(path)
-  tokenizer = gguf_tokenizer.read(metadata.take, str(path))
+  form, _ = FAMILIES[metadata.family]
   return pretrained.Source(
-      model=model, variables=pretrained.assemble(tensors, model, "gguf"),
-      context=metadata.take("llama.context_length", int), **tokenizer)
+      model=model, variables=pretrained.assemble(tensors, model, form), context=metadata.of_family("context_length", int),
+      **_tokenizer(metadata.take, str(path)))
 
 
 def describe(path: pathlib.Path) -> model_config.ModelConfig:
-  """The model alone; raises as `read` does."""
+  """Returns the model alone; raises as `read` does."""
   return _begin(path)[2]
 
 
@@ -58,9 +79,9 @@ def _begin(path: pathlib.Path) -> "tuple[_Metadata, _Tensors, model_config.Model
     raise ValueError(f"gguf:{path} is no file; name the .gguf itself")
   reader = _open(path)
   metadata = _Metadata(path, reader.fields)
-  kind = metadata.take("general.architecture", str)
-  if kind != "llama":
-    raise ValueError(f"{path}: architecture {kind!r} is unsupported; use 'llama'")
+  if metadata.family not in FAMILIES:
+    raise ValueError(f"{path}: architecture {metadata.family!r} is unsupported; use "
+                     f"{' or '.join(repr(family) for family in FAMILIES)}")
   if metadata.take("split.count", int, 1) > 1:
     raise ValueError(f"{path} is one part of a split model; merge the parts with llama-gguf-split --merge")
   tensors = _Tensors(path, reader)
@@ -68,32 +89,30 @@ def _begin(path: pathlib.Path) -> "tuple[_Metadata, _Tensors, model_config.Model
 
 
 def _fields(metadata: "_Metadata", tensors: "_Tensors") -> dict[str, Any]:
-  """Fields of `ModelConfig`."""
-  take, where = metadata.take, tensors.where
-  for key in metadata.keys("llama."):
+  """Returns the fields of `ModelConfig` that the metadata tell."""
+  take, where, family = metadata.of_family, tensors.where, metadata.family
+  for key in metadata.keys(f"{family}."):
     if key not in _KNOWN:
-      raise ValueError(f"{where}: llama.{key}={take(f'llama.{key}')!r} is unknown here; only plain Llamas are "
-                       "supported")
+      raise ValueError(f"{where}: {family}.{key}={take(key)!r} is unknown here; only plain models are supported")
   for key, plain in _ALTERING.items():
-    value = take(f"llama.{key}", None, plain[0])
+    value = take(key, None, plain[0])
     if value not in plain:
-      raise ValueError(f"{where}: llama.{key}={value!r} is unsupported; only {plain[0]!r} is a plain Llama")
+      raise ValueError(f"{where}: {family}.{key}={value!r} is unsupported; only {plain[0]!r} is a plain model")
   if "rope_freqs.weight" in tensors.shapes:
     raise ValueError(f"{where}: tensor 'rope_freqs.weight' is rope scaling, which is unsupported")
-  heads, d_model = take("llama.attention.head_count", int), take("llama.embedding_length", int)
-  head_dim = take("llama.attention.key_length", int, d_model // max(heads, 1))
+  heads, d_model = take("attention.head_count", int), take("embedding_length", int)
+  head_dim = take("attention.key_length", int, d_model // max(heads, 1))
   for key in ("attention.value_length", "rope.dimension_count"):
-    if take(f"llama.{key}", int, head_dim) != head_dim:
-      raise ValueError(f"{where}: llama.{key}={take(f'llama.{key}')} with heads of width {head_dim} is unsupported; "
+    if take(key, int, head_dim) != head_dim:
+      raise ValueError(f"{where}: {family}.{key}={take(key)} with heads of width {head_dim} is unsupported; "
                        "they must be equal")
-  vocab_size = take("llama.vocab_size", int, tensors.shapes.get("token_embd.weight", (0,))[0])
   return dict(
-      vocab_size=vocab_size, d_model=d_model, num_heads=heads,
-      num_kv_heads=take("llama.attention.head_count_kv", int, heads), head_dim=head_dim,
-      d_ff=take("llama.feed_forward_length", int), num_layers=take("llama.block_count", int),
-      rope_theta=take("llama.rope.freq_base", float, 10000.0),
-      norm_eps=take("llama.attention.layer_norm_rms_epsilon", float), init_std=0.02,
-      tie_embeddings="output.weight" not in tensors.shapes)
+      vocab_size=take("vocab_size", int, tensors.shapes.get("token_embd.weight", (0,))[0]), d_model=d_model,
+      num_heads=heads, num_kv_heads=take("attention.head_count_kv", int, heads), head_dim=head_dim,
+      d_ff=take("feed_forward_length", int), num_layers=take("block_count", int),
+      rope_theta=take("rope.freq_base", float, 10000.0),
+      norm_eps=take("attention.layer_norm_rms_epsilon", float), init_std=0.02,
+      tie_embeddings="output.weight" not in tensors.shapes, **FAMILIES[family][1])
 
 
 class _Metadata:
@@ -101,13 +120,14 @@ class _Metadata:
 
   def __init__(self, path: pathlib.Path, fields: Mapping[str, gguf.ReaderField]):
     self._path, self._fields = path, fields
+    self.family = self.take("general.architecture", str)
 
   def keys(self, prefix: str) -> list[str]:
-    """Keys that begin so, without it."""
+    """Returns the keys that begin with a prefix, without it."""
     return [key.removeprefix(prefix) for key in self._fields if key.startswith(prefix)]
 
   def take(self, key: str, kind: type | None = None, *default: Any) -> Any:
-    """A value; a float as the shortest decimal that its 32 bits mean."""
+    """Returns a value; a float as the shortest decimal that its 32 bits mean."""
     if key not in self._fields:
       if default:
         return default[0]
@@ -123,6 +143,10 @@ class _Metadata:
       raise ValueError(f"{self._path}: {key} is a {type(value).__name__}, expected one {kind.__name__}; "
                        "a value for each layer is unsupported")
     return value
+
+  def of_family(self, key: str, kind: type | None = None, *default: Any) -> Any:
+    """Takes the value of a key that begins with the architecture."""
+    return self.take(f"{self.family}.{key}", kind, *default)
 
 
 class _Tensors:
@@ -178,3 +202,64 @@ def _open(path: pathlib.Path) -> gguf.GGUFReader:
   except Exception as error:  # the library lets through what NumPy raises on broken bytes
     reason = str(error).strip("'\"").splitlines() or [type(error).__name__]
     raise ValueError(f"{path}: {reason[0]}; fetch the file again") from error
+
+
+def _tokenizer(take: Callable[..., Any], where: str) -> dict[str, Any]:
+  """Returns the fields of a `Source` that the metadata tell of the tokenizer.
+
+  Args:
+    take: returns the value of a key, given its type and a default.
+    where: name of the file, for messages.
+
+  Raises:
+    ValueError: a tokenizer of a kind that is unsupported, or a broken one.
+  """
+  ids = {name: take(f"tokenizer.ggml.{key}_token_id", int, None) for name, key in _IDS.items()}
+  template = take("tokenizer.chat_template", str, None)
+  kind = take("tokenizer.ggml.model", str, "none")
+  if kind in ("none", "no_vocab"):
+    return dict(tokenizer=None, chat_template=template, special_ids=pretrained.special(where, ids), special_tokens={},
+                add_bos=False)
+  if kind != "gpt2":
+    raise ValueError(f"{where}: tokenizer.ggml.model={kind!r} is unsupported; use a model with 'gpt2' (byte-level BPE)")
+  pre = take("tokenizer.ggml.pre", str, "default")
+  if pre not in _PARTS:
+    raise ValueError(f"{where}: tokenizer.ggml.pre={pre!r} is unsupported; use one of {', '.join(_PARTS)}")
+  tokens = take("tokenizer.ggml.tokens", list)
+  types = take("tokenizer.ggml.token_type", list, [int(gguf.TokenType.NORMAL)] * len(tokens))
+  merges = take("tokenizer.ggml.merges", list)
+  if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+    raise ValueError(f"{where}: {len(set(tokens))} different tokens of {len(tokens)} with {len(types)} types; "
+                     "fetch the file again")
+  bad = [index for index in ids.values() if index is not None and not 0 <= index < len(tokens)]
+  if bad:
+    raise ValueError(f"{where}: special token {bad[0]} of {len(tokens)} tokens; fetch the file again")
+  add_bos = take("tokenizer.ggml.add_bos_token", bool, pre in _WHOLE_WORDS)
+  bos = ids["bos"] if add_bos else None
+  text = json.dumps(_tokenizer_fields(tokens, types, merges, pre, bos), ensure_ascii=False)
+  try:
+    pretrained.parse_tokenizer(text)
+  except ValueError as error:
+    raise ValueError(f"{where}: its tokenizer is {error}") from error
+  return dict(tokenizer=text, chat_template=template, special_ids=pretrained.special(where, ids), add_bos=add_bos,
+              special_tokens={name: tokens[index] for name, index in ids.items() if index is not None})
+
+
+def _tokenizer_fields(tokens: list[str], types: list[int], merges: list[str], pre: str,
+                      bos: int | None) -> dict[str, Any]:
+  """Returns the content of the .json."""
+  added = [dict(id=index, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                special=_ADDED[kind])
+           for index, (token, kind) in enumerate(zip(tokens, types)) if kind in _ADDED]
+  first = [] if bos is None else [dict(SpecialToken=dict(id=tokens[bos], type_id=0))]
+  texts = [dict(Sequence=dict(id=name, type_id=index)) for index, name in enumerate("AB")]
+  processor = dict(
+      type="TemplateProcessing", single=first + texts[:1], pair=first + texts,
+      special_tokens={} if bos is None else {tokens[bos]: dict(id=tokens[bos], ids=[bos], tokens=[tokens[bos]])})
+  return dict(
+      version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
+      pre_tokenizer=dict(type="Sequence", pretokenizers=_PARTS[pre]),
+      post_processor=None if bos is None else processor, decoder=_BYTES | dict(use_regex=True),
+      model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                 fuse_unk=False, byte_fallback=False, ignore_merges=pre in _WHOLE_WORDS,
+                 vocab={token: index for index, token in enumerate(tokens)}, merges=merges))

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from mor.conversion import layout
-from mor.conversion import source
+from mor.conversion import command
 from tests.helpers import checkpoints
 from tests.helpers import weights
 
@@ -49,7 +49,7 @@ def test_whole_numbers_come_back(heads, tmp_path):
   model = checkpoints.llama(**checkpoints.HEADS[heads], tie_embeddings=heads != "mha")
   variables = draw(model)
   checkpoints.write_gguf(tmp_path / "m.gguf", model, arrays_of(model, variables))
-  read = source.read(f"gguf:{tmp_path / 'm.gguf'}")
+  read = command.read(f"gguf:{tmp_path / 'm.gguf'}")
   assert read.model == model and read.context == 77 and read.tokenizer is None
   assert checkpoints.equal(read.variables, variables)
 
@@ -60,7 +60,7 @@ def test_numbers_are_dequantised(kind, expect, tmp_path):
   model = checkpoints.llama(**WIDE)
   variables = draw(model)
   checkpoints.write_gguf(tmp_path / "m.gguf", model, arrays_of(model, variables), kind)
-  read = source.read(f"gguf:{tmp_path / 'm.gguf'}")
+  read = command.read(f"gguf:{tmp_path / 'm.gguf'}")
   written = dict(layout.write(read.variables, model, "hf"))
   for key, array in layout.write(variables, model, "hf"):
     # Blocks run along a row, so a permutation of rows does not change them.
@@ -77,7 +77,7 @@ def test_weights_are_those_of_transformers_reader(tmp_path):
   network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**checkpoints.hf_config(model)))
   theirs = modeling_gguf_pytorch_utils.load_gguf_checkpoint(
       str(tmp_path / "m.gguf"), return_tensors=True, model_to_load=network)["tensors"]
-  ours = dict(layout.write(source.read(f"gguf:{tmp_path / 'm.gguf'}").variables, model, "hf"))
+  ours = dict(layout.write(command.read(f"gguf:{tmp_path / 'm.gguf'}").variables, model, "hf"))
   assert set(ours) == set(theirs)
   for key, value in theirs.items():
     np.testing.assert_array_equal(ours[key], value.numpy(), err_msg=key)
@@ -106,7 +106,7 @@ def file_with(directory, extra, **fields):
 def test_tokens_are_llama_cpps(pre, tmp_path):
   llama_cpp = pytest.importorskip("llama_cpp")
   spec = file_with(tmp_path, vocabulary(pre))
-  ours = tokenizers.Tokenizer.from_str(source.read(spec).tokenizer)
+  ours = tokenizers.Tokenizer.from_str(command.read(spec).tokenizer)
   theirs = llama_cpp.Llama(spec.removeprefix("gguf:"), vocab_only=True, verbose=False)
   try:
     for text in TEXTS:
@@ -122,7 +122,7 @@ def test_tokens_are_llama_cpps(pre, tmp_path):
 def test_tokenizer_and_template_come_along(tmp_path):
   extra = vocabulary(**{"ggml.padding_token_id": 5, "ggml.unknown_token_id": 0, "ggml.add_bos_token": True})
   extra["tokenizer.ggml.token_type"][7] = 4
-  read = source.read(file_with(tmp_path, extra))
+  read = command.read(file_with(tmp_path, extra))
   assert read.special_ids == dict(bos=(1,), eos=(0,), pad=(5,), unk=(0,)) and read.add_bos
   assert read.special_tokens["eos"] == "<|endoftext|>" and read.chat_template == "{{x}}"
   ours = tokenizers.Tokenizer.from_str(read.tokenizer)
@@ -237,5 +237,5 @@ def test_other_files_are_refused(tmp_path):
 def refuses(spec: str, message: str) -> None:
   """Reading is one line that says so."""
   with pytest.raises(ValueError, match=message) as caught:
-    source.read(spec)
+    command.read(spec)
   assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import pytest
 
 from mor.conversion import hf_export
 from mor.conversion import layout
-from mor.conversion import source
+from mor.conversion import command
 from tests.helpers import checkpoints
 from tests.helpers import weights
 
@@ -37,7 +37,7 @@ def test_logits_are_theirs(heads, tied, shard, tmp_path):
   network.save_pretrained(tmp_path, **({} if shard is None else dict(max_shard_size=shard)))
   assert len(list(tmp_path.glob("*.safetensors"))) == 1 or shard
   assert (tmp_path / "model.safetensors.index.json").exists() == bool(shard)
-  read = source.read(f"hf:{tmp_path}")
+  read = command.read(f"hf:{tmp_path}")
   assert read.model.tie_embeddings is tied and ("head" in read.variables["params"]) is not tied
   assert read.model.norm_eps == 1e-3 and read.model.rope_theta == 300.0
   with torch.no_grad():
@@ -56,7 +56,7 @@ def test_llama_3_scaling_is_theirs(tmp_path):
   fields = checkpoints.hf_config(model) | dict(initializer_range=0.3, rope_parameters=scaling)
   network = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
   network.save_pretrained(tmp_path)
-  read = source.read(f"hf:{tmp_path}")
+  read = command.read(f"hf:{tmp_path}")
   assert read.model.rope_scaling.factor == 4.0 and read.model.rope_scaling.original_context == 9
   with torch.no_grad():
     expected = network(torch.tensor(checkpoints.TOKENS_BT)).logits.numpy()
@@ -76,7 +76,7 @@ def test_half_precision_widens_exactly(dtype, tmp_path):
   model = checkpoints.llama()
   network = theirs(model, dtype)
   network.save_pretrained(tmp_path)
-  read = source.read(f"hf:{tmp_path}")
+  read = command.read(f"hf:{tmp_path}")
   written = dict(layout.write(read.variables, read.model, "hf"))
   for key, value in network.state_dict().items():
     if key != "lm_head.weight":
@@ -88,7 +88,7 @@ def test_half_precision_widens_exactly(dtype, tmp_path):
   torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
   (tmp_path / "model.safetensors").unlink()
   for path in (tmp_path / "again", tmp_path):  # read, written and read again; a pickle
-    assert checkpoints.equal(source.read(f"hf:{path}").variables, read.variables)
+    assert checkpoints.equal(command.read(f"hf:{path}").variables, read.variables)
 
 
 def test_an_index_may_name_pickles(tmp_path):
@@ -102,7 +102,7 @@ def test_an_index_may_name_pickles(tmp_path):
     torch.save({key: torch.tensor(arrays[key]) for key in keys}, tmp_path / name)
   (tmp_path / "pytorch_model.bin.index.json").write_text(
       json.dumps(dict(weight_map={key: name for name, keys in shards.items() for key in keys})))
-  assert checkpoints.equal(source.read(f"hf:{tmp_path}").variables, variables)
+  assert checkpoints.equal(command.read(f"hf:{tmp_path}").variables, variables)
 
 
 @pytest.mark.parametrize("fields", [
@@ -116,7 +116,7 @@ def test_configs_of_other_versions(fields, tmp_path):
   small = dict(num_heads=2, num_kv_heads=2, head_dim=10) if "head_dim" in fields else {}
   model = checkpoints.llama(**small)
   variables = checkpoints.hf_folder(tmp_path, model, **fields)
-  read = source.read(f"hf:{tmp_path}")
+  read = command.read(f"hf:{tmp_path}")
   assert read.model == model and checkpoints.equal(read.variables, variables)
 
 
@@ -128,7 +128,7 @@ def test_defaults_are_those_of_transformers(tmp_path):
   expected = transformers.LlamaConfig()
   model = checkpoints.llama(num_kv_heads=4, tie_embeddings=False)
   checkpoints.write_folder(tmp_path, config, dict(layout.write({"params": weights.draw(model)}, model, "hf")))
-  read = source.read(f"hf:{tmp_path}")
+  read = command.read(f"hf:{tmp_path}")
   assert read.model.norm_eps == expected.rms_norm_eps and read.context == expected.max_position_embeddings
   assert read.model.rope_theta == 10000.0 and read.model.num_kv_heads == 4 and not read.model.tie_embeddings
 
@@ -143,7 +143,7 @@ def test_tokenizer_comes_along(jinja, tmp_path):
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
   if jinja:
     (tmp_path / "chat_template.jinja").write_text("{{b}}")
-  read = source.read(f"hf:{tmp_path}")
+  read = command.read(f"hf:{tmp_path}")
   assert read.tokenizer == (tmp_path / "tokenizer.json").read_text()
   assert read.chat_template == ("{{b}}" if jinja else "{{a}}")
   assert read.special_ids == dict(bos=(1,), eos=(0, 5)) and read.context == 77 and read.add_bos
@@ -156,7 +156,7 @@ def test_harmless_tensors_are_passed_over(tmp_path):
   arrays["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
   arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
   checkpoints.write_folder(tmp_path, checkpoints.hf_config(model), arrays)
-  assert "head" not in source.read(f"hf:{tmp_path}").variables["params"]
+  assert "head" not in command.read(f"hf:{tmp_path}").variables["params"]
 
 
 @pytest.mark.parametrize("fields,message", [
@@ -241,15 +241,15 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 ])
 def test_sources_that_are_refused(spec, error, message):
   with pytest.raises(error, match=message):
-    source.read(spec)
+    command.read(spec)
 
 
 def test_a_folder_is_wanted(tmp_path):
   (tmp_path / "model.safetensors").write_bytes(b"")
   with pytest.raises(ValueError, match="is no folder"):
-    source.read(f"hf:{tmp_path / 'model.safetensors'}")
+    command.read(f"hf:{tmp_path / 'model.safetensors'}")
   with pytest.raises(ValueError, match="holds no config.json; name the folder"):
-    source.read(f"hf:{tmp_path}")
+    command.read(f"hf:{tmp_path}")
   checkpoints.hf_folder(tmp_path, checkpoints.llama())
   (tmp_path / "model.safetensors").unlink()
   refuses(tmp_path, "holds none of model.safetensors")
@@ -258,5 +258,5 @@ def test_a_folder_is_wanted(tmp_path):
 def refuses(folder: pathlib.Path, message: str) -> None:
   """Reading the folder is one line that says so."""
   with pytest.raises(ValueError, match=message) as caught:
-    source.read(f"hf:{folder}")
+    command.read(f"hf:{folder}")
   assert "\n" not in str(caught.value)

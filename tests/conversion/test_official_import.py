@@ -11,7 +11,7 @@ import pytest
 
 from mor import parameters
 from mor.conversion import layout
-from mor.conversion import source
+from mor.conversion import command
 from tests import check_official
 from tests.helpers import checkpoints
 from tests.helpers import official
@@ -52,10 +52,10 @@ def make(kind):
 def test_config_and_parameters_come_back(kind, tmp_path):
   model, variables = make(kind)
   official_files.write(tmp_path, model, variables)
-  read = source.read(f"official_mor:{tmp_path}")
+  read = command.read(f"official_mor:{tmp_path}")
   assert read.model == model and read.context == 77 and read.special_ids["eos"] == (2,)
   assert checkpoints.equal(read.variables, variables)
-  assert checkpoints.equal(source.read(f"official_mor:{tmp_path / 'model.safetensors'}", model).variables, variables)
+  assert checkpoints.equal(command.read(f"official_mor:{tmp_path / 'model.safetensors'}", model).variables, variables)
 
 
 @pytest.mark.parametrize("path", test_official.FILES, ids=lambda path: path and path.stem)
@@ -95,7 +95,7 @@ def test_one_copy_of_what_is_shared_is_enough(tmp_path):
       arrays.pop(key)
   official_files.write(tmp_path, model, variables)
   checkpoints.write_folder(tmp_path, json.loads((tmp_path / "config.json").read_text()), arrays)
-  assert checkpoints.equal(source.read(f"official_mor:{tmp_path}").variables, variables)
+  assert checkpoints.equal(command.read(f"official_mor:{tmp_path}").variables, variables)
   arrays = {key: array for key, array in arrays.items() if ".block.1.self_attn.q_proj" not in key}
   checkpoints.write_folder(tmp_path, json.loads((tmp_path / "config.json").read_text()), arrays)
   refuses(tmp_path, "has no tensor 'model.layers.1.block.1.self_attn.q_proj.weight'; is it whole")
@@ -110,8 +110,8 @@ def test_a_pickle_with_a_tied_head(kind, tmp_path):
   state = {key: torch.tensor(array) for key, array in layout.write(variables, model, "official_mor")}
   state["lm_head.weight"] = state["model.embed_tokens.weight"]
   torch.save(state, tmp_path / "pytorch_model.bin")
-  assert checkpoints.equal(source.read(f"official_mor:{tmp_path}").variables, variables)
-  assert source.read(f"official_mor:{tmp_path / 'pytorch_model.bin'}").model == model
+  assert checkpoints.equal(command.read(f"official_mor:{tmp_path}").variables, variables)
+  assert command.read(f"official_mor:{tmp_path / 'pytorch_model.bin'}").model == model
 
 
 def test_the_config_tells_what_files_do_not(tmp_path):
@@ -119,14 +119,14 @@ def test_the_config_tells_what_files_do_not(tmp_path):
   official_files.write(tmp_path, model, variables)
   (tmp_path / "config.json").unlink()
   refuses(tmp_path, "has no config.json; put it there, or say in the config")
-  assert source.read(f"official_mor:{tmp_path}", model).model is model
+  assert command.read(f"official_mor:{tmp_path}", model).model is model
   (tmp_path / "tiny.yaml").unlink()
-  read = source.read(f"official_mor:{tmp_path}", model)
+  read = command.read(f"official_mor:{tmp_path}", model)
   assert read.model is model and checkpoints.equal(read.variables, variables) and read.context == 2048
   official_files.write(tmp_path, model, variables)
   (tmp_path / "tiny.yaml").unlink()
   refuses(tmp_path, "has no .yaml of its training")
-  assert checkpoints.equal(source.read(f"official_mor:{tmp_path}", model).variables, variables)
+  assert checkpoints.equal(command.read(f"official_mor:{tmp_path}", model).variables, variables)
 
 
 def test_the_config_may_train_otherwise(tmp_path):
@@ -135,7 +135,7 @@ def test_the_config_may_train_otherwise(tmp_path):
   other = tiny.config(dict(model=KINDS["token"]), model=dict(
       compute_dtype="bfloat16", init_std=0.5, remat="full", execution="masked",
       router=dict(balance_coef=0.7, z_loss_coef=0.0, balancing="none"))).model
-  assert source.read(f"official_mor:{tmp_path}", other).model is other
+  assert command.read(f"official_mor:{tmp_path}", other).model is other
 
 
 @pytest.mark.parametrize("kind,changes,message", [
@@ -207,7 +207,7 @@ def test_what_a_recipe_need_not_say(kind, said, tmp_path):
   """Upstream's defaults; alpha is ignored without activation."""
   model, variables = make(kind)
   official_files.write(tmp_path, model, variables, said)
-  read = source.read(f"official_mor:{tmp_path}").model
+  read = command.read(f"official_mor:{tmp_path}").model
   assert read == dataclasses.replace(model, router=dataclasses.replace(
       model.router, sampling=read.router.sampling, sampling_coef=read.router.sampling_coef))
 
@@ -261,7 +261,7 @@ def test_a_router_wider_than_the_config_says(tmp_path):
   said = official_files.recipe(model)
   said["mor"]["router_type"] = "wide_mlp"
   official_files.write(tmp_path, model, variables, said)
-  assert source.read(f"official_mor:{tmp_path}").model == model
+  assert command.read(f"official_mor:{tmp_path}").model == model
   (tmp_path / "tiny.yaml").unlink()
   wide = tiny.config(dict(model=KINDS["expert_mlp"]), model=dict(router=dict(arch="wide_mlp"))).model
   refuses(tmp_path, "its router is as wide as arch 'mlp' is, the config says 'wide_mlp'; set router.arch='mlp'", wide)
@@ -270,5 +270,5 @@ def test_a_router_wider_than_the_config_says(tmp_path):
 def refuses(folder: pathlib.Path, message: str, target=None) -> None:
   """Reading is one line that says so."""
   with pytest.raises(ValueError, match=message) as caught:
-    source.read(f"official_mor:{folder}", target)
+    command.read(f"official_mor:{folder}", target)
   assert "\n" not in str(caught.value)

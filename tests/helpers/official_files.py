@@ -3,7 +3,7 @@
   python -m tests.helpers.official_files FILE.npz ...
 
 writes each vector as a folder in upstream's names, imports it with
-`mor.conversion.source`, and lets `tests.check_official` compare what comes out.
+`mor.conversion.command`, and lets `tests.check_official` compare what comes out.
 Prints its JSON lines; the exit status is 1 if any is not ok.
 """
 
@@ -18,7 +18,7 @@ import yaml
 
 from mor import config as config_lib
 from mor.conversion import layout
-from mor.conversion import source
+from mor.conversion import command
 from tests import check_official
 from tests.helpers import checkpoints
 from tests.helpers import official
@@ -61,7 +61,7 @@ def read(path: str) -> official.Vector:
   balance = {} if vector.bias_R is None else {"balance": {"bias_R": vector.bias_R}}
   with tempfile.TemporaryDirectory() as folder:
     write(pathlib.Path(folder), vector.model, {"params": vector.params, **balance})
-    imported = source.read(f"official_mor:{folder}")
+    imported = command.read(f"official_mor:{folder}")
   return dataclasses.replace(vector, model=imported.model, params=imported.variables["params"],
                              bias_R=imported.variables.get("balance", {}).get("bias_R"))
 

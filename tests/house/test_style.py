@@ -32,12 +32,6 @@ mor/checkpoint.py
 
 mor/depth.py
 
-mor/conversion/command.py
-
-mor/conversion/gguf_import.py
-
-mor/conversion/gguf_tokenizer.py
-
 mor/conversion/hf_export.py
 
 mor/conversion/hf_import.py
@@ -49,8 +43,6 @@ mor/conversion/official_import.py
 mor/conversion/pretrained.py
 
 mor/conversion/recursive_init.py
-
-mor/conversion/source.py
 
 mor/conversion/tensors.py
 
@@ -105,8 +97,6 @@ mor/exits/tick.py
 mor/main.py
 
 mor/model/kernels.py
-
-mor/model/lora.py
 
 mor/model/recursion.py
 
