@@ -95,6 +95,19 @@ def test_draws_follow_the_distribution():
   assert chi_square(along, softmax(logits_V / 0.75)) < 1e-6, "the test tells temperatures apart"
 
 
+def test_confirmed_draws_follow_the_models_distribution():
+  """Whatever they were drawn from. Seeds are fixed; a right rule fails for 1 in 1e6 of them."""
+  rng, num = np.random.default_rng(4), 20000
+  logits_V, draft_V = rng.normal(size=V), rng.normal(size=V)
+  rows, none_MV = seeded(sampling.Sampling(temperature=0.7), num), jnp.zeros((num, V), bool)
+  drawn_M = draw([draft_V] * num, rows)
+  logits_MV, draft_MV = (jnp.broadcast_to(jnp.asarray(x_V, jnp.float32), (num, V)) for x_V in (logits_V, draft_V))
+  kept_M = sampling.confirm(logits_MV, draft_MV, jnp.asarray(drawn_M), rows, none_MV, jnp.zeros(num, jnp.int32), V)
+  assert chi_square(np.asarray(kept_M), softmax(logits_V / 0.7)) > 1e-6
+  assert chi_square(drawn_M, softmax(logits_V / 0.7)) < 1e-6, "the drafts are the model's: nothing was shown"
+  assert 0.2 < np.mean(np.asarray(kept_M) == drawn_M) < 0.99
+
+
 def test_a_row_depends_on_its_request_alone():
   rng, num = np.random.default_rng(2), 24
   logits_MV, index_M = rng.normal(size=(num, V)), rng.integers(0, 9, num)
