@@ -41,7 +41,7 @@ once), five for full-gpu and two for r3-gpu; with less memory, a smaller data.ba
 
 import ml_collections
 
-from configs import uptrain_smollm2
+from mor import experiments
 
 _EXITS = {"full": (10, 20), "r3": (10,)}
 _GPU_EXITS = {"full": (5, 10, 20), "r3": (10, 20)}
@@ -51,7 +51,7 @@ def get_config(model: str = "full") -> ml_collections.ConfigDict:
   name, gpu = model.removesuffix("-gpu"), model.endswith("-gpu")
   if name not in _EXITS:
     raise ValueError(f"model {model!r}; use one of {', '.join(_EXITS)}, or one of these with -gpu")
-  config = uptrain_smollm2.get_config(name)
+  config = experiments.read(f"uptrain_smollm2:{name}")
   config.exit.update(layers=(_GPU_EXITS if gpu else _EXITS)[name], weighting="constant", coef=1.0, kl=1.0)
   if gpu:
     config.model.compute_dtype = "bfloat16"

@@ -16,14 +16,14 @@ from typing import Any
 import ml_collections
 
 from mor import config as config_lib
-from configs import study_cpu
+from mor import experiments
 
 
 def get_config() -> ml_collections.ConfigDict:
   config = config_lib.default()
   config.model.update(vocab_size=32768, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, d_ff=1536,
                       num_layers=32, compute_dtype="bfloat16", remat="dots")
-  study_cpu.use_books(config, max_bytes=0)
+  experiments.use_books(config, max_bytes=0)
   config.data.update(tokenizer="bpe:32768", seq_len=1024, batch_size=64)
   config.optim.update(learning_rate=3e-3, schedule="wsd", warmup_steps=200, cooldown_fraction=0.2)
   config.train.update(steps=4000, accumulation=4, loss_block=8192, log_every=20, eval_every=400, eval_rows=128,
@@ -32,5 +32,5 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def get_study() -> dict[str, Any]:
-  return dict(reference="vanilla", members=study_cpu.members(num_layers=32, unique_layers=12), seeds=(0,),
-              final_rows=0, text_rows=0, blimp_pairs=1000, **study_cpu.held_out_sets())
+  return dict(reference="vanilla", members=experiments.study_members(num_layers=32, unique_layers=12), seeds=(0,),
+              final_rows=0, text_rows=0, blimp_pairs=1000, **experiments.held_out_sets())

@@ -25,7 +25,7 @@ import re
 import ml_collections
 
 from mor import config as config_lib
-from configs import study_cpu
+from mor import experiments
 
 _MODEL = re.compile(r"full|r([235])(?:-lora(\d+))?(-mor)?")
 
@@ -45,7 +45,7 @@ def get_config(model: str = "r2") -> ml_collections.ConfigDict:
   if routed:  # gate 2 sigmoid(0) = 1 on what the stack changes: the recursive model itself
     config.model.router.update(name="expert_choice", sampling="aux_loss", gating="residual", alpha=2.0)
   config.init.update(method="average" if rank else "stepwise", lora="svd")
-  study_cpu.use_books(config, max_bytes=8_000_000)
+  experiments.use_books(config, max_bytes=8_000_000)
   config.data.update(tokenizer="runs/smollm2/tokenizer.json", seq_len=256, batch_size=4)
   config.optim.update(learning_rate=2e-4, schedule="cosine", warmup_steps=4, weight_decay=0.0)
   config.train.update(steps=32, loss_block=512, log_every=4, eval_every=32, eval_rows=32, checkpoint_every=32,

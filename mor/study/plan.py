@@ -86,14 +86,14 @@ class Run:
 
 
 def read(path: str) -> Study:
-  """The study that a config file describes.
+  """Returns the study that a config file describes.
 
   Raises:
     ValueError: the file has no `get_study`, or what it returns is no study.
   """
   made = runpy.run_path(path)
   if "get_study" not in made:
-    raise ValueError(f"{path} describes no study; add get_study(), or use configs/study_cpu.py")
+    raise ValueError(f"{path} describes no study; add get_study(), or use --config=study_cpu")
   return from_dict(made["get_study"]())
 
 

@@ -1,6 +1,6 @@
 """Every file of configs/ builds, and its model shape-evaluates at full size."""
 
-import importlib.util
+import ast
 import pathlib
 import sys
 
@@ -15,10 +15,10 @@ from configs import paper
 from configs import uptrain_smollm2
 from mor import config
 from mor import costs
+from mor import experiments
 from mor.model import transformer
 
-DIRECTORY = pathlib.Path(paper.__file__).parent
-FILES = sorted(path.stem for path in DIRECTORY.glob("*.py") if path.stem != "__init__")
+DIRECTORY = experiments.directory()
 
 
 def _check(made):
@@ -37,13 +37,9 @@ def _check(made):
   assert num_params == sum(costs.parameter_count(made.model))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", experiments.names())
 def test_file(name):
-  path = DIRECTORY / f"{name}.py"
-  spec = importlib.util.spec_from_file_location(f"configs_under_test_{name}", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  _check(config.from_config_dict(module.get_config()))
+  _check(config.from_config_dict(experiments.read(name)))
 
 
 @pytest.mark.parametrize("name", paper.members())
@@ -142,3 +138,26 @@ def test_command_line_takes_the_argument_and_overrides(monkeypatch):
   values(argv)
   made = config.from_config_dict(values.config)
   assert (made.model.d_model, made.train.steps, made.model.capacity) == (1536, 7000, (1.0, 0.25))
+
+
+@pytest.mark.parametrize("name", experiments.names())
+def test_a_file_imports_only_mor(name):
+  """So that it runs from any directory, and in a wheel, where `configs` is `mor.configs`."""
+  tree = ast.parse((DIRECTORY / f"{name}.py").read_text(encoding="utf-8"))
+  for node in ast.walk(tree):
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+      package = (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+      assert package in {"mor", "ml_collections"} | sys.stdlib_module_names, f"line {node.lineno}"
+
+
+def test_an_experiment_is_found_by_name_and_by_file(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  path = f"{DIRECTORY}/paper.py"
+  assert experiments.find("paper") == path and experiments.find("paper:mor-360m-r3") == f"{path}:mor-360m-r3"
+  assert experiments.find("pretrained:hf:a/b") == f"{DIRECTORY}/pretrained.py:hf:a/b"
+  (tmp_path / "paper").write_text("from mor import config\nget_config = config.default\n")  # nearer than the name
+  assert experiments.find("paper:x") == "paper:x" and experiments.find(f"{path}:x") == f"{path}:x"
+  assert experiments.read(f"{path}:mor-730m-r2").to_dict() == paper.get_config("mor-730m-r2").to_dict()
+  for wrong in ("papers", "paper.py", "configs/paper.py", ""):
+    with pytest.raises(ValueError, match="use one of base, exit_smollm2, paper"):
+      experiments.find(wrong)

@@ -16,7 +16,7 @@ HOMES = {
     "datasets": "mor.data.",
     "grain": "mor.data.",
     "matplotlib": "mor.plots",
-    "ml_collections": ("mor.config", "mor.data.", "mor.main"),
+    "ml_collections": ("mor.config", "mor.experiments", "mor.data.", "mor.main"),
     "tensorflow_datasets": "mor.data.",
     # The exported model; pickled weights.
     "torch": ("mor.conversion.modeling_mor", "mor.conversion.tensors"),

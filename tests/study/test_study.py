@@ -8,11 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import study_cpu
-from configs import study_gpu
 from mor import checkpoint
 from mor import config as config_lib
 from mor import costs
+from mor import experiments
 from mor import report
 from mor import sharding
 from mor.study import plan as study_plan
@@ -81,15 +80,14 @@ def test_a_wrong_member_is_refused(overrides):
 
 
 def test_a_config_without_a_study_is_named():
-  path = pathlib.Path(study_cpu.__file__).with_name("base.py")
   with pytest.raises(ValueError, match="get_study"):
-    study_plan.read(str(path))
+    study_plan.read(experiments.find("base"))
 
 
-@pytest.mark.parametrize("module", [study_cpu, study_gpu])
-def test_study_files(module):
-  base = config_lib.from_config_dict(module.get_config())
-  study = study_plan.read(module.__file__)
+@pytest.mark.parametrize("name", ["study_cpu", "study_gpu"])
+def test_study_files(name):
+  base = config_lib.from_config_dict(experiments.read(name))
+  study = study_plan.read(experiments.find(name))
   runs = {run.member.name: run for run in study_plan.make(base, study)}
   assert len(runs) == 8
   body = {name: costs.parameter_count(run.full.model)[1] for name, run in runs.items()}
