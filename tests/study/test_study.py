@@ -136,11 +136,10 @@ def test_the_result_says_what_was_done(finished):
   assert sorted(p.name for p in (workdir / "mor-seed0").iterdir()) == ["full", "short"]
 
 
-def test_the_fork_is_the_run_of_its_length(finished, monkeypatch, tmp_path):
+def test_the_fork_is_the_run_of_its_length(finished, tmp_path):
   base, study, workdir = finished
   one = study_plan.make(base, study)[1]
   assert 0 < one.fork < 6
-  monkeypatch.setattr(report, "finish", lambda *unused: ({}, ""))
   loop.train(one.short, tmp_path)
   states = []
   for directory in (tmp_path, workdir / "mor-seed0/short"):
@@ -165,7 +164,7 @@ def test_a_stopped_member_goes_on(finished, monkeypatch, tmp_path):
   (tmp_path / "results" / kept.name).write_text(kept.read_text())
   asked = []
 
-  def stopped(config, directory):
+  def stopped(config, directory, finish):
     asked.append(pathlib.Path(directory).relative_to(tmp_path).as_posix())
     return loop.Outcome(1, None, "stopped")
 
