@@ -126,7 +126,7 @@ def _train() -> int:
 def _eval() -> int:
   config, state, step, mesh = _restore("eval")
   corpus = text.load(config.data, config.model.vocab_size)
-  figures = loop.evaluator(config, mesh, corpus)(state)
+  figures = loop.make_evaluate(config, mesh, corpus)(state)
   if distributed.main():
     compressors = evaluate.compressed_bits_per_byte(corpus.validation_text())
     print(json.dumps({"step": step, **figures, **compressors}))

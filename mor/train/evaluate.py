@@ -1,11 +1,12 @@
-"""Held-out loss, under the routing of training and under the causal one.
+"""Held-out loss, under the routing of training and under causal routing.
 
   oracle  `select`: expert-choice sees the whole row, as in training
-  causal  `decide`: what generation can do; the figure to compare models by
-  nll     nats per target token;  bpb = nll of all targets / ln 2 / their bytes
+  causal  `decide`: routing as in generation; compare models by this one
+  nll     nats per target token
+  bpb     bits per byte: sum of nll over targets / ln 2 / bytes of the targets
 
-Bits per byte count the bytes of text that the targets stand for, so they do not
-depend on the tokenizer; ends of documents are targets of no bytes, and count.
+Bits per byte divide by the bytes of text that the targets encode, so they do not
+depend on the tokenizer. The end of a document is a target of 0 bytes, and its loss counts.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,20 +31,23 @@ Batch = Mapping[str, np.ndarray]
 
 
 def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Callable[..., dict[str, float]]:
-  """`evaluate(params, balance, batches) -> metrics`.
+  """Makes `evaluate(params, balance, batches) -> metrics`.
+
+  The metrics are, for the routing "causal" and, if the model has a router, "oracle":
+
+    nll_, bpb_          see the module
+    load_..._r          fraction of tokens that step r processes, r from 1
+    nll_exit_n          loss of the early exit after layer n, causal routing
+    agreement_exit_n    fraction of targets for which the exit and the last layer have the
+                        same most likely token
+    agreement           fraction of (token, step) pairs that both routings treat alike, over
+                        the steps that may drop tokens
+    targets, bytes      counts
 
   Args:
     config: the experiment.
-    mesh: where the batches go.
-    num_bytes_V: bytes of text that each token id stands for.
-
-  Returns:
-    A function whose metrics are nll_, bpb_ and load_ (fraction of tokens that
-    step r processes, r from 1) for "causal" and, of routed models, "oracle";
-    nll_exit_n and agreement_exit_n of each early exit, the latter the fraction of targets
-    for which its likeliest token is the end's; `agreement`, the fraction of (token, step)
-    that both route alike, over steps that may drop tokens; and the counts `targets` and
-    `bytes`.
+    mesh: mesh that holds the batches.
+    num_bytes_V: bytes of text that each token id encodes.
   """
   num_bytes_V = jnp.asarray(num_bytes_V, jnp.int32)
 
@@ -63,12 +67,12 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
 
 
 def routings(model: config_lib.ModelConfig) -> dict[str, str]:
-  """Name of each figure and the routing behind it."""
+  """Returns the routing that each figure is measured with, by the name of the figure."""
   return {"causal": "decide"} if model.router.name == "fixed" else {"causal": "decide", "oracle": "select"}
 
 
 def compressed_bits_per_byte(text: str) -> dict[str, float]:
-  """What `gzip -9` and `xz -9` need for (at most 64 MiB of) the same text."""
+  """Returns the bits per byte of `gzip -9` and `xz -9` on (at most 64 MiB of) a text."""
   data = text.encode()[:2**26]
   packed = {"gzip": zlib.compress(data, 9), "xz": lzma.compress(data, preset=9)}
   return {f"bpb_{name}": 8 * len(out) / max(len(data), 1) for name, out in packed.items()}
@@ -77,14 +81,15 @@ def compressed_bits_per_byte(text: str) -> dict[str, float]:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sums(config: config_lib.Config, mesh: Mesh, params: dict, balance: dict, num_bytes_V: jax.Array,
           batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """What a batch adds to each sum."""
-  count = lambda *given: sharding.total(_local_sums(config, *given))
+  """Returns what a batch adds to each sum over the held-out rows."""
+  def count(*given):
+    return sharding.total(_local_sums(config, *given))
   return sharding.by_rows(mesh, count, in_specs=(sharding.row_specs(params), P(), P(), P(sharding.ROWS)),
                           out_specs=P())(params, balance, num_bytes_V, batch)
 
 
 def _local_sums(config, params, balance, num_bytes_V, batch):
-  """Of a device's rows."""
+  """Returns what the rows of one device add to each sum."""
   model, exits, loss_block = config.model, config.exit.layers, config.train.loss_block
   params, key = transformer.whole(model, params), jax.random.key(config.seed)
   valid_BT, mask_BT = batch["segment_BT"] != 0, batch["loss_mask_BT"]
@@ -111,7 +116,7 @@ def _local_sums(config, params, balance, num_bytes_V, batch):
 
 
 def _add(total: dict[str, Any], sums: Mapping[str, jax.Array] | None) -> dict[str, Any]:
-  """Sums over batches in float64, which 32 bits would round."""
+  """Adds the sums of a batch in float64, because float32 would round them."""
   if sums is None:
     return total
   return {k: total.get(k, 0.0) + np.asarray(v, np.float64) for k, v in jax.device_get(sums).items()}

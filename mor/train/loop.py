@@ -1,11 +1,11 @@
 """The training loop: one run from its latest checkpoint to its last step.
 
-The loop never waits for the step it has just dispatched: it reads the metrics of
-the one before. Before an evaluation or a save it reads them all, so that a state
-whose loss or gradient is not finite is never saved.
+The loop never waits for the step that it has just dispatched: it reads the metrics of
+the step before. Before an evaluation or a save it reads the metrics of all steps, so a
+state whose loss or gradient is not finite is never saved.
 
-What a run leaves in its workdir: checkpoints/, metrics.jsonl, tensorboard/, and what
-the `finish` that it is given writes at its end (`mor/report.py`).
+A run writes checkpoints/, metrics.jsonl and tensorboard/ in its workdir. The argument
+`finish` writes the rest, e.g. the report (`mor/report.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -37,12 +37,12 @@ Finish = Callable[[config_lib.Config, str | os.PathLike, text.Corpus, Callable[[
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Where a call of `train` ended.
+  """The end of a call of `train`.
 
   Attributes:
     step: finished optimizer steps; the checkpoint of this step is saved.
-    summary: final figures; None where a signal stopped the run before its end.
-    text: what to print at the end.
+    summary: final figures; None if a signal stopped the run before its last step.
+    text: text to print.
   """
 
   step: int
@@ -51,20 +51,20 @@ class Outcome:
 
 
 def train(config: config_lib.Config, workdir: str | os.PathLike, finish: Finish | None = None) -> Outcome:
-  """Trains, or goes on training, the run of `workdir`.
+  """Starts or resumes the run of `workdir`.
 
-  The result does not depend on where a run was interrupted: parameters are
-  bitwise those of an uninterrupted run on the same machine.
+  The result does not depend on interruptions: the parameters are bitwise those of an
+  uninterrupted run on the same machine.
 
   Args:
     config: the experiment.
     workdir: run directory.
-    finish: writes the end of the run, e.g. `report.finish`; all processes call it.
+    finish: function that all processes call after the last step, e.g. `report.finish`.
 
   Raises:
     FloatingPointError: the loss or the gradient of a step is not finite.
     OSError: a checkpoint or the metrics cannot be written.
-    ValueError: the config, the data or the workdir do not fit.
+    ValueError: the config, the data and the workdir do not fit together.
   """
   mesh = sharding.make_mesh(config.mesh)
   with checkpoint.Checkpoints(workdir, read_only=True) as existing:  # a wrong request creates nothing
@@ -83,9 +83,9 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, finish: Finish 
     shown.say(f"resuming at step {start}" if start else f"starting in {workdir}")
     if teacher:
       shown.say(f"taught by {config.distill.teacher}, whose parameters take {teacher.num_bytes / 2**20:,.0f} MiB")
-    evaluate = evaluator(config, mesh, corpus)
+    evaluate = make_evaluate(config, mesh, corpus)
     log = _Log(config, mesh, writer, shown, watchdog, stop)
-    state, step = _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, log, stop)
+    state, step = _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, log, stop)
   if step < config.train.steps:
     return Outcome(step, None, f"stopped at step {step} of {config.train.steps}, saved; "
                    "run the same command to go on")
@@ -96,38 +96,41 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, finish: Finish 
 
 def restore_or_init(config: config_lib.Config, mesh: jax.sharding.Mesh,
                     checkpoints: checkpoint.Checkpoints) -> tuple[step_lib.TrainState, int]:
-  """The newest checkpoint's state, or a fresh one, and its step."""
+  """Returns the state of the newest checkpoint, or a fresh state, and its step."""
   if checkpoints.latest_step() is None:
     return step_lib.init_state(config, mesh), 0
   shapes, shardings = step_lib.state_shapes(config), step_lib.state_shardings(config, mesh)
   target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
   state = checkpoints.restore(target)
-  return state, checkpoints.latest_step()  # which restoring may have changed
+  return state, checkpoints.latest_step()  # restoring may have changed the newest step
 
 
-def evaluator(config: config_lib.Config, mesh: jax.sharding.Mesh,
+def make_evaluate(config: config_lib.Config, mesh: jax.sharding.Mesh,
               corpus: text.Corpus) -> Callable[[step_lib.TrainState], dict[str, float]]:
-  """`evaluate(state) -> metrics` over `train.eval_rows` held-out rows."""
+  """Makes `evaluate(state) -> metrics` over `train.eval_rows` held-out rows."""
   evaluate = evaluate_lib.make(config, mesh, corpus.tokenizer.num_bytes_V)
   return lambda state: evaluate(state.params, state.balance, corpus.validation.in_order(
       config.data.batch_size, config.train.eval_rows))
 
 
-def _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, log, stop):
-  """The loop itself; returns the state and the number of finished steps."""
+def _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, log, stop):
+  """Runs the steps; returns the state and the number of finished steps."""
   plan, step = config.train, start
   train_step = step_lib.make_train_step(config, mesh, teacher)
   rows = sharding.local_rows(mesh, config.data.batch_size)
-  make_batch = lambda step: stop.vote(mesh, sharding.put_batch(mesh, corpus.train.batch(step, rows)))
+
+  def make_batch(step):
+    return stop.add_vote(mesh, sharding.put_batch(mesh, corpus.train.batch(step, rows)))
+
   with contextlib.closing(rows_lib.prefetch(make_batch, start, plan.steps)) as batches:
     for batch in batches:
       state, values = train_step(state, batch, step)
       step += 1
       log.put(step, values)
-      last, stopping = step == plan.steps, stop.agreed()
+      last, stopping = step == plan.steps, stop.should_stop()
       if last or step % plan.eval_every == 0:
         log.flush()
-        log.evaluated(step, evaluate(state))
+        log.put_evaluation(step, evaluate(state))
       if last or stopping or step % plan.checkpoint_every == 0:
         log.flush()
         log.copy()
@@ -139,14 +142,14 @@ def _steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, l
 
 
 def describe_eval(step: int, held_out: Mapping[str, float]) -> str:
-  """One line on an evaluation."""
+  """Returns a line on an evaluation."""
   figures = "  ".join(f"{name} {held_out[f'bpb_{name}']:.4f} bits/byte (nll {held_out[f'nll_{name}']:.4f})"
                       for name in ("causal", "oracle") if f"bpb_{name}" in held_out)
   return f"step {step} held out: {figures}"
 
 
 class _Log:
-  """Reads every step's metrics one step late, checks them, writes some."""
+  """Reads the metrics of every step one step late, checks them, and writes those of logged steps."""
 
   def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh, writer: metrics_lib.Writer,
                shown: metrics_lib.Progress, watchdog: signals.Watchdog, stop: signals.Stop):
@@ -159,13 +162,13 @@ class _Log:
     self._pending: tuple[int, Any] | None = None
 
   def put(self, step: int, values: Mapping[str, jax.Array]) -> None:
-    """Takes the metrics of `step`, running now; reads those of the step before."""
+    """Stores the metrics of `step`, which is running; reads those of the step before."""
     before, self._pending = self._pending, (step, values)
     if before:
       self._read(*before)
 
   def flush(self) -> None:
-    """Waits for the last step; what follows does not count as training time."""
+    """Waits for the last step, and stops the clock of training time."""
     before, self._pending = self._pending, None
     if before:
       self._read(*before)
@@ -173,16 +176,16 @@ class _Log:
     self._watchdog.pause()
 
   def copy(self) -> None:
-    """Brings what is written to where the checkpoints are."""
+    """Copies the metrics to an object store, if the workdir is one."""
     self._writer.copy()
 
-  def evaluated(self, step: int, held_out: Mapping[str, float]) -> None:
-    """Takes the figures of an evaluation."""
+  def put_evaluation(self, step: int, held_out: Mapping[str, float]) -> None:
+    """Writes and shows the figures of an evaluation."""
     self._writer.write(step, "eval", held_out)
     self._shown.say(describe_eval(step, held_out))
 
   def _read(self, step: int, values: Mapping[str, jax.Array]) -> None:
-    values = self._stop.hear({k: float(v) for k, v in jax.device_get(values).items()})
+    values = self._stop.read_votes({k: float(v) for k, v in jax.device_get(values).items()})
     if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
       raise FloatingPointError(
           f"loss={values['loss']} and grad_norm={values['grad_norm']} at step {step}, so nothing was saved after "

@@ -1,14 +1,14 @@
 """What a run writes down and shows: metrics.jsonl, TensorBoard events, throughput, progress.
 
-`metrics.jsonl` has one JSON object a line, {"step": s, "train/loss": …}, where s
+`metrics.jsonl` has one JSON object per line, {"step": s, "train/loss": …}, where s
 counts finished optimizer steps: one line of train/ values for every logged step
-and one of eval/ values for every evaluation. A resumed run first drops what was
+and one of eval/ values for every evaluation. A resumed run first drops the lines
 written after its checkpoint, so that no step appears twice.
 
-An object store cannot append, so for a gs:// workdir both are written to a temporary
-local directory and copied there as whole files: at every evaluation, at every save
-(`Writer.copy`) and at the end. What a killed run had not copied comes after its last
-save, and is measured again.
+An object store cannot append. So for a gs:// workdir both files are written to a temporary
+local directory and copied to the store as a whole: at every evaluation, at every save
+(`Writer.copy`) and at the end. A killed run loses only lines after its last save, and the
+resumed run measures these steps again.
 """
 
 import json
@@ -45,12 +45,12 @@ _SHOWN = (  # metric, label, format
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Peak FLOP/s of a device by the name jax gives it; None if not known."""
+  """Returns the peak FLOP/s of a device by the name that jax gives it; None if unknown."""
   return next((peak for name, peak in PEAK_FLOPS if name.lower() in device_kind.lower()), None)
 
 
 class Throughput:
-  """Tokens per second, and MFU where the device's peak is known.
+  """Tokens per second, and MFU if the peak of the device is known.
 
   Only the time between `restart` and `pause` counts, so compilation, evaluation
   and saving are left out.
@@ -68,15 +68,15 @@ class Throughput:
     return self._mark is not None
 
   def pause(self) -> None:
-    """What happens from now on does not count, until `restart` or `read`."""
+    """Stops the clock, until `restart` or `read`."""
     self._mark = None
 
   def restart(self, step: int) -> None:
-    """Counts from `step`, finished just now."""
+    """Starts the clock at `step`, which has just finished."""
     self._mark = (step, time.perf_counter())
 
   def read(self, step: int) -> dict[str, float]:
-    """The rate since the last reading; nothing where no step lies between."""
+    """Returns the rates since the last reading; {} if no step has finished since then."""
     mark = self._mark
     self.restart(step)
     if mark is None or step <= mark[0]:
@@ -90,12 +90,12 @@ class Writer:
   """Appends to a workdir's metrics.jsonl and TensorBoard events."""
 
   def __init__(self, workdir: str | os.PathLike, start_step: int, enabled: bool = True):
-    """Opens the files, dropping what was measured after `start_step`.
+    """Opens the files, and drops the lines of steps after `start_step`.
 
     Args:
-      workdir: directory of the run.
+      workdir: run directory.
       start_step: finished steps of the state that the run starts from.
-      enabled: False writes nothing; True on one process only.
+      enabled: whether to write; True on one process only.
     """
     self._lines = self._events = self._remote = None
     if not enabled:
@@ -132,10 +132,10 @@ class Writer:
       self._temporary.cleanup()
 
   def copy(self) -> None:
-    """Copies what was written to the workdir, where that is an object store.
+    """Copies the files to the workdir if it is an object store.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the store cannot be written.
     """
     if self._remote is None:
       return
@@ -151,7 +151,7 @@ class Writer:
     """Writes `values` of a finished step under the names group/name.
 
     Raises:
-      OSError: the disk is full, in one line.
+      OSError: the disk is full; the message has one line.
     """
     if self._lines is None:
       return
@@ -171,7 +171,7 @@ class Writer:
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, float]]:
-  """The lines of a run's metrics.jsonl; a last line cut short is left out."""
+  """Returns the lines of the metrics.jsonl of a run, without a last line that was cut short."""
   path = paths.directory(workdir) / "metrics.jsonl"
   if not path.exists():
     return []
@@ -185,7 +185,7 @@ def read(workdir: str | os.PathLike) -> list[dict[str, float]]:
 
 
 def _keep_until(step: int, workdir: str | os.PathLike, path: pathlib.Path) -> None:
-  """Puts the run's lines of steps up to `step` at `path`; all or nothing if killed here."""
+  """Writes the lines of steps up to `step` to `path`, all or nothing if the process is killed."""
   kept = [json.dumps(row) for row in read(workdir) if row["step"] <= step]
   fresh = path.with_suffix(".jsonl.tmp")
   fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -193,11 +193,11 @@ def _keep_until(step: int, workdir: str | os.PathLike, path: pathlib.Path) -> No
 
 
 class Progress:
-  """Shows a run on stderr. Use as a context manager."""
+  """A live progress bar on a terminal, plain lines anywhere else, both on stderr. Use as a context manager."""
 
   def __init__(self, start_step: int, num_steps: int, enabled: bool = True):
     self._num_steps, self._enabled = num_steps, enabled
-    self._first = None  # the first step seen, and when: compilation is no pace
+    self._first = None  # the first step and its time; compilation must not count
     self._bar = None
     console = rich.console.Console(file=sys.stderr)
     if enabled and console.is_terminal:
@@ -238,7 +238,7 @@ class Progress:
       print(text, file=sys.stderr, flush=True)
 
   def _left(self, step: int) -> str:
-    """Time to go at the mean pace so far, as minutes:seconds."""
+    """Returns the remaining time at the mean pace so far, as minutes:seconds."""
     start, started = self._first or (step, 0.0)
     if step <= start:
       return "?"

@@ -2,9 +2,9 @@
 
   log p(sentence) = sum of log p(token | tokens before), opened by the end of text
 
-Sentences are packed into rows as documents of their own, which neither see each
-other nor, under causal routing, influence each other's depth: the sums are those
-of one sentence a row, at a fraction of the cost. No end of text is scored.
+Sentences are packed into rows, each as a document. Documents do not attend to each
+other, and under causal routing they do not change each other's depth. So the sums equal
+those of one sentence per row, at a fraction of the cost. The end of text is not scored.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,20 +24,21 @@ Scorer = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
 def accuracy(pairs: Sequence[blimp.Pair], encode: Callable[[str], np.ndarray], log_prob: Scorer) -> float:
-  """Fraction of pairs whose good sentence is the more probable; a tie is wrong.
+  """Returns the fraction of pairs whose good sentence is more probable; a tie is wrong.
 
   Args:
-    pairs: what to judge.
-    encode: text to token ids.
-    log_prob: log-probabilities of sentences of token ids.
+    pairs: sentence pairs.
+    encode: function from a text to its token ids.
+    log_prob: function from sentences of token ids to their log-probabilities.
   """
   good = log_prob([encode(pair.good) for pair in pairs])
   bad = log_prob([encode(pair.bad) for pair in pairs])
   return float(np.mean(good > bad))
 
 
-def make(config: config_lib.Config, mesh: Mesh, eos_id: int) -> Callable[[dict, dict, Sequence[np.ndarray]], np.ndarray]:
-  """`log_prob(params, balance, sentences) -> float64 array`, one value a sentence."""
+def make(config: config_lib.Config, mesh: Mesh,
+         eos_id: int) -> Callable[[dict, dict, Sequence[np.ndarray]], np.ndarray]:
+  """Makes `log_prob(params, balance, sentences) -> float64 array`, one value per sentence."""
   model = dataclasses.replace(config.model, cross_documents=False)
 
   @jax.jit
@@ -62,19 +63,19 @@ def make(config: config_lib.Config, mesh: Mesh, eos_id: int) -> Callable[[dict, 
 
 def pack(sentences: Sequence[np.ndarray], eos_id: int, seq_len: int,
          batch_size: int) -> tuple[dict[str, np.ndarray], list[tuple[int, int, int]]]:
-  """Rows of sentences, each a segment, and where each sentence's targets lie.
+  """Packs sentences into rows, each sentence as a segment.
 
   Args:
-    sentences: token ids of each.
-    eos_id: what the first token follows.
-    seq_len: of a row.
-    batch_size: the number of rows is a multiple of it.
+    sentences: token ids of each sentence.
+    eos_id: token that opens each sentence.
+    seq_len: tokens in a row.
+    batch_size: divisor of the number of rows.
 
   Returns:
-    tokens_BT, target_BT, segment_BT; and (row, start, stop) of each sentence.
+    tokens_BT, target_BT, segment_BT; and (row, start, stop) of the targets of each sentence.
 
   Raises:
-    ValueError: a sentence has no tokens, or more than a row.
+    ValueError: a sentence has no tokens, or more than a row holds.
   """
   places, row, at = [], 0, 0
   for index, ids in enumerate(sentences):

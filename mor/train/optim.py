@@ -11,7 +11,7 @@ from mor import sharding
 
 
 def learning_rate(config: config_lib.Config) -> optax.Schedule:
-  """Rate as a function of the step, 0-based."""
+  """Returns the learning rate as a function of the 0-based step."""
   c, steps = config.optim, config.train.steps
   return SCHEDULES[c.schedule](c, steps)
 
@@ -41,9 +41,16 @@ SCHEDULES = {"wsd": _wsd, "cosine": _cosine, "constant": _constant}
 
 
 def make(config: config_lib.Config) -> optax.GradientTransformation:
-  """Clip, Adam, decay on everything but norms, rate; the auxiliary router at its own multiple."""
+  """Makes the optimizer: clipping, Adam, weight decay, learning rate.
+
+  Norms do not decay. The auxiliary router has a multiple of the learning rate.
+  """
   c = config.optim
-  named = lambda test: lambda tree: jax.tree_util.tree_map_with_path(lambda p, _: test(sharding.path_name(p)), tree)
+
+  def named(test):
+    """Makes a mask: True for the parameters whose path passes the test."""
+    return lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: test(sharding.path_name(path)), tree)
+
   multiplier = config.model.router.aux_router_lr_multiplier
   parts = [optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []
   parts += [

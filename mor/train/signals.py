@@ -26,41 +26,42 @@ SLACK = 10  # a first step compiles; evaluations and saves take longer than step
 
 
 class Stop:
-  """While active, the first signal only sets `requested`; a second interrupts.
+  """Turns the first signal into a request to stop; a second one interrupts.
 
-  A signal reaches one process, and all stop at the same step: each gives its vote with
-  a batch, the step (`train/step.py`) tells all of them whether there was one,
-  and they read that with its metrics. A collective of its own could run beside the step's.
+  A signal reaches one process, but all processes must stop at the same step. So each
+  process sends its vote with a batch, the step (`train/step.py`) reduces the votes, and
+  every process reads the result with the metrics of the step. A separate collective
+  could run at the same time as those of the step.
   """
 
   _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
   def __init__(self):
     self.requested = False
-    self._before = {}
-    self._heard = False
+    self._handlers_before = {}
+    self._agreed = False
 
   def __enter__(self) -> "Stop":
-    if threading.current_thread() is threading.main_thread():  # others may not set handlers
-      self._before = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
+    if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
+      self._handlers_before = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
     return self
 
   def __exit__(self, *unused) -> None:
-    for number, handler in self._before.items():
+    for number, handler in self._handlers_before.items():
       signal.signal(number, handler)
 
-  def vote(self, mesh: jax.sharding.Mesh, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
-    """A batch with this process's vote; unchanged where it is the only process."""
+  def add_vote(self, mesh: jax.sharding.Mesh, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    """Returns the batch with the vote of this process; unchanged if it is the only process."""
     return batch if jax.process_count() == 1 else {**batch, "votes": sharding.put_votes(mesh, self.requested)}
 
-  def hear(self, values: Mapping[str, float]) -> dict[str, float]:
-    """Takes the result of the vote from a step's metrics; returns the others."""
-    self._heard = self._heard or bool(values.get("stop"))
+  def read_votes(self, values: Mapping[str, float]) -> dict[str, float]:
+    """Removes the result of the vote from the metrics of a step, and remembers it."""
+    self._agreed = self._agreed or bool(values.get("stop"))
     return {name: value for name, value in values.items() if name != "stop"}
 
-  def agreed(self) -> bool:
-    """Whether to stop after this step, the same in every process."""
-    return self.requested if jax.process_count() == 1 else self._heard
+  def should_stop(self) -> bool:
+    """Returns True if the run must stop after this step; the same in every process."""
+    return self.requested if jax.process_count() == 1 else self._agreed
 
   def _handle(self, number: int, unused_frame) -> None:
     if self.requested:
@@ -71,19 +72,19 @@ class Stop:
 class Watchdog:
   """A thread that expects a `beat` every `seconds`. Use as a context manager.
 
-  Up to the first beat, and from a `pause` to the next, it waits `SLACK` times as long.
+  Before the first beat, and after a `pause`, it waits `SLACK` times as long.
   """
 
   def __init__(self, seconds: float, step: int = 0, end: Callable[[int], None] = os._exit):
-    """Sleeps until the context is entered.
+    """Prepares the thread, which starts when the context is entered.
 
     Args:
-      seconds: that a step may take; 0 watches nothing.
-      step: finished so far.
-      end: ends the process with a status, whatever its other threads do.
+      seconds: longest time of a step; 0 turns the watchdog off.
+      step: finished steps.
+      end: function that ends the process with an exit status, whatever its threads do.
     """
     self._seconds, self._end = seconds, end
-    self._step, self._until = step, 0.0
+    self._step, self._deadline = step, 0.0
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -99,16 +100,16 @@ class Watchdog:
       self._thread.join()
 
   def beat(self, step: int) -> None:
-    """Step `step` has finished."""
-    self._step, self._until = step, time.monotonic() + self._seconds
+    """Records that `step` has finished, and waits for the next one."""
+    self._step, self._deadline = step, time.monotonic() + self._seconds
 
   def pause(self) -> None:
-    """Something that is no step begins, and may take longer."""
-    self._until = time.monotonic() + SLACK * self._seconds
+    """Allows for a long pause: an evaluation or a save begins."""
+    self._deadline = time.monotonic() + SLACK * self._seconds
 
   def _watch(self) -> None:
     while not self._closed.wait(min(1.0, self._seconds / 4)):
-      if time.monotonic() > self._until:
+      if time.monotonic() > self._deadline:
         print(f"error: no step has finished since step {self._step}, in train.step_timeout={self._seconds:g} s "
               f"or {SLACK} times that where it compiles, evaluates or saves; start the run again, it goes on from "
               "its newest checkpoint. Where every thread stands:", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from mor import distributed
 from mor import sharding
 from mor.model import transformer
 from mor.model.routers import expert_choice
-from mor.train import exit_losses as exits
+from mor.train import exit_losses
 from mor.train import loss as loss_lib
 from mor.train import optim
 
@@ -213,7 +213,7 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
   params = transformer.whole(config.model, params)
   out = transformer.Transformer(config.model).apply(
       {"params": params, "balance": state.balance}, batch["tokens_BT"], batch["segment_BT"], routing="select",
-      train_step=state.step, bucket=bucket, key=key, exits=exits.wanted(config.exit, config.model),
+      train_step=state.step, bucket=bucket, key=key, exits=exit_losses.select_layers(config.exit, config.model),
       drop=config.exit.layer_dropout)
   weight_BT = batch["loss_mask_BT"] / jnp.maximum(targets, 1.0)
   student, block = (out.hidden_BTD, transformer.head(params)), config.train.loss_block
@@ -231,7 +231,7 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
   if norms is None:
     norms = loss_lib.normalizers(sharding.total(jax.lax.stop_gradient(dict(out.sums))))
   aux = loss_lib.auxiliary(config.model, out.sums, norms)
-  main, early = exits.losses(config, out, main, params, batch["target_BT"], weight_BT, state.step)
+  main, early = exit_losses.add_losses(config, out, main, params, batch["target_BT"], weight_BT, state.step)
   loss = main + loss_lib.weighted(config.model.router, aux)
   terms = {"loss": loss, "nll": nll, **taught, **early, **{f"{name}_loss": term for name, term in aux.items()}}
   return loss, (terms, dict(out.sums))

@@ -10,7 +10,7 @@ import pytest
 from mor import sharding
 from mor.model import transformer
 from mor.train import evaluate
-from mor.train import exit_losses as exits
+from mor.train import exit_losses
 from mor.train import step as step_lib
 from tests.helpers import decoding
 from tests.helpers import tiny
@@ -129,11 +129,11 @@ def test_the_end_learns_nothing_from_its_exits():
 
 
 def test_which_layers_imitate_which():
-  assert exits.teachers(6, 24) == (4, 8, 12, 16, 20, 24)
+  assert exit_losses.select_teachers(6, 24) == (4, 8, 12, 16, 20, 24)
   # From the last teacher on: nearest 2; below 2 nearest 1; below 1 nearest 0; none is left: 0 again.
   distance_TS = jnp.array([[0.0, 9, 9], [5, 1, 0], [1, 0, 9], [9, 9, 1]])
-  assert list(exits.dynamic(distance_TS)) == [0, 0, 1, 2]
-  assert list(exits.dynamic(jnp.array([[3.0, 2, 1], [0, 8, 8], [8, 0, 8]]))) == [0, 0, 1]
+  assert list(exit_losses.assign_layers(distance_TS)) == [0, 0, 1, 2]
+  assert list(exit_losses.assign_layers(jnp.array([[3.0, 2, 1], [0, 8, 8], [8, 0, 8]]))) == [0, 0, 1]
 
 
 @pytest.mark.parametrize("hidden, pairs", [
@@ -164,14 +164,14 @@ def test_each_row_has_a_map_of_its_own():
   near, far = np.full((1, 4, 8), 0.1, np.float32), np.full((1, 4, 8), 1.0, np.float32)
   states = {1: np.concatenate([near, far]), 2: np.concatenate([far, near]), 3: np.zeros((2, 4, 8), np.float32),
             6: np.zeros((2, 4, 8), np.float32)}
-  of = lambda states: float(exits._imitation(config, 6, states, jnp.ones((len(states[1]), 4))))
+  of = lambda states: float(exit_losses._imitation_loss(config, 6, states, jnp.ones((len(states[1]), 4))))
   rows = [of({i: a[b:b + 1] for i, a in states.items()}) for b in range(2)]
   np.testing.assert_allclose(rows, [4 * 0.01, 4 * (1.0 + 0.01) / 2], rtol=1e-5)
   np.testing.assert_allclose(of({i: jnp.asarray(a) for i, a in states.items()}), sum(rows), rtol=1e-6)
 
 
 def test_curricula():
-  at = lambda step, **fields: np.asarray(exits.weights(
+  at = lambda step, **fields: np.asarray(exit_losses.loss_factors(
       make(exit=dict(layers=(1, 2, 4), coef=0.5, **fields), **PLAIN).exit, 6, jnp.int32(step), 12)).tolist()
   assert [at(s, curriculum="rotational") for s in (0, 1, 5)] == [[.5, 0, 0, 1], [0, .5, 0, 1], [0, 0, .5, 1]]
   assert [at(s, curriculum="gradual") for s in (0, 2, 4, 11)] == [[0, 0, .5, 1], [0, .5, .5, 1], *2 * [[.5, .5, .5, 1]]]

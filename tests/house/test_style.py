@@ -150,23 +150,9 @@ mor/study/report.py
 
 mor/study/run.py
 
-mor/train/evaluate.py
-
-mor/train/exit_losses.py
-
-mor/train/loop.py
-
 mor/train/loss.py
 
-mor/train/metrics.py
-
-mor/train/minimal_pairs.py
-
-mor/train/optim.py
-
 mor/train/step.py
-
-mor/train/signals.py
 
 mor/types.py
 """
