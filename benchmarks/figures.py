@@ -26,7 +26,7 @@ def early_exit(record: dict) -> bytes:
   lines = collections.defaultdict(list)
   for row in record["batches"][0]["variants"]:
     lines[row["variant"].partition("-")[0]].append((row["to_full"]["median"], row["agreement"]["equal"]))
-  return plots.trade(lines, "speed, full depth = 1", "tokens as the full depth's")
+  return plots.trade_off(lines, "speed, full depth = 1", "tokens as the full depth's")
 
 
 FIGURES = {  # file below docs/ -> result, and what draws it

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     config = checkpoints.config()
     state, _ = loop.restore_or_init(config, sharding.make_mesh(config.mesh), checkpoints)
   corpus = text.load(config.data, config.model.vocab_size)
-  parts, depths = report.held_out_depths(config, {"params": state.params, "balance": state.balance}, corpus)
+  parts, depths = report.measure_held_out(config, {"params": state.params, "balance": state.balance}, corpus)
   model, data = config.model, config.data
   sizes = dict(steps=config.train.steps, batch=data.batch_size, seq_len=data.seq_len, d_model=model.d_model,
                num_layers=model.num_layers, num_recursions=model.num_recursions, vocab_size=model.vocab_size)

@@ -1,14 +1,14 @@
-"""Checkpoints: the training state, the config and the step, by orbax.
+"""Checkpoints: the training state, the config and the step, by orbax; and the model of a run alone.
 
-A batch is a pure function of the step, so the step is also the data position:
-restoring is the state plus one integer, on any number of processes.
+A batch is a pure function of the step, so the step is also the data position: a run
+resumes from the state and one integer, on any number of processes.
 
-A save is written to a temporary directory in the background and renamed when
-complete, so a process killed at any moment leaves the previous checkpoint as
-the latest one. What such a save leaves behind is never read, and removed when
-the directory is opened for training again. A checkpoint that is damaged later (a
-disk that fails, a copy that was cut off) is set aside as STEP.damaged, and
-training goes on from the one before.
+A save writes to a temporary directory in the background and renames it when it is
+complete. So a process that is killed at any moment leaves the previous checkpoint as the
+newest one. The remains of such a save are never read, and they are removed when the
+directory is opened for training again. A checkpoint that is damaged later (by a failing
+disk, or an incomplete copy) is renamed to STEP.damaged, and training resumes from the
+checkpoint before it.
 """
 
 from collections.abc import Callable
@@ -30,9 +30,9 @@ from mor import distributed
 from mor import paths
 from mor.model import transformer
 
-# Fields that may differ between a checkpoint and the run that continues it:
-# they change what is watched, kept and where, not what is computed.
-# (train.steps is free as well where the learning rate does not depend on it.)
+# Fields that may differ between a checkpoint and the run that continues it: they change
+# logging, storage and placement, but not the result of the computation.
+# (train.steps is free as well if the learning rate does not depend on it.)
 FREE_FIELDS = frozenset((
     "data.cache_dir", "model.attention", "train.loss_block", "train.log_every", "train.eval_every", "train.eval_rows",
     "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.step_timeout",
@@ -43,13 +43,13 @@ class Checkpoints:
   """The checkpoints of one workdir. Use as a context manager."""
 
   def __init__(self, workdir: str | os.PathLike, keep: int = 1, keep_every: int = 0, read_only: bool = False):
-    """Opens `workdir`/checkpoints; for training, all processes of the run must.
+    """Opens `workdir`/checkpoints; for training, every process of the run must open it.
 
     Args:
-      workdir: directory of the run, the same for all processes; created by the first save.
-      keep: newest checkpoints that a save leaves.
-      keep_every: also leaves those of every so many steps; 0 leaves no others.
-      read_only: True never removes anything, for readers beside a running run.
+      workdir: run directory, the same for all processes; the first save creates it.
+      keep: number of newest checkpoints that a save leaves.
+      keep_every: steps; checkpoints at multiples of it are never removed; 0 keeps none.
+      read_only: whether to leave the directory unchanged, e.g. beside a running run.
     """
     self.directory = paths.directory(workdir) / "checkpoints"
     self._manager = None
@@ -65,21 +65,21 @@ class Checkpoints:
   def __exit__(self, kind, error, *unused) -> None:
     if kind is None:
       self.close()
-    elif not distributed.is_lost(error):  # without all processes a save is never complete
-      # The error on its way out says more than a second one of this save.
+    elif not distributed.is_lost(error):  # a save needs all processes to become complete
+      # The current error says more than a second error of this save.
       with contextlib.suppress(OSError):
         self.close()
 
   def latest_step(self) -> int | None:
-    """Step of the newest complete checkpoint, None where there is none."""
+    """Returns the step of the newest complete checkpoint; None if there is none."""
     return max(self._steps(), default=None)
 
   def config(self) -> config_lib.Config:
-    """The config that the newest checkpoint was written with."""
+    """Returns the config of the newest checkpoint."""
     return config_lib.from_dict(self._meta(self.latest_step())["config"])
 
   def check(self, config: config_lib.Config) -> None:
-    """Raises ValueError where `config` cannot continue the newest checkpoint that says what it is."""
+    """Raises ValueError if `config` cannot continue the newest checkpoint whose config is readable."""
     found = self._newest(self._meta)
     if found is None:
       return
@@ -97,20 +97,23 @@ class Checkpoints:
                        f"use at least {step} steps, or another --workdir")
 
   def restore(self, target: Any, partial: bool = False) -> Any:
-    """The newest state, placed as `target` says.
+    """Returns the newest state, sharded like `target`.
 
-    For training, a checkpoint that any process finds damaged is set aside, and the one
-    before is the newest; a reader changes nothing, and raises.
+    For training, a checkpoint that any process finds damaged is set aside, and the
+    checkpoint before it becomes the newest one. With `read_only`, a damaged checkpoint
+    raises.
 
     Args:
       target: a tree of arrays or `jax.ShapeDtypeStruct`s with shardings.
-      partial: True reads the target's arrays and leaves the others.
+      partial: whether the checkpoint may hold more arrays than the target.
 
     Raises:
-      OSError: the checkpoint is damaged, and there is none before.
-      ValueError: its arrays differ from the target's in name, shape or type.
+      OSError: the checkpoint is damaged, and there is none before it.
+      ValueError: the arrays of checkpoint and target differ in name, shape or type.
     """
-    read = lambda step: self._read(step, target, partial)
+    def read(step):
+      return self._read(step, target, partial)
+
     if self._manager is None:
       return read(self.latest_step())
     newest = self.latest_step()
@@ -136,11 +139,10 @@ class Checkpoints:
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in _by_path(target)])
 
   def save(self, step: int, state: Any, config: config_lib.Config) -> None:
-    """Starts saving; returns when `state` may be donated.
+    """Starts a save; returns when `state` may be donated.
 
     Raises:
-      OSError: this save, or the one that was still being written, failed. The
-        checkpoints before it are untouched.
+      OSError: this save, or the save before it, failed. Earlier checkpoints are untouched.
     """
     if step == self.latest_step():
       return
@@ -150,12 +152,12 @@ class Checkpoints:
           meta=ocp.args.JsonSave(dict(step=step, config=config_lib.to_dict(config)))))
 
   def wait(self) -> None:
-    """Blocks until what was saved is on disk; raises as `save` does."""
+    """Waits until the last save is on disk; raises as `save` does."""
     with self._saving():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for what is being saved, and raises as `save` does."""
+    """Waits for the last save, and closes the directory; raises as `save` does."""
     if self._manager:
       with self._saving():
         self._manager.close()
@@ -167,11 +169,11 @@ class Checkpoints:
     return self.directory / str(step)
 
   def _newest(self, read: Callable[[int], Any], together: bool = False) -> tuple[int, Any] | None:
-    """The newest step that `read` does not find damaged, and what it reads; None where there is no step.
+    """Returns the newest undamaged step and the result of `read`; None if there is no step.
 
     Args:
-      read: from the step; raises OSError where it is damaged.
-      together: asks that no process finds it damaged.
+      read: function of the step; raises OSError if the checkpoint is damaged.
+      together: whether a step counts as damaged if any process finds it damaged.
     """
     first = None
     for step in reversed(self._steps()):
@@ -188,8 +190,8 @@ class Checkpoints:
     return None
 
   def _set_aside(self, damaged: list[int], step: int) -> None:
-    """Renames checkpoints that cannot be read, so that their steps can be saved again."""
-    for other in damaged if distributed.main() else ():
+    """Renames damaged checkpoints, so that their steps can be saved again."""
+    for other in damaged if distributed.is_main() else ():
       path = self._path(other)
       names = itertools.chain([f"{other}.damaged"], (f"{other}.damaged-{n}" for n in itertools.count(2)))
       aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
@@ -215,13 +217,13 @@ class Checkpoints:
     return _one_line(f"cannot save to {self.directory} ({kept})", "free some space and run the same command again")
 
 
-def variables(workdir: str | os.PathLike, placed: Any = None) -> tuple[config_lib.Config, int, dict[str, Any]]:
-  """Config, step and variables of the newest checkpoint.
+def load_variables(workdir: str | os.PathLike, placed: Any = None) -> tuple[config_lib.Config, int, dict[str, Any]]:
+  """Returns config, step and variables of the newest checkpoint, without the optimizer state.
 
   Args:
-    workdir: of the run.
-    placed: from (config, shapes of the variables) to their shardings; None puts all
-      on the first device.
+    workdir: run directory.
+    placed: function from (config, shapes of the variables) to their shardings; None puts
+      all variables on the first device.
 
   Raises:
     ValueError: the directory holds no checkpoint.
@@ -242,15 +244,15 @@ def variables(workdir: str | os.PathLike, placed: Any = None) -> tuple[config_li
     return config, step, checkpoints.restore(target, partial=True)
 
 
-def pretrained(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """What the source of a converted run said of itself (`conversion/command.py`), None of another run."""
+def load_pretrained(workdir: str | os.PathLike) -> dict[str, Any] | None:
+  """Returns the facts about the source of a converted run (`conversion/command.py`); None for any other run."""
   path = paths.directory(workdir) / "pretrained.json"
   return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 @contextlib.contextmanager
 def _one_line(what: str, remedy: str, errors: type[Exception] = Exception):
-  """Turns an error of the storage underneath into a one-line OSError."""
+  """Turns any error of the storage into an OSError of one line."""
   try:
     yield
   except errors as error:
@@ -262,9 +264,12 @@ def _one_line(what: str, remedy: str, errors: type[Exception] = Exception):
 
 
 def _check_types(stored: Any, wanted: Any, path: epath.Path) -> None:
-  """Raises where the arrays of a checkpoint are not those of the target."""
+  """Raises ValueError if the arrays of checkpoint and target differ."""
   stored, wanted = _by_path(stored), _by_path(wanted)
-  describe = lambda x: "nothing" if x is None else f"{jnp.dtype(x.dtype).name}{tuple(x.shape)}"
+
+  def describe(x):
+    return "nothing" if x is None else f"{jnp.dtype(x.dtype).name}{tuple(x.shape)}"
+
   for name in sorted(stored.keys() | wanted.keys()):
     there, here = describe(stored.get(name)), describe(wanted.get(name))
     if there != here:
@@ -273,13 +278,13 @@ def _check_types(stored: Any, wanted: Any, path: epath.Path) -> None:
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-  """Leaves by path, e.g. "opt_state/1/mu/embedding"."""
+  """Returns the leaves by path, e.g. "opt_state/1/mu/embedding"."""
   return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf
           for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _to_plain(tree: Any) -> dict[str, Any]:
-  """Nested dictionaries of the same paths, which any program can read back."""
+  """Returns nested dictionaries with the same paths, which any program can read."""
   plain = {}
   for path, leaf in _by_path(tree).items():
     *groups, name = path.split("/")
@@ -288,7 +293,7 @@ def _to_plain(tree: Any) -> dict[str, Any]:
 
 
 def _flatten(fields: Any, prefix: str = "") -> dict[str, Any]:
-  """{"a": {"b": 1}} as {"a.b": 1}; tuples become lists, as JSON has it."""
+  """Turns {"a": {"b": 1}} into {"a.b": 1}, and tuples into lists as in JSON."""
   if not isinstance(fields, dict):
     return {prefix: list(fields) if isinstance(fields, tuple) else fields}
   return {k: v for name, value in fields.items()

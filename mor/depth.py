@@ -1,8 +1,7 @@
-"""How deep each token goes, and text whose tokens show it, for terminals and pages.
+"""The depth of each token, and text coloured by depth, for terminals and pages.
 
 The depth of a token is the number of recursion steps that process it. It belongs to the
-token that is read, on the way to predicting the next one, and is decided causally, as
-in generation.
+input token, not to the token predicted from it. It is decided causally, as in generation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,35 +24,35 @@ _PALETTE = ((230, "#ffffd7"), (222, "#ffd787"), (215, "#ffaf5f"), (208, "#ff8700
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def depth(model: config_lib.ModelConfig, variables: Mapping[str, Any], tokens_BT: types.Tokens,
+def measure(model: config_lib.ModelConfig, variables: Mapping[str, Any], tokens_BT: types.Tokens,
           segment_BT: types.Segments) -> jax.Array:
-  """Recursion steps `[B, T]` of each token; 0 on padding."""
+  """Returns the depth `[B, T]` of each token; 0 for padding."""
   out = transformer.Transformer(model).apply(
       variables, tokens_BT, segment_BT, routing="decide", key=jax.random.key(0))
   return jnp.sum(out.keep_RBT, axis=0, dtype=jnp.int32) * (segment_BT != 0)
 
 
-def depth_of_ids(model: config_lib.ModelConfig, variables: Mapping[str, Any], ids: np.ndarray,
-                 seq_len: int) -> np.ndarray:
-  """Depths of one text of any length; every `seq_len` tokens are read afresh."""
+def measure_ids(model: config_lib.ModelConfig, variables: Mapping[str, Any], ids: np.ndarray,
+                seq_len: int) -> np.ndarray:
+  """Returns the depths of a text of any length, read in independent rows of `seq_len` tokens."""
   num_rows = max(1, -(-len(ids) // seq_len))
   padded = np.zeros(num_rows * seq_len, np.int32)
   padded[:len(ids)] = ids
   valid = np.arange(len(padded)) < len(ids)
-  depths = [depth(model, variables, jnp.asarray(row_1T), jnp.asarray(valid_1T, jnp.int32))
+  depths = [measure(model, variables, jnp.asarray(row_1T), jnp.asarray(valid_1T, jnp.int32))
             for row_1T, valid_1T in zip(padded.reshape(-1, 1, seq_len), valid.reshape(-1, 1, seq_len))]
   return np.concatenate([np.asarray(d)[0] for d in depths])[:len(ids)]
 
 
-def wanted() -> bool:
-  """Colour on terminals and where FORCE_COLOR is set, but never with NO_COLOR."""
+def wants_colour() -> bool:
+  """Returns True on a terminal or if FORCE_COLOR is set, but never if NO_COLOR is set."""
   if os.environ.get("NO_COLOR"):
     return False
   return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
 
 def shade(depth: int, num_recursions: int) -> int | None:
-  """Index of a depth's colour: spread over the palette, None for depth 0."""
+  """Returns the index of the colour of a depth in the palette; None for depth 0."""
   if depth <= 0:
     return None
   top = len(_PALETTE) - 2 if num_recursions < 4 else len(_PALETTE) - 1
@@ -61,15 +60,15 @@ def shade(depth: int, num_recursions: int) -> int | None:
 
 
 def page_colour(depth: int, num_recursions: int) -> str:
-  """Hexadecimal colour of a depth; white for 0."""
+  """Returns the hexadecimal colour of a depth; white for 0."""
   index = shade(depth, num_recursions)
   return "#ffffff" if index is None else _PALETTE[index][1]
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-  """The text that each id adds; together they are the decoded text.
+def split_by_token(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+  """Returns the text that each id adds; the parts join to the decoded text.
 
-  Bytes of one character that are split over tokens show at the last of them.
+  If the bytes of a character are split over several tokens, the last token shows it.
   """
   out, shown = [], 0
   for i in range(len(ids)):
@@ -82,8 +81,9 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
   return out
 
 
-def terminal(parts: Sequence[str], depths: Sequence[int], num_recursions: int, coloured: bool, width: int = 80) -> str:
-  """The text and its legend, coloured, or with digits of the depths beneath."""
+def format_terminal(parts: Sequence[str], depths: Sequence[int], num_recursions: int, coloured: bool,
+                    width: int = 80) -> str:
+  """Formats a text with its legend, coloured, or with the depths as digits beneath."""
   if coloured:
     legend = " ".join(_ansi(f" {d} ", d, num_recursions) for d in range(1, num_recursions + 1))
     body = "".join(_ansi(part, d, num_recursions) for part, d in zip(parts, depths))
@@ -94,8 +94,8 @@ def terminal(parts: Sequence[str], depths: Sequence[int], num_recursions: int, c
   return "\n".join([*rows, "", f"(beneath each token: the recursion steps it took, 1 to {num_recursions})"])
 
 
-def page(parts: Sequence[str], depths: Sequence[int], num_recursions: int) -> str:
-  """The text as HTML, one span a token."""
+def format_page(parts: Sequence[str], depths: Sequence[int], num_recursions: int) -> str:
+  """Formats a text as HTML, with one span per token."""
   spans = [f'<span style="background:{page_colour(d, num_recursions)}" title="depth {d}">{html.escape(part)}</span>'
            for part, d in zip(parts, depths) if part]
   legend = " ".join(f'<span style="background:{page_colour(d, num_recursions)}">&nbsp;{d}&nbsp;</span>'
@@ -108,7 +108,7 @@ def _digit(depth: int) -> str:
 
 
 def _ansi(text: str, depth: int, num_recursions: int) -> str:
-  """Colours each line on its own, so that a line's end is not filled."""
+  """Colours each line separately, so that the colour does not fill the rest of the line."""
   index = shade(depth, num_recursions)
   if index is None or not text:
     return text

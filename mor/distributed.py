@@ -1,8 +1,8 @@
 """Several processes as one run: how they start, agree and end.
 
-Every process runs the same program; jax makes their devices one list. A process that
-leaves the program's path alone (it alone stops, or reads another checkpoint) leaves the
-others waiting in a collective for ever, so such choices are made together, here.
+Every process runs the same program, and jax joins their devices into one list. If one
+process takes another path (it stops, or reads another checkpoint), the other processes
+wait in a collective for ever. So all processes make such decisions together, here.
 """
 
 import itertools
@@ -16,36 +16,36 @@ from jax.experimental import multihost_utils
 import numpy as np
 from orbax.checkpoint import multihost
 
-# A process is given up after so long without a sign of life, and so long do the others wait
-# at the end for process 0, which writes the report.
+# Time without a heartbeat after which a process counts as lost; and time that the other
+# processes wait at the end for process 0, which writes the report.
 _HEARTBEAT_SECONDS, _SHUTDOWN_SECONDS = 100, 3600
 _COMPILE_SECONDS = 7200
-_programs = itertools.count()  # that all processes have compiled
+_programs = itertools.count()  # programs that all processes have compiled
 
 
 def initialize(mode: str = "off", coordinator: str | None = None, num_processes: int | None = None,
                process_id: int | None = None) -> None:
-  """Joins the processes of a run; one process where nothing is given.
+  """Joins the processes of a run; without arguments, the run has one process.
 
-  Must run before anything asks jax for a device.
+  Call it before anything asks jax for a device.
 
   Args:
     mode: "auto" asks the cluster (TPU pod, SLURM, Kubernetes, Open MPI) for the rest; "off".
-    coordinator: HOST:PORT that process 0 opens and all others reach.
-    num_processes: of the run.
-    process_id: of this process, 0 to num_processes - 1.
+    coordinator: HOST:PORT that process 0 opens and every other process reaches.
+    num_processes: number of processes of the run.
+    process_id: number of this process, 0 to num_processes - 1.
 
   Raises:
-    ValueError: the arguments do not fit, or the cluster is unknown.
+    ValueError: the arguments do not fit together, or the cluster is unknown.
     OSError: the other processes cannot be reached.
   """
   given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
   _check(mode, given)
   if mode == "off" and coordinator is None:
     return
-  # Its handler of SIGTERM would swallow one that comes before ours (train/signals.py).
+  # The handler of this service would swallow a SIGTERM that comes before our handler (train/signals.py).
   jax.config.update("jax_enable_preemption_service", False)
-  # Two programs at once would mix up their collectives, which CPU devices match by order alone.
+  # Two programs at once would mix up their collectives, because CPU devices match them by order alone.
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   try:
     jax.distributed.initialize(
@@ -82,36 +82,36 @@ def _check(mode: str, given: dict[str, Any]) -> None:
                      f"use 0 to {given['num_processes'] - 1}")
 
 
-def main() -> bool:
-  """Whether this process is the one that prints and writes what one alone should."""
+def is_main() -> bool:
+  """Returns True in process 0, which alone prints and writes."""
   return jax.process_index() == 0
 
 
-def who() -> str:
-  """" (process 3)" where a message of one of several would not say whose it is."""
+def process_name() -> str:
+  """Returns e.g. " (process 3)" for messages if the run has several processes, else ""."""
   return f" (process {jax.process_index()})" if jax.distributed.is_initialized() else ""
 
 
 def any_process(mine: bool) -> bool:
-  """Whether any process says True; waits for all of them."""
+  """Returns True if any process passes True; waits for all processes."""
   return mine if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(mine))))
 
 
 def from_main(mine: bool) -> bool:
-  """What process 0 says."""
+  """Returns the value that process 0 passes."""
   return mine if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(mine)))
 
 
 def barrier(name: str) -> None:
-  """Waits until every process is here."""
+  """Waits until every process has called it."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
 def compile_together(jitted: jax.stages.Wrapped, *args: Any) -> None:
-  """Compiles a function for its next call, and waits until every process has.
+  """Compiles a function for its next call, and waits until every process has compiled it.
 
-  One is done minutes before another, and a collective of CPU devices waits 30 seconds only.
+  Compilation times differ by minutes, but a collective of CPU devices waits only 30 seconds.
   """
   if jax.process_count() > 1:
     jitted.lower(*args).compile()
@@ -119,36 +119,36 @@ def compile_together(jitted: jax.stages.Wrapped, *args: Any) -> None:
 
 
 def gather(tree: Any) -> Any:
-  """Arrays that this process can read by itself, whole; all processes must ask."""
+  """Returns whole arrays that this process can read alone; all processes must call it."""
   return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def is_lost(error: BaseException | None) -> bool:
-  """Whether an error, or one behind it, says that another process is gone, not what is wrong with this one."""
+  """Returns True if an error, or its cause, means that another process is gone."""
   while error is not None:
     text = str(error)
-    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo " in text:  # a save meets Gloo's as a ValueError
+    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo " in text:  # a save raises it as ValueError
       return jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in text
     error = error.__cause__ or error.__context__
   return False
 
 
 def shutdown() -> None:
-  """Leaves the run when it is done; waits for the other processes."""
+  """Leaves a finished run; waits for the other processes."""
   if jax.distributed.is_initialized():
     jax.distributed.shutdown()
 
 
 def abandon(status: int) -> int:
-  """Leaves the run after an error; a run of one process only returns `status`.
+  """Leaves the run after an error; in a run of one process, returns `status`.
 
-  The others may be waiting for this process in a collective, and to wait for them in turn
-  would take for ever: the process ends here, they notice, and end as well.
+  The other processes may wait for this process in a collective, so waiting for them would
+  take for ever. Instead this process ends here, and the others notice and end as well.
   """
   if jax.distributed.is_initialized():
     sys.stdout.flush()
     sys.stderr.flush()
-    if main():
-      time.sleep(2)  # the others lose their coordinator with process 0: let them say what is wrong first
+    if is_main():
+      time.sleep(2)  # process 0 is the coordinator: the others print their own error first
     os._exit(status)
   return status

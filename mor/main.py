@@ -118,7 +118,7 @@ _EXITS = {  # see mor/exits/policy.py
 
 def _train() -> int:
   outcome = loop.train(_config("train"), _workdir("train"), report.finish)
-  if distributed.main():
+  if distributed.is_main():
     print(outcome.text, flush=True)
   return 0 if outcome.summary is not None else STOPPED
 
@@ -127,7 +127,7 @@ def _eval() -> int:
   config, state, step, mesh = _restore("eval")
   corpus = text.load(config.data, config.model.vocab_size)
   figures = loop.make_evaluate(config, mesh, corpus)(state)
-  if distributed.main():
+  if distributed.is_main():
     compressors = evaluate.compressed_bits_per_byte(corpus.validation_text())
     print(json.dumps({"step": step, **figures, **compressors}))
   return 0
@@ -258,7 +258,7 @@ def _fail(error: Exception, status: int) -> int:
   if os.environ.get("MOR_TRACEBACK"):
     raise error
   lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-  print(f"error{distributed.who()}: {lines[0]}", file=sys.stderr)
+  print(f"error{distributed.process_name()}: {lines[0]}", file=sys.stderr)
   return status
 
 

@@ -1,11 +1,10 @@
-"""Where a run lives: a local directory, or a bucket of an object store.
+"""Directories of runs: on a local disk, or in a bucket of an object store.
 
-`directory` is the one place that turns a --workdir into a path. A local one is made
-absolute; gs:// stays as it is and is read and written by etils and orbax. An object
-store cannot append to a file: what grows is kept locally and copied
-(`mor/train/metrics.py`).
+Only `directory` turns a --workdir into a path. A local path becomes absolute. A gs://
+path stays as it is; etils and orbax read and write it. An object store cannot append to
+a file, so files that grow are kept locally and copied (`mor/train/metrics.py`).
 
-s3:// is refused: orbax 0.12 reads its metadata there, but writes arrays to local and
+s3:// is refused: orbax 0.12 can read its metadata there, but writes arrays to local and
 gs:// paths only, and renames directories, which a bucket cannot do in one step.
 """
 
@@ -18,15 +17,15 @@ from etils import epath
 
 
 def is_url(path: str | os.PathLike) -> bool:
-  """Whether the path names an object store rather than a local file."""
+  """Returns True if the path names an object store, not a local file."""
   return re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(path)) is not None
 
 
 def directory(workdir: str | os.PathLike) -> epath.Path:
-  """The workdir as a path: local ones absolute with ~ expanded, URLs as given.
+  """Returns the workdir as a path: a local one absolute with ~ expanded, a URL as given.
 
   Raises:
-    ValueError: an object store that is not supported, or whose library is missing.
+    ValueError: the object store is not supported, or its library is missing.
   """
   if not is_url(workdir):
     return epath.Path(pathlib.Path(workdir).expanduser().absolute())
@@ -37,13 +36,13 @@ def directory(workdir: str | os.PathLike) -> epath.Path:
   if not re.match("gs://[^/]+", workdir):
     raise ValueError(f"--workdir={workdir} is no place that a run can be kept in; use gs://BUCKET/DIR or a local "
                      "directory")
-  if importlib.util.find_spec("gcsfs") is None:  # which also brings the client that orbax imports
+  if importlib.util.find_spec("gcsfs") is None:  # its installation includes the client that orbax imports
     raise ValueError(f"--workdir={workdir} needs gcsfs, which is not installed; pip install gcsfs")
   return epath.Path(workdir)
 
 
 def local(workdir: str | os.PathLike, mode: str) -> pathlib.Path:
-  """The directory of a mode whose files can only be on a local disk.
+  """Returns the workdir of a mode that can write to a local disk only.
 
   Raises:
     ValueError: the workdir is an object store.

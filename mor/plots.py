@@ -1,8 +1,8 @@
 """Figures of runs and studies; the only file that imports matplotlib.
 
 Functions that draw a training run take the rows of metrics.jsonl (see
-`mor/train/metrics.py`). All return an image as bytes or text; nothing is shown and
-no global state is used.
+`mor/train/metrics.py`). Every function returns an image as bytes or text. No function
+opens a window or uses global state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +22,12 @@ _MEMBER_COLOURS = ("#0f172a", "#94a3b8", "#16a34a", "#86c440", "#2563eb", "#06b6
                    "#7c3aed")
 _CHARS, _MOST_LINES = 118, 12  # of the heat map
 
-# Glyphs that the font lacks show as boxes; a warning for each says no more.
+# A glyph that is missing in the font shows as a box, so a warning would add nothing.
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 def curves(rows: Sequence[Row], num_recursions: int) -> str:
-  """Loss and load over steps, as SVG to be put in a page."""
+  """Draws loss and load over steps, as SVG for a page."""
   fig = figure.Figure(figsize=(11, 3.8), layout="constrained")
   axes = fig.subplots(1, 2)
   _loss(axes[0], rows)
@@ -39,7 +39,7 @@ def curves(rows: Sequence[Row], num_recursions: int) -> str:
 
 def overview(rows: Sequence[Row], num_recursions: int, parts: Sequence[str], depths: Sequence[int],
              title: str) -> bytes:
-  """Both curves above a text coloured by depth, as PNG."""
+  """Draws loss and load above a text coloured by depth, as PNG."""
   runs = _layout(parts, depths)
   text_height = 0.8 + 0.25 * (1 + max((run[0] for run in runs), default=0))
   fig = figure.Figure(figsize=(11, 4.2 + text_height), layout="constrained")
@@ -54,7 +54,7 @@ def overview(rows: Sequence[Row], num_recursions: int, parts: Sequence[str], dep
 
 
 def text_by_depth(parts: Sequence[str], depths: Sequence[int], num_recursions: int) -> bytes:
-  """A text coloured by depth alone, as PNG."""
+  """Draws a text coloured by depth, as PNG."""
   runs = _layout(parts, depths)
   height = 0.8 + 0.25 * (1 + max((run[0] for run in runs), default=0))
   fig = figure.Figure(figsize=(11, height), layout="constrained")
@@ -65,7 +65,7 @@ def text_by_depth(parts: Sequence[str], depths: Sequence[int], num_recursions: i
 
 
 def bars(panels: Mapping[str, Mapping[str, float]]) -> bytes:
-  """Named values as bars, a panel for each title, as PNG."""
+  """Draws named values as bars, one panel per title, as PNG."""
   fig = figure.Figure(figsize=(11, 3), layout="constrained")
   for axes, (title, values) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
     drawn = axes.bar(list(values), list(values.values()), color=_BLUE, width=0.7)
@@ -77,12 +77,13 @@ def bars(panels: Mapping[str, Mapping[str, float]]) -> bytes:
   return out.getvalue()
 
 
-def trade(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> bytes:
-  """Points of several methods, each joined in order, with the best of all marked, as PNG.
+def trade_off(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> bytes:
+  """Draws the points of several methods as lines, and marks the best points, as PNG.
 
   Args:
-    lines: (x, y) of each method; more is better of both.
-    x_label, y_label: of the axes.
+    lines: points (x, y) by name of the method; larger is better for both.
+    x_label: label of the x axis.
+    y_label: label of the y axis.
   """
   fig = figure.Figure(figsize=(7.5, 4.2), layout="constrained")
   axes = fig.subplots()
@@ -101,9 +102,9 @@ def trade(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_la
 def study_curves(study: Mapping[str, Any]) -> bytes:
   """Draws the held-out causal loss of a study against FLOPs, tokens and time, as PNG.
 
-  A line is a member's run to the budget; the dashed end that leaves it is the cooldown
-  of its run to the tokens of the shortest member. Values in the middle of a line lie on
-  the plateau of the learning rate: only ends compare.
+  A line is the run of a member to the budget. The dashed branch is the cooldown of its
+  run to the tokens of the shortest member. Only the ends of lines are comparable, because
+  the rest of a line lies on the plateau of the learning rate.
   """
   per_step = study["tokens_per_step"]
   panels: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None]], ...] = (  # axis, its units in one step
@@ -125,7 +126,7 @@ def study_curves(study: Mapping[str, Any]) -> bytes:
 
 
 def _series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
-  """Steps and values of a metric."""
+  """Returns the steps and the values of a metric."""
   found = [(row["step"], row[name]) for row in rows if name in row]
   return [step for step, _ in found], [value for _, value in found]
 
@@ -165,12 +166,12 @@ def _style(axes, title: str, x_label: str = "step") -> None:
 
 
 def _line_colour(r: int, num_recursions: int) -> str:
-  """As in the text, but the palest is too pale for a line."""
+  """Returns the colour of a step as in the text, but a darker one for the palest."""
   return "#d4b106" if depth_lib.shade(r, num_recursions) == 0 else depth_lib.page_colour(r, num_recursions)
 
 
 def _heat_map(axes, runs: Sequence[tuple[int, int, str, int]], num_recursions: int) -> None:
-  """A grid of characters, each on the colour of its token's depth."""
+  """Draws a grid of characters, each on the colour of the depth of its token."""
   bottom = 1 + max((run[0] for run in runs), default=0)
   axes.set_xlim(0, _CHARS)
   axes.set_ylim(bottom + 1.5, -0.2)
@@ -185,12 +186,13 @@ def _heat_map(axes, runs: Sequence[tuple[int, int, str, int]], num_recursions: i
                 va="center", color="#1e293b")
   for r in range(1, num_recursions + 1):
     left = (r - 1) * 16
-    axes.add_patch(patches.Rectangle((left, bottom + 0.5), 2, facecolor=depth_lib.page_colour(r, num_recursions), **cell))
+    axes.add_patch(patches.Rectangle((left, bottom + 0.5), 2, facecolor=depth_lib.page_colour(
+        r, num_recursions), **cell))
     axes.text(left + 2.5, bottom + 0.93, f"{r} step{'s' if r > 1 else ''}", fontsize=8, va="center")
 
 
 def _layout(parts: Sequence[str], depths: Sequence[int]) -> list[tuple[int, int, str, int]]:
-  """(line, first column, text, depth) of every token, or part of one longer than a line."""
+  """Returns (line, first column, text, depth) of each token; a long token is cut at the end of a line."""
   runs, line, column = [], 0, 0
   for part, depth in zip(parts, depths):
     text = "".join("⏎" if c == "\n" else c if c.isprintable() else " " for c in part)
@@ -217,7 +219,7 @@ def _panel(axes, study: Mapping[str, Any], unit: Callable[[Mapping[str, Any]], f
     _draw(axes, result["curve"], step, color=colour, linestyle="-", label=result["label"] if first else None)
     fork = [point for point in result["curve"] if point["step"] <= (result["fork_step"] or 0)][-1:]
     _draw(axes, fork + [p for p in result["short_curve"] if p not in fork], step, color=colour, linestyle="--")
-  if ends:  # what happens before a model has learned the word frequencies is no comparison
+  if ends:  # the first losses only show how fast a model learns the word frequencies
     axes.set_ylim(min(ends) - 0.1, min(ends) + 1.6)
   axes.tick_params(labelsize=8)
   axes.grid(color="#e2e8f0", linewidth=0.8)

@@ -1,7 +1,7 @@
 """The end of a run: its final figures, a sample coloured by depth, and its report.
 
-The report is report.html (one file, nothing to fetch), report.png and summary.json.
-Training knows nothing of it: `train.loop.train` is given `finish`.
+The report is report.html (one file that loads nothing), report.png and summary.json.
+`train.loop.train` takes `finish` as an argument, so training does not import reports.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -72,31 +72,32 @@ def finish(config: config_lib.Config, workdir: str | os.PathLike, corpus: Any,
            evaluate: Callable[[], dict[str, float]], params: dict, balance: dict) -> tuple[dict[str, float], str]:
   """Writes the report; returns the final figures and the text to print.
 
-  Process 0 does so alone, with the parameters whole in its memory; the others take part
-  in the evaluation, hand over their parts, and return the held-out figures and no text.
+  Process 0 alone writes the report, with whole parameters in its memory. The other
+  processes take part in the evaluation, send their shards of the parameters, and return
+  the held-out figures and no text.
 
   Args:
     config: the experiment.
-    workdir: of the run.
-    corpus: its data.
-    evaluate: gives the held-out metrics; called where the run wrote none.
-    params: trained.
-    balance: token-choice's loss-free bias, or {}.
+    workdir: run directory.
+    corpus: data of the run.
+    evaluate: function that returns the held-out metrics; called if the run wrote none.
+    params: trained parameters.
+    balance: loss-free bias of token-choice, or {}.
   """
-  rows = metrics_lib.read(workdir) if distributed.main() else []
+  rows = metrics_lib.read(workdir) if distributed.is_main() else []
   held_out = _last_evaluation(rows, config.train.steps)
   if distributed.from_main(held_out is None):  # the metrics of a finished run were removed
     held_out = evaluate()
   params, balance = distributed.gather((params, balance))
-  if not distributed.main():
+  if not distributed.is_main():
     return held_out or {}, ""
   summary = summarize(config, rows, held_out, corpus.validation_text(), params)
   variables = {"params": params, "balance": balance}
-  parts, depths = held_out_depths(config, variables, corpus)
-  lines = [figures(summary)]
+  parts, depths = measure_held_out(config, variables, corpus)
+  lines = [format_figures(summary)]
   if config.train.sample_prompt and config.train.sample_tokens:
-    lines += ["", sample(config, variables, corpus.tokenizer, config.train.sample_prompt, config.train.sample_tokens,
-                         SAMPLE_TEMPERATURE, config.seed)]
+    lines += ["", format_sample(config, variables, corpus.tokenizer, config.train.sample_prompt,
+                                config.train.sample_tokens, SAMPLE_TEMPERATURE, config.seed)]
   page = write(workdir, config, metrics_lib.read(workdir), summary, parts, depths)
   lines += ["", f"report: {page}"]
   return summary, "\n".join(lines)
@@ -104,7 +105,7 @@ def finish(config: config_lib.Config, workdir: str | os.PathLike, corpus: Any,
 
 def summarize(config: config_lib.Config, rows: list[dict[str, float]], held_out: Mapping[str, float],
               held_out_text: str, params: dict) -> dict[str, float]:
-  """The final figures: held-out loss, compressors on the same text, size, speed."""
+  """Returns the final figures: held-out loss, compressors on the same text, size, speed."""
   rates = {name: [row[f"train/{name}"] for row in rows if f"train/{name}" in row]
            for name in ("tokens_per_second", "mfu")}
   return {
@@ -117,8 +118,8 @@ def summarize(config: config_lib.Config, rows: list[dict[str, float]], held_out:
   }
 
 
-def figures(summary: Mapping[str, float]) -> str:
-  """Bits per byte, ours beside the compressors'."""
+def format_figures(summary: Mapping[str, float]) -> str:
+  """Formats the bits per byte of the model and of the compressors."""
   labels = (("bpb_causal", "causal (honest: what generation can do)"), ("bpb_oracle", "oracle (routed as in training)"),
             ("bpb_gzip", "gzip -9"), ("bpb_xz", "xz -9"))
   rows = [f"  {summary[name]:6.3f}  {label}" for name, label in labels if name in summary]
@@ -126,45 +127,43 @@ def figures(summary: Mapping[str, float]) -> str:
   return "\n".join([f"held-out bits per byte ({read}; compressors: the whole held-out text)", *rows])
 
 
-def sample(config: config_lib.Config, variables: Mapping[str, Any], tokenizer: Any, prompt: str, max_tokens: int,
-           temperature: float, seed: int) -> str:
-  """A continuation of `prompt` whose tokens show their depth."""
+def format_sample(config: config_lib.Config, variables: Mapping[str, Any], tokenizer: Any, prompt: str, max_tokens: int,
+                  temperature: float, seed: int) -> str:
+  """Continues `prompt`, and formats the text with the depth of each token."""
   ids = generate_ids(config, variables, tokenizer, prompt, max_tokens, temperature, seed)
-  depths = depth_lib.depth_of_ids(config.model, variables, ids, config.data.seq_len)
-  parts = depth_lib.pieces(tokenizer, ids.tolist())
-  return depth_lib.terminal(parts, depths.tolist(), config.model.num_recursions, depth_lib.wanted())
+  depths = depth_lib.measure_ids(config.model, variables, ids, config.data.seq_len)
+  parts = depth_lib.split_by_token(tokenizer, ids.tolist())
+  return depth_lib.format_terminal(parts, depths.tolist(), config.model.num_recursions, depth_lib.wants_colour())
 
 
-def held_out_depths(config: config_lib.Config, variables: Mapping[str, Any],
-                    corpus: Any) -> tuple[list[str], list[int]]:
-  """The first held-out row, token by token, and each token's depth."""
+def measure_held_out(config: config_lib.Config, variables: Mapping[str, Any],
+                     corpus: Any) -> tuple[list[str], list[int]]:
+  """Returns the text of each token of the first held-out row, and its depth."""
   batch = next(iter(corpus.validation.in_order(1)))
   length = int(np.sum(batch["segment_BT"][0] != 0))
-  depth_1T = depth_lib.depth(config.model, variables, batch["tokens_BT"], batch["segment_BT"])
-  parts = depth_lib.pieces(corpus.tokenizer, batch["tokens_BT"][0, :length].tolist())
+  depth_1T = depth_lib.measure(config.model, variables, batch["tokens_BT"], batch["segment_BT"])
+  parts = depth_lib.split_by_token(corpus.tokenizer, batch["tokens_BT"][0, :length].tolist())
   return parts, np.asarray(depth_1T)[0, :length].tolist()
 
 
 def generate_ids(config: config_lib.Config, variables: Mapping[str, Any], tokenizer: Any, prompt: str, max_tokens: int,
-             temperature: float, seed: int) -> np.ndarray:
-  """Continues `prompt` by a plain sampler, and returns the ids of all of it.
+                 temperature: float, seed: int) -> np.ndarray:
+  """Continues `prompt` without a cache: one jitted forward pass with causal routing per token.
 
-  It is the reference for cached decoding: no cache, one jitted forward pass with causal
-  routing per token, over a buffer of `seq_len` positions. A text longer than the buffer
-  is continued from its last `seq_len` tokens (positions restart at 0), so the cost of a
-  token is that of a window.
+  The pass reads a buffer of `seq_len` positions. A longer text is continued from its last
+  `seq_len` tokens, whose positions restart at 0.
 
   Args:
     config: the experiment.
     variables: {"params": …} and, where the model has one, {"balance": …}.
-    tokenizer: of the training data.
-    prompt: text; it opens a document.
+    tokenizer: tokenizer of the training data.
+    prompt: beginning of a document.
     max_tokens: new tokens at most; the end of the document stops earlier.
     temperature: 0 takes the most likely token.
-    seed: of the draws.
+    seed: seed of the samples.
 
   Returns:
-    Ids: the document's opening token, the prompt, the new tokens.
+    Ids of the opening token of a document, the prompt and the new tokens.
 
   Raises:
     ValueError: `max_tokens` or `temperature` is negative.
@@ -190,12 +189,12 @@ def write(workdir: str | os.PathLike, config: config_lib.Config, rows: Sequence[
   """Writes the three files and returns the path of the page.
 
   Args:
-    workdir: where to.
+    workdir: run directory.
     config: the experiment.
     rows: lines of metrics.jsonl.
-    summary: the final figures.
-    parts: a held-out text, token by token.
-    depths: recursion steps of each token.
+    summary: final figures.
+    parts: text of each token of a held-out row.
+    depths: depth of each token.
   """
   workdir = paths.directory(workdir)
   r, title = config.model.num_recursions, describe(config.model)
@@ -204,7 +203,7 @@ def write(workdir: str | os.PathLike, config: config_lib.Config, rows: Sequence[
   fields = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
                    for k, v in _flatten(config_lib.to_dict(config)))
   page = _PAGE.format(title=html.escape(title), cards=cards, curves=plots.curves(rows, r),
-                      tokens=depth_lib.page(parts, depths, r), fields=fields)
+                      tokens=depth_lib.format_page(parts, depths, r), fields=fields)
   (workdir / "report.png").write_bytes(plots.overview(rows, r, parts, depths, title))
   (workdir / "summary.json").write_text(json.dumps(dict(summary), indent=2) + "\n", encoding="utf-8")
   (workdir / "report.html").write_text(page, encoding="utf-8")
@@ -212,7 +211,7 @@ def write(workdir: str | os.PathLike, config: config_lib.Config, rows: Sequence[
 
 
 def describe(model: config_lib.ModelConfig) -> str:
-  """One line on what a model is."""
+  """Describes a model in one line."""
   size = f"D={model.d_model}, {model.num_layers} layers unrolled"
   if model.num_recursions == 1:
     return f"Transformer, {size}"
@@ -235,13 +234,13 @@ def _last_evaluation(rows: list[dict[str, float]], step: int) -> dict[str, float
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _next(model: config_lib.ModelConfig, vocab_size: int, variables: Mapping[str, Any], tokens_1T: types.Tokens,
           length: jax.Array, temperature: jax.Array, key: jax.Array) -> jax.Array:
-  """The token after the first `length` ones."""
+  """Samples the token after the first `length` tokens."""
   segment_1T = (jnp.arange(tokens_1T.shape[1]) < length).astype(jnp.int32)[None]
   out = transformer.Transformer(model).apply(
       variables, tokens_1T, segment_1T, routing="decide", key=jax.random.key(0))
   last_11D = jax.lax.dynamic_slice_in_dim(out.hidden_BTD, length - 1, 1, axis=1)
   logits_V = transformer.unembed(variables["params"], last_11D)[0, 0]
-  # The model's vocabulary may be rounded up beyond the tokenizer's.
+  # The vocabulary of the model may be larger than that of the tokenizer.
   logits_V = jnp.where(jnp.arange(model.vocab_size) < vocab_size, logits_V, -jnp.inf)
   drawn = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
   return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)

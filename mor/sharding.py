@@ -1,4 +1,4 @@
-"""Meshes, which mesh axis splits which logical axis of a parameter, and batch rows by hand.
+"""Meshes, the mesh axis that splits each logical axis of a parameter, and collectives over batch rows.
 
 Axes of a mesh:
 
@@ -7,9 +7,9 @@ Axes of a mesh:
   tensor    splits heads, feed-forward width and vocabulary
   sequence  splits the positions of a row, outside attention
 
-The step is written for one device's rows (`by_rows`): routing, gathering and
-scattering never leave a device, and the collectives over `data` and `fsdp` are
-those that stand here. The compiler adds those of `tensor` and `sequence`.
+The step is written for the rows of one device (`by_rows`): routing, gathering and
+scattering never leave a device, and this file holds all collectives over `data` and
+`fsdp`. The compiler adds the collectives over `tensor` and `sequence`.
 
 A parameter that has no row in `parameters.py`, nor in its router, raises.
 """
@@ -28,7 +28,7 @@ from mor import config as config_lib
 from mor import parameters
 
 AXES = ("data", "fsdp", "tensor", "sequence")
-ROWS = ("data", "fsdp")  # what splits the rows of a batch
+ROWS = ("data", "fsdp")  # axes that split the rows of a batch
 Rows = Sequence[parameters.Parameter]
 
 SPLIT_BY = {"vocab": "tensor", "heads": "tensor", "ffw": "tensor", "model": "fsdp"}  # logical axis -> axis of a mesh
@@ -36,11 +36,11 @@ _ROUTER = re.compile(r"(^|/)((router|aux_router)/(hidden|out)|bias_R)$")
 
 
 def make_mesh(config: config_lib.MeshConfig, devices: list | None = None) -> Mesh:
-  """A mesh of `AXES` over the first devices.
+  """Makes a mesh of `AXES` over the first devices.
 
   Raises:
-    ValueError: the axes ask for more devices than there are, -1 does not divide, or a
-      process would have no part.
+    ValueError: the axes need more devices than there are, the size -1 has no integer
+      value, or a process would have no device in the mesh.
   """
   devices = jax.devices() if devices is None else devices
   sizes = {name: getattr(config, name) for name in AXES}
@@ -57,7 +57,7 @@ def make_mesh(config: config_lib.MeshConfig, devices: list | None = None) -> Mes
 
 
 def path_name(path: tuple) -> str:
-  """"stack/attention/q" from a `jax.tree_util` key path."""
+  """Returns a key path of `jax.tree_util` as text, e.g. "stack/attention/q"."""
   return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
@@ -81,7 +81,7 @@ def spec(path: str, ndim: int, rows: Rows = ()) -> P:
 
 
 def tree_shardings(mesh: Mesh, tree: Any, rows: Rows = ()) -> Any:
-  """`NamedSharding` of every leaf, by path; leaves need only a shape.
+  """Returns the `NamedSharding` of every leaf, by path; leaves need only a shape.
 
   Raises:
     ValueError: a split axis is not a multiple of its mesh axis.
@@ -97,20 +97,20 @@ def tree_shardings(mesh: Mesh, tree: Any, rows: Rows = ()) -> Any:
 
 
 def num_row_shards(mesh: Mesh) -> int:
-  """Into how many parts a mesh splits the rows of a batch."""
+  """Returns the number of parts into which a mesh splits the rows of a batch."""
   return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """This process's rows as global arrays split over `ROWS`."""
+  """Makes global arrays, split over `ROWS`, from the rows of this process."""
   rows = NamedSharding(mesh, P(ROWS))
   return {name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()}
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> slice:
-  """The rows of a global batch that this process's devices hold.
+  """Returns the rows of a global batch that the devices of this process hold.
 
-  Processes that share rows (they differ in `tensor` or `sequence` only) get the same.
+  Processes that differ in `tensor` or `sequence` only hold the same rows.
   """
   held = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((num_rows,)).values()
   bounds = [rows.indices(num_rows) for (rows,) in held]
@@ -118,36 +118,36 @@ def local_rows(mesh: Mesh, num_rows: int) -> slice:
 
 
 def put_whole(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """A whole numpy batch as global arrays; each process gives its own rows."""
+  """Makes global arrays from a whole batch, of which each process puts its own rows."""
   rows = local_rows(mesh, len(batch["tokens_BT"]))
   return put_batch(mesh, {name: value[rows] for name, value in batch.items()})
 
 
 def put_votes(mesh: Mesh, vote: bool) -> jax.Array:
-  """A vote of each process, on all its devices."""
+  """Makes an array with the vote of each process, once per device."""
   sharding = NamedSharding(mesh, P(mesh.axis_names))
   return jax.make_array_from_process_local_data(sharding, np.full(len(sharding.addressable_devices), vote))
 
 
 def by_rows(mesh: Mesh, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-  """`function` of what a device has: its rows of `P(ROWS)`, its part of a parameter, all of the rest.
+  """Maps `function` over devices: it sees the rows of one device and its shards of parameters.
 
-  Over `tensor` and `sequence` arrays stay whole, and the compiler splits them.
+  The arrays stay whole over `tensor` and `sequence`, and the compiler splits them.
   """
-  by_hand = set(ROWS) | {axis for axis in AXES if mesh.shape[axis] == 1}  # with all of them, kernels run as they are
+  by_hand = set(ROWS) | {axis for axis in AXES if mesh.shape[axis] == 1}  # with all axes manual, kernels run unchanged
   return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=by_hand, check_vma=False)
 
 
 def row_specs(tree: Any, rows: Rows = ()) -> Any:
-  """For `by_rows`: which axis of each parameter is split over `fsdp`."""
+  """Returns specs for `by_rows`: the axis of each parameter that `fsdp` splits."""
   def one(path, leaf):
     axes = [axis if axis in ROWS else None for axis in spec(path_name(path), leaf.ndim, rows)]
     return P(*axes)
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def _by_hand(axes: tuple[str, ...] = ROWS) -> tuple[str, ...]:
-  """Those of `axes` that have several devices, where this is traced inside `by_rows`; else none.
+def _manual_axes(axes: tuple[str, ...] = ROWS) -> tuple[str, ...]:
+  """Selects the axes that have several devices; none if this is traced outside `by_rows`.
 
   The partitioner of `tensor` refuses collectives over axes of one device.
   """
@@ -156,47 +156,46 @@ def _by_hand(axes: tuple[str, ...] = ROWS) -> tuple[str, ...]:
 
 
 def total(tree: Any) -> Any:
-  """Inside `by_rows`, sums over the devices of each leaf; else the leaves."""
-  axes = _by_hand()
+  """Sums each leaf over the devices inside `by_rows`; outside, returns the leaves."""
+  axes = _manual_axes()
   return jax.lax.psum(tree, axes) if axes else tree
 
 
 def most(count: jax.Array) -> jax.Array:
-  """Inside `by_rows`, the largest over the devices, which so take the same branch of a condition."""
-  axes = _by_hand()
+  """Returns the maximum over the devices inside `by_rows`, so that all take the same branch of a condition."""
+  axes = _manual_axes()
   return jax.lax.pmax(jax.lax.stop_gradient(count), axes) if axes else count
 
 
 def total_gradients(grads: Any, rows: Rows = ()) -> Any:
-  """Inside `by_rows`, each device's part of the gradients of the sum of all losses.
+  """Sums the gradients over the devices inside `by_rows`; each device keeps its shard.
 
-  `gathered` has already summed over `fsdp` what it splits.
+  `gathered` has already summed the gradients of parameters that `fsdp` splits.
   """
   def one(path, grad):
-    axes = _by_hand(("data",) if "fsdp" in spec(path_name(path), grad.ndim, rows) else ROWS)
+    axes = _manual_axes(("data",) if "fsdp" in spec(path_name(path), grad.ndim, rows) else ROWS)
     return jax.lax.psum(grad, axes) if axes else grad
   return jax.tree_util.tree_map_with_path(one, grads)
 
 
 def first_row(num_rows: int) -> jax.Array | int:
-  """The number, in the whole batch, of the first of a device's rows."""
-  axes = _by_hand()
+  """Returns the index, in the whole batch, of the first row of this device."""
+  axes = _manual_axes()
   return num_rows * jax.lax.axis_index(axes) if axes else 0
 
 
 def gathered(params: Any, dtype: str, group: str, rows: Rows = ()) -> Any:
-  """Inside `by_rows`, the whole of parameters that are split over `fsdp`.
+  """Gathers the parameters that `fsdp` splits, inside `by_rows`; outside, returns them unchanged.
 
-  They travel in `dtype`, that of the computation, and their gradients are summed in
-  their own. Elsewhere: the parameters.
+  They are sent in `dtype`. Their gradients are summed in the dtype of the parameters.
 
   Args:
-    params: a group of them, or a layer's.
-    dtype: of the computation.
-    group: its path.
+    params: a group of parameters, or those of a layer.
+    dtype: dtype of the computation.
+    group: path of the group.
     rows: rows that the model's router declares.
   """
-  if not _by_hand(("fsdp",)):
+  if not _manual_axes(("fsdp",)):
     return params
   def one(path, leaf):
     parts = tuple(spec("/".join(filter(None, (group, path_name(path)))), leaf.ndim, rows))
@@ -222,7 +221,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def along_sequence(x_BTD: jax.Array) -> jax.Array:
-  """Splits positions over `sequence`, where there is such an axis and they divide."""
+  """Splits positions over the mesh axis `sequence`, if there is one and it divides their number."""
   size = jax.sharding.get_abstract_mesh().shape.get("sequence", 1)
   if size == 1 or x_BTD.shape[1] % size:
     return x_BTD

@@ -1,4 +1,29 @@
-"""The dimension letters, and the array types that carry them.
+"""The glossary of words, the dimension letters, and the array types that carry them.
+
+One word has one meaning:
+
+  layer          a set of parameters: attention, feed-forward, norms
+  stack          the layers that every recursion step shares
+  stack index    index of a layer within the stack
+  prelude, coda  layers that run once, before and after the recursion
+  step           one pass through the stack, 0-based; also an optimizer step in training
+  depth          number of steps that process a token
+  position       place of a token in its sequence, 0-based
+  segment        a document within a packed row; 0 is padding
+  batch row      one sequence of a batch
+  KV row         stored keys and values of one sequence at one step
+  slot           place for one running request in the engine
+  tick           one pass of the stack for all slots, each at its own step
+  flat token     one of the M tokens that a tick runs, from any slot
+  router         the part that decides how many steps process a token
+  capacity       fraction, or number C, of the tokens that a step keeps
+  gate           factor of the output of a step for a token
+  aux loss       loss of a router, added to the loss of the model
+  causal         routing by past tokens alone (`decide`), as in generation
+  oracle         routing as in training (`select`), which may see the whole row
+  exit           point after a layer where a confident token may leave early
+  pending token  a token that left early and whose deeper keys are not yet computed
+  draft          a token predicted at an exit, to be verified at full depth
 
 Every array of rank >= 1 ends in its shape suffix. The letters:
 

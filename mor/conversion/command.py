@@ -122,8 +122,8 @@ def export(workdir: str | os.PathLike, target: str, output: str | os.PathLike, d
   Raises:
     ValueError: no checkpoint, or a model or folder that cannot be written.
   """
-  config, step, variables = checkpoint.variables(workdir)
-  about = checkpoint.pretrained(workdir) or {}
+  config, step, variables = checkpoint.load_variables(workdir)
+  about = checkpoint.load_pretrained(workdir) or {}
   tokenizer = text.load_tokenizer(config.data)
   opening = {name: (tokenizer.eos_id,) for name in ("bos", "eos", "pad")}  # as documents are in training
   TARGETS[target](output, config.model, jax.tree.map(np.asarray, variables), tokenizer=tokenizer.serialized,
@@ -146,10 +146,10 @@ def _find(spec: str, kinds: Collection[str]) -> tuple[str, pathlib.Path]:
 def _given(spec: str, target: config_lib.ModelConfig) -> _Given:
   kind, _, path = spec.partition(":")
   if kind == "mor":
-    config, _, variables = checkpoint.variables(path)
+    config, _, variables = checkpoint.load_variables(path)
     file = pathlib.Path(path).expanduser() / "tokenizer.json"
     tokenizer = file.read_text(encoding="utf-8") if file.is_file() else None
-    return _Given(config.model, jax.tree.map(np.asarray, variables), tokenizer, checkpoint.pretrained(path))
+    return _Given(config.model, jax.tree.map(np.asarray, variables), tokenizer, checkpoint.load_pretrained(path))
   source = read(spec, target)
   about = dict(context=source.context, special_ids=source.special_ids, special_tokens=source.special_tokens,
                add_bos=source.add_bos, chat_template=source.chat_template)

@@ -242,9 +242,9 @@ def _by_depth(model: model_lib.Model, request: request_lib.Request, completion: 
               context: int) -> str:
   """Prompt and new tokens, with the steps that each took when it was read."""
   ids = [*request.prompt, *completion.tokens]
-  depths = depth_lib.depth_of_ids(model.config, model.variables, np.asarray(ids, np.int32), context)
+  depths = depth_lib.measure_ids(model.config, model.variables, np.asarray(ids, np.int32), context)
   read = len(request.prompt) - 1  # from here on the decoder itself has told
   depths[read:read + len(completion.depths)] = completion.depths
-  parts = depth_lib.pieces(model.tokenizer, ids)
+  parts = depth_lib.split_by_token(model.tokenizer, ids)
   most = max(model.config.num_recursions, int(depths.max()))  # a plain model has parts between its exits
-  return depth_lib.terminal(parts, depths.tolist(), most, depth_lib.wanted())
+  return depth_lib.format_terminal(parts, depths.tolist(), most, depth_lib.wants_colour())

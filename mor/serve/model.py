@@ -100,9 +100,9 @@ def load(workdir: str | os.PathLike) -> Model:
     ValueError: the directory holds no checkpoint.
     OSError: the checkpoint is damaged.
   """
-  config, step, variables = checkpoint.variables(workdir)
+  config, step, variables = checkpoint.load_variables(workdir)
   tokenizer = text.load_tokenizer(config.data)
-  about = checkpoint.pretrained(workdir) if step == 0 else None
+  about = checkpoint.load_pretrained(workdir) if step == 0 else None
   if about is None:
     return Model(config.model, variables, tokenizer, config.data.seq_len)
   ids = about["special_ids"]

@@ -76,7 +76,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, finish: Finish 
     checkpoints = stack.enter_context(
         checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every))
     state, start = restore_or_init(config, mesh, checkpoints)
-    main = distributed.main()
+    main = distributed.is_main()
     writer = stack.enter_context(metrics_lib.Writer(workdir, start, enabled=main))
     shown = stack.enter_context(metrics_lib.Progress(start, config.train.steps, enabled=main))
     watchdog = stack.enter_context(signals.Watchdog(config.train.step_timeout, start))

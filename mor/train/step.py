@@ -91,7 +91,7 @@ def load_teacher(config: config_lib.Config, mesh: Mesh) -> Teacher | None:
   if not workdir:
     return None
   try:
-    theirs, _, variables = checkpoint.variables(workdir, lambda _, shapes: sharding.tree_shardings(mesh, shapes))
+    theirs, _, variables = checkpoint.load_variables(workdir, lambda _, shapes: sharding.tree_shardings(mesh, shapes))
   except ValueError as error:
     raise ValueError(f"distill.teacher={workdir!r}: {error}") from error
   if theirs.model.vocab_size != config.model.vocab_size:

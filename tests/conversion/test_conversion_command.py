@@ -74,16 +74,16 @@ def test_uptraining_goes_on_from_the_converted_model(source):
   command.convert(config(source, teacher), f"hf:{source}/hf", teacher)
   made = recursive(source, workdir, distill=dict(teacher=str(teacher), weight=0.7, temperature=1.5))
   command.convert(made, f"mor:{teacher}", workdir)
-  _, _, before = checkpoint.variables(workdir)
+  _, _, before = checkpoint.load_variables(workdir)
   outcome = loop.train(made, workdir)
   assert outcome.step == 3
-  _, step, after = checkpoint.variables(workdir)
+  _, step, after = checkpoint.load_variables(workdir)
   moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before["params"], after["params"])
   assert step == 3 and all(jax.tree.leaves(moved))
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   trained = [line for line in lines if "train/kl" in line or "kl" in line]
   assert trained, lines[0]
-  assert checkpoint.variables(teacher)[1] == 0
+  assert checkpoint.load_variables(teacher)[1] == 0
 
 
 def test_a_step_learns_from_its_teacher_alone_where_asked(source):
@@ -118,7 +118,7 @@ def test_an_export_comes_back_bit_for_bit(source):
   command.export(workdir, "hf", output, "float32")
   made = recursive(source, again, model=dict(router=router))
   command.convert(made, f"hf:{output}", again)
-  (_, _, first), (_, _, second) = checkpoint.variables(workdir), checkpoint.variables(again)
+  (_, _, first), (_, _, second) = checkpoint.load_variables(workdir), checkpoint.load_variables(again)
   assert set(first["params"]) == {"embedding", "stack", "final_norm", "lora", "router"}
   jax.tree.map(np.testing.assert_array_equal, first, second)
 

@@ -30,7 +30,7 @@ def forward(variables, tokens_BT, segment_BT):
 
 def test_depth_is_the_number_of_steps_that_keep_a_token(variables):
   batch = tiny.batch(CONFIG)
-  depth_BT = depth_lib.depth(CONFIG.model, variables, batch["tokens_BT"], batch["segment_BT"])
+  depth_BT = depth_lib.measure(CONFIG.model, variables, batch["tokens_BT"], batch["segment_BT"])
   keep_RBT = forward(variables, batch["tokens_BT"], batch["segment_BT"])[1]
   valid_BT = batch["segment_BT"] > 0
   np.testing.assert_array_equal(depth_BT, np.asarray(keep_RBT).sum(0) * valid_BT)
@@ -39,10 +39,10 @@ def test_depth_is_the_number_of_steps_that_keep_a_token(variables):
 
 def test_a_long_text_is_read_row_by_row(variables):
   ids = np.random.default_rng(0).integers(0, 256, 29).astype(np.int32)
-  depths = depth_lib.depth_of_ids(CONFIG.model, variables, ids, seq_len=12)
+  depths = depth_lib.measure_ids(CONFIG.model, variables, ids, seq_len=12)
   assert depths.shape == (29,) and depths.min() >= 1
-  np.testing.assert_array_equal(depths[:12], depth_lib.depth_of_ids(CONFIG.model, variables, ids[:12], seq_len=12))
-  np.testing.assert_array_equal(depths[24:], depth_lib.depth_of_ids(CONFIG.model, variables, ids[24:], seq_len=12))
+  np.testing.assert_array_equal(depths[:12], depth_lib.measure_ids(CONFIG.model, variables, ids[:12], seq_len=12))
+  np.testing.assert_array_equal(depths[24:], depth_lib.measure_ids(CONFIG.model, variables, ids[24:], seq_len=12))
 
 
 @pytest.mark.parametrize("prompt", ["the state", "the state of the union"])  # within the window, and beyond
@@ -79,13 +79,13 @@ def test_sampling_refuses_negative_numbers(variables, max_tokens, temperature):
 def test_pieces_join_to_the_text_even_where_a_character_is_split():
   tokenizer = tokenizer_lib.ByteTokenizer()
   ids = [tokenizer.eos_id, *tokenizer.encode("né €!").tolist()]
-  parts = depth_lib.pieces(tokenizer, ids)
+  parts = depth_lib.split_by_token(tokenizer, ids)
   assert len(parts) == len(ids) and "".join(parts) == "né €!"
   assert parts == ["", "n", "", "é", " ", "", "", "€", "!"]
 
 
 def test_terminal_colours_each_token_once():
-  text = depth_lib.terminal(["one ", "two\n", "three"], [1, 3, 2], 3, coloured=True)
+  text = depth_lib.format_terminal(["one ", "two\n", "three"], [1, 3, 2], 3, coloured=True)
   body, legend = text.split("\n\n")
   assert body.count("\x1b[38;5;16;48;5;") == 3 and body.count("\x1b[0m") == 3
   codes = [part.split("m")[0] for part in body.split("\x1b[38;5;16;48;5;")[1:]]
@@ -94,7 +94,7 @@ def test_terminal_colours_each_token_once():
 
 
 def test_without_colour_digits_stand_beneath():
-  text = depth_lib.terminal(["one ", "two\n", "three"], [1, 3, 2], 3, coloured=False, width=8)
+  text = depth_lib.format_terminal(["one ", "two\n", "three"], [1, 3, 2], 3, coloured=False, width=8)
   assert text.split("\n")[:4] == ["one two⏎", "11113333", "three", "22222"]
   assert "\x1b" not in text
 
@@ -107,10 +107,10 @@ def test_depths_spread_over_the_palette():
 
 
 def test_page_escapes_the_text():
-  assert "&lt;b&gt;" in depth_lib.page(["<b>"], [1], 2) and "<b>" not in depth_lib.page(["<b>"], [1], 2)
+  assert "&lt;b&gt;" in depth_lib.format_page(["<b>"], [1], 2) and "<b>" not in depth_lib.format_page(["<b>"], [1], 2)
 
 
 def test_depth_of_a_vanilla_model_is_one():
   config = tiny.config(tiny.BYTES, model=tiny.VANILLA)
   params = step_lib.init_state(config, sharding.make_mesh(config.mesh)).params
-  assert set(depth_lib.depth_of_ids(config.model, {"params": params}, np.arange(9, dtype=np.int32), 12).tolist()) == {1}
+  assert set(depth_lib.measure_ids(config.model, {"params": params}, np.arange(9, dtype=np.int32), 12).tolist()) == {1}

@@ -36,7 +36,7 @@ def test_no_cluster_is_one_line(monkeypatch):
 
 def test_one_process_asks_nobody():
   distributed.initialize()
-  assert not jax.distributed.is_initialized() and distributed.main() and distributed.who() == ""
+  assert not jax.distributed.is_initialized() and distributed.is_main() and distributed.process_name() == ""
   tree = {"a": np.ones(2)}
   for mine in (False, True):
     assert distributed.any_process(mine) == distributed.from_main(mine) == mine

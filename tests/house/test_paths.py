@@ -93,13 +93,13 @@ def test_training_in_a_bucket_is_training_on_a_disk(root, tmp_path):
   loop.train(config(steps=2), "gs://mine/run")
   loop.train(config(steps=4), "gs://mine/run", report.finish)
   loop.train(config(steps=4), tmp_path / "run", report.finish)
-  (_, step, ours), (_, wanted_step, wanted) = (checkpoint.variables(w) for w in ("gs://mine/run", tmp_path / "run"))
+  (_, step, ours), (_, wanted_step, wanted) = (checkpoint.load_variables(w) for w in ("gs://mine/run", tmp_path / "run"))
   assert step == wanted_step == 4
   jax.tree.map(np.testing.assert_array_equal, ours, wanted)
   rows = [row["step"] for row in metrics.read("gs://mine/run") if "train/loss" in row]
   assert rows == [row["step"] for row in metrics.read(tmp_path / "run") if "train/loss" in row]
   names = {file.name for file in (root / "mine/run").iterdir()}
   assert names == {file.name for file in (tmp_path / "run").iterdir()} and "report.html" in names
-  assert checkpoint.pretrained("gs://mine/run") is None
+  assert checkpoint.load_pretrained("gs://mine/run") is None
   with checkpoint.Checkpoints("gs://mine/run", read_only=True) as checkpoints:
     assert str(checkpoints.directory) == "gs://mine/run/checkpoints"

@@ -28,10 +28,6 @@ mor/aot/compiled.py
 
 mor/aot/hlo.py
 
-mor/checkpoint.py
-
-mor/depth.py
-
 mor/conversion/hf_export.py
 
 mor/conversion/hf_import.py
@@ -76,8 +72,6 @@ mor/decode/storage.py
 
 mor/decode/tick.py
 
-mor/distributed.py
-
 mor/exits/calibration.py
 
 mor/exits/confidence.py
@@ -118,12 +112,6 @@ mor/model/stacked.py
 
 mor/model/transformer.py
 
-mor/paths.py
-
-mor/plots.py
-
-mor/report.py
-
 mor/serve/cli.py
 
 mor/serve/early_exit.py
@@ -140,8 +128,6 @@ mor/serve/request.py
 
 mor/serve/scheduler.py
 
-mor/sharding.py
-
 mor/study/judge.py
 
 mor/study/plan.py
@@ -154,7 +140,6 @@ mor/train/loss.py
 
 mor/train/step.py
 
-mor/types.py
 """
 NOT_YET_CLASSES = """
 Costs
