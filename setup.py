@@ -13,7 +13,8 @@ setuptools.setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=setuptools.find_packages(include=["mor", "mor.*"]),
+    packages=[*setuptools.find_packages(include=["mor", "mor.*"]), "mor.configs"],
+    package_dir={"mor.configs": "configs"},
     package_data={"mor.data": ["corpora/*"]},
     install_requires=[
         "absl-py>=2.1",

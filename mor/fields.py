@@ -27,6 +27,28 @@ def field(default: Any, help_text: str = "", added: bool = False) -> Any:
   return dataclasses.field(default=default, metadata=dict(help=help_text, added=added))
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A field that is no group, as a user sees it: dotted path, value, help text, allowed values."""
+
+  path: str
+  value: Any
+  help: str
+  allowed: str
+
+
+def rows(config: Any, path: str = "") -> list[Row]:
+  """Returns the fields of a config dataclass and of its groups, in their order."""
+  found = []
+  for each in dataclasses.fields(config):
+    name, value = f"{path}{each.name}", getattr(config, each.name)
+    if dataclasses.is_dataclass(value):
+      found += rows(value, f"{name}.")
+    else:
+      found.append(Row(name, value, each.metadata["help"], _allowed(each.type)))
+  return found
+
+
 def fill_added(cls: type, values: dict[str, Any]) -> dict[str, Any]:
   """Returns `values`, with defaults for the added fields of `cls` and of its groups that it lacks."""
   filled = dict(values)
@@ -74,3 +96,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     value = float(value)
   require(type(value) is hint, f"{path}={value!r} is of type {type(value).__name__}", f"use a {hint.__name__}")
   return value
+
+
+def _allowed(hint: Any) -> str:
+  """Returns the values that a type allows, in words."""
+  if typing.get_origin(hint) is Literal:
+    return f"one of {', '.join(typing.get_args(hint))}"
+  if typing.get_origin(hint) is tuple:
+    return f"tuple of {typing.get_args(hint)[0].__name__}"
+  return hint.__name__

@@ -1,13 +1,14 @@
 """The command line.
 
-  python -m mor.main --config=configs/quickstart.py --workdir=runs/quickstart
+  python -m mor.main --config=quickstart --workdir=runs/quickstart
   python -m mor.main --workdir=runs/quickstart --mode=generate --prompt="My fellow"
 
 Modes: `train` starts or resumes the run of a workdir; `eval` prints its held-out
 figures as a JSON object; `generate` continues prompts, or those of a file as JSON
 lines; `convert` starts a run from a pretrained model, `export` writes a run's model for
-PyTorch; `info` prints the size and cost of a config as a JSON object; `study` trains
-and compares the models that a file such as configs/study_cpu.py lists. `generate`
+PyTorch; `info` prints the size and cost of a config as a JSON object; `fields` prints
+each field of a config, with its value, meaning, unit and allowed values; `study` trains
+and compares the models that an experiment such as study_cpu lists. `generate`
 takes the config from the workdir, and so does `eval` where none is given.
 
 `train` and `eval` run on several machines: the same command on each, with
@@ -23,6 +24,7 @@ MOR_TRACEBACK=1 shows where they come from.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import difflib
 import json
 import os
 import pathlib
@@ -40,6 +42,8 @@ from mor import checkpoint
 from mor import config as config_lib
 from mor import costs
 from mor import distributed
+from mor import experiments
+from mor import fields
 from mor import report
 from mor import sharding
 from mor.aot import compiled
@@ -58,7 +62,9 @@ from mor.train import step as step_lib
 
 STOPPED, WRONG, DIVERGED, LOST = 75, 2, 1, signals.HUNG
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file, e.g. configs/quickstart.py; see configs/.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment: a name of configs/, e.g. quickstart, or a file, with :ARGUMENT if it takes one, e.g. "
+    "paper:mor-360m-r3; --config.GROUP.FIELD=VALUE changes a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
 _BUDGET = flags.DEFINE_float("budget", None, "info: forward FLOPs to turn into steps, e.g. 16.5e18.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "compile: TPU chips, e.g. v5e:4x4, v5p:4x4x4 or v6e:8x8.")
@@ -172,6 +178,13 @@ def _info() -> int:
   return 0
 
 
+def _fields() -> int:
+  config = config_lib.Config() if _CONFIG.value is None else _config("fields")
+  for row in fields.rows(config):
+    print(f"--config.{row.path}={shlex.quote(str(row.value))}  # {row.help}; {row.allowed}")
+  return 0
+
+
 def _compile() -> int:
   if not _TOPOLOGY.value:
     raise ValueError("--mode=compile needs chips to compile for; give --topology=v5e:4x4, v5p:4x4x4 or the like")
@@ -191,13 +204,13 @@ def _study() -> int:
 
 MODES: dict[str, Callable[[], int]] = {
     "train": _train, "eval": _eval, "generate": _generate, "convert": _convert, "export": _export,
-    "info": _info, "study": _study, "compile": _compile}
+    "info": _info, "fields": _fields, "study": _study, "compile": _compile}
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 
 
 def _config(mode: str) -> config_lib.Config:
   if _CONFIG.value is None:
-    raise ValueError(f"--mode={mode} needs a config; give --config=FILE, e.g. --config=configs/quickstart.py")
+    raise ValueError(f"--mode={mode} needs a config; give --config=NAME, e.g. --config=quickstart")
   return config_lib.from_config_dict(_CONFIG.value)
 
 
@@ -265,14 +278,24 @@ def _fail(error: Exception, status: int) -> int:
 def _parse(argv: Sequence[str]) -> list[str]:
   """Parses flags; a mistake in them, or in the config file, ends the program in one line."""
   try:
-    for arg, following in zip(argv, [*argv[1:], ""]):
-      name, given, value = arg.lstrip("-").partition("=")
-      path = (value if given else following).split(":")[0]
-      if arg.startswith("-") and name == "config" and not pathlib.Path(path).is_file():
-        raise ValueError(f"--config={path}: no such file; use one of configs/*.py, or your own")
-    return flags.FLAGS(argv)
+    return flags.FLAGS(_with_files(argv))
   except Exception as error:  # a config file is a program and may raise anything
     sys.exit(_fail(ValueError(_explain(error, argv)), WRONG))
+
+
+def _with_files(argv: Sequence[str]) -> list[str]:
+  """Returns the arguments, with the path of its file in place of an experiment's name."""
+  found, follows = [], False  # follows: the argument before is --config without a value
+  for arg in argv:
+    name, equals, value = ("--config", "", arg) if follows else arg.partition("=")
+    if name in ("-config", "--config") and (equals or follows):
+      try:
+        arg = (f"{name}=" if equals else "") + experiments.find(value)
+      except ValueError as error:
+        raise ValueError(f"--config={error}") from error
+    follows = not follows and arg in ("-config", "--config")
+    found.append(arg)
+  return found
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> str:
@@ -283,20 +306,29 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
   lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
   if isinstance(error, flags.UnrecognizedFlagError):
     if error.flagname.startswith("config."):
-      return f"--{error.flagname} without --config; give --config=FILE before it"
+      return f"--{error.flagname} without --config; give --config=NAME before it"
     return f"{' '.join(lines)}; --help lists all"
   if "before a value for --config" in lines[0]:
-    return f"{lines[0]}; give --config=FILE first"
+    return f"{lines[0]}; give --config=NAME first"
   if "Error whilst parsing config file" in lines[0]:
     return f"{lines[0].split(': Error whilst')[0]}: {lines[-1].partition(': ')[2] or lines[-1]}"
   if isinstance(error, (AttributeError, KeyError)):
     name = lines[0].strip("'")
     given = next((arg for arg in argv if arg.startswith("--config.") and name in arg.split("=")[0].split(".")), None)
     if given:
-      return f"{given}: unknown config field; {' '.join([*lines[1:], 'configs/base.py lists every field'])}"
+      return f"{given}: unknown config field; {_nearest(given)}--mode=fields lists all"
   if isinstance(error, (flags.Error, ValueError)):
     return " ".join(lines[:2])
   return f"the config file fails with {type(error).__name__}: {lines[0]}"
+
+
+def _nearest(arg: str) -> str:
+  """Returns a question that names the config field most like the field of an argument, or ''."""
+  paths = [row.path for row in fields.rows(config_lib.Config())]
+  path = arg.partition("=")[0].removeprefix("--config.")
+  same_name = [other for other in paths if other.split(".")[-1] == path.split(".")[-1]]
+  found = difflib.get_close_matches(path, same_name or paths, n=1)
+  return f"did you mean --config.{found[0]}? " if found else ""
 
 
 def _keep_compiled_programs() -> None:

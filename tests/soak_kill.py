@@ -49,7 +49,7 @@ class Run:
     self.workdir, self.count = directory / name, count
     fields = {**FIELDS, "train.steps": steps, "data.source": tiny.write_text(directory),
               "data.cache_dir": directory / "cache"}
-    self.command = [sys.executable, "-m", "mor.main", "--config=configs/base.py", f"--workdir={self.workdir}",
+    self.command = [sys.executable, "-m", "mor.main", "--config=base", f"--workdir={self.workdir}",
                     *(f"--config.{k}={v}" for k, v in fields.items())]
 
   def start(self) -> processes.Started:

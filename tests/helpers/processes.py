@@ -76,7 +76,7 @@ class Run:
 
   def start(self, count: int, *options: str) -> Started:
     """Starts training in `count` processes."""
-    command = [sys.executable, "-m", "mor.main", "--config=configs/base.py", f"--workdir={self.workdir}",
+    command = [sys.executable, "-m", "mor.main", "--config=base", f"--workdir={self.workdir}",
                *_overrides(config_lib.to_dict(self.config), config_lib.default().to_dict(), "config"), *options]
     together = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"] if count > 1 else []
     return Started([[*command, *together, *([f"--process_id={index}"] if together else [])] for index in range(count)],

@@ -1,8 +1,13 @@
 """Every file of configs/ builds, and its model shape-evaluates at full size."""
 
 import ast
+import json
+import os
 import pathlib
+import shutil
+import subprocess
 import sys
+import zipfile
 
 from absl import flags
 import jax
@@ -161,3 +166,33 @@ def test_an_experiment_is_found_by_name_and_by_file(tmp_path, monkeypatch):
   for wrong in ("papers", "paper.py", "configs/paper.py", ""):
     with pytest.raises(ValueError, match="use one of base, exit_smollm2, paper"):
       experiments.find(wrong)
+
+
+WHEEL = """
+import sys
+sys.path.insert(0, {root!r})
+import mor
+from mor import main
+assert mor.__file__.startswith({root!r}), mor.__file__
+sys.argv = ["main", "--config=paper:mor-360m-r3", "--config.model.vocab_size=1000", "--mode=info"]
+main.run()
+"""
+
+
+@pytest.mark.slow  # builds a wheel
+def test_a_wheel_carries_the_experiments(tmp_path):
+  pytest.importorskip("setuptools")
+  root = pathlib.Path(__file__).parents[2]
+  source = shutil.copytree(root, tmp_path / "source", ignore=shutil.ignore_patterns(
+      ".*", "tests", "benchmarks", "docs", "notebooks", "build", "*.egg-info", "__pycache__"))
+  pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+  subprocess.run([*pip, "wheel", str(source), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)], check=True)
+  wheel, = tmp_path.glob("*.whl")
+  with zipfile.ZipFile(wheel) as archive:
+    members = set(archive.namelist())
+    archive.extractall(tmp_path / "site")
+  assert {f"mor/configs/{name}.py" for name in [*experiments.names(), "__init__"]} <= members
+  assert not any(name.startswith(("configs/", "tests/")) for name in members)
+  done = subprocess.run([sys.executable, "-c", WHEEL.format(root=str(tmp_path / "site"))], cwd="/", check=True,
+                        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+  assert json.loads(done.stdout)["params_embedding"] == 1000 * 960

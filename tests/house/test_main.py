@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 from unittest import mock
@@ -16,7 +17,8 @@ from mor import report
 from mor.train import loop
 from tests.helpers import tiny
 
-BASE = "--config=configs/base.py"
+ROOT = pathlib.Path(__file__).parents[2]
+BASE = "--config=base"
 
 
 def run(*argv):
@@ -42,19 +44,23 @@ def tiny_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ([BASE, "--config.train.stepz=3"], '--config.train.stepz=3: unknown config field; Did you mean "steps"'),
-    ([BASE, "--config.modle.d_ff=3"], "--config.modle.d_ff=3: unknown config field"),
+    ([BASE, "--config.train.stepz=3"], "--config.train.stepz=3: unknown config field; did you mean --config.train.steps? --mode=fields lists all"),
+    ([BASE, "--config.modle.d_ff=3"], "unknown config field; did you mean --config.model.d_ff?"),
+    ([BASE, "--config.model.alpha=3"], "unknown config field; did you mean --config.model.router.alpha?"),
+    ([BASE, "--config.zzz=3"], "--config.zzz=3: unknown config field; --mode=fields lists all"),
     ([BASE, "--config.train.steps=many"], "--config.train.steps=many: invalid literal for int()"),
-    (["--config.train.steps=3"], "--config.train.steps without --config; give --config=FILE"),
-    (["--config.train.steps=3", BASE], "give --config=FILE first"),
-    (["--config=configs/nope.py"], "--config=configs/nope.py: no such file; use one of configs/*.py"),
+    (["--config.train.steps=3"], "--config.train.steps without --config; give --config=NAME"),
+    (["--config.train.steps=3", BASE], "give --config=NAME first"),
+    (["--config=configs/nope.py"], "--config=configs/nope.py: no such file; use one of base, exit_smollm2, paper"),
     (["--config", "configs/nope.py"], "--config=configs/nope.py: no such file"),
+    (["--config=nope:a"], "--config=nope: no such file; use one of base, exit_smollm2, paper"),
     (["--config=configs/paper.py:mor-999m"], "configs/paper.py:mor-999m is not in the family; use"),
+    (["--config=paper:mor-999m"], "configs/paper.py:mor-999m is not in the family; use"),
     (["--config=README.md"], "the config file fails with SyntaxError"),
     (["--mode=dance"], "--mode=dance: value should be one of <train|eval|generate|convert|export|info"),
     (["--nope=3"], "Unknown command line flag 'nope'; --help lists all"),
     ([BASE, "train"], "unexpected argument 'train'; every option is --name=value"),
-    (["--mode=train"], "--mode=train needs a config; give --config=FILE"),
+    (["--mode=train"], "--mode=train needs a config; give --config=NAME"),
     ([BASE], "--mode=train needs a directory; give --workdir=DIR"),
     (["--mode=eval"], "--mode=eval needs a directory"),
     (["--mode=generate", "--prompt=a"], "--mode=generate needs a directory"),
@@ -96,6 +102,29 @@ def test_info_is_one_json_object(capsys):
   assert {"params_embedding", "params_non_embedding", "flops_per_token_forward", "flops_per_token_forward_no_head",
           "kv_bytes_per_token", "steps"} <= set(info)
   assert info["params_embedding"] == 4096 * 192
+
+
+@pytest.mark.parametrize("config", [
+    ["--config=paper:mor-730m-r2"], ["--config", "paper:mor-730m-r2"], [f"--config={ROOT}/configs/paper.py:mor-730m-r2"]])
+def test_an_experiment_runs_from_any_directory(config, monkeypatch, capsys):
+  monkeypatch.chdir("/")
+  assert run("--mode=info", *config, "--config.model.vocab_size=1000") == 0
+  assert json.loads(capsys.readouterr().out)["params_embedding"] == 1000 * 1536
+
+
+def test_fields_are_listed_with_value_help_and_allowed_values(capsys):
+  assert run("--mode=fields") == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert "--config.model.d_model=192  # width of hidden states (D); int" in lines
+  assert "--config.data.cache_dir=''  # directory of token arrays and trained tokenizers; '' is <user cache>/mor; str" in lines
+  assert any(line.startswith("--config.optim.schedule=wsd  # ") and line.endswith("; one of wsd, cosine, constant")
+             for line in lines)
+  assert run("--mode=fields", "--config=quickstart", "--config.model.router.capacity=(1.0, 0.5, 0.25)") == 0
+  again = capsys.readouterr().out.splitlines()
+  assert len(again) == len(lines)
+  assert "--config.model.num_layers=5  # unrolled layers, prelude and coda included; int" in again
+  line, = (line for line in again if line.startswith("--config.model.router.capacity="))
+  assert line.startswith("--config.model.router.capacity='(1.0, 0.5, 0.25)'  # ") and line.endswith("; tuple of float")
 
 
 def test_eval_repeats_the_figures_of_the_end(tiny_run, capsys):
