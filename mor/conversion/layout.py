@@ -1,7 +1,8 @@
 """The tensors of a file, and where each is in our variables: one list for each form, read in both directions.
 
   hf            model.layers.{l}.{name}.weight, l an unrolled layer
-  gguf          blk.{l}.{name}.weight
+  gguf          blk.{l}.{name}.weight, of llama.cpp's Llama
+  gguf_halves   the same of its models that turn the halves of a head
   official_mor  as hf where nothing routes; else a recursion step wraps its layers:
                 expert-choice  model.layers.{e + r}.block.{j}.{name}.weight
                                model.layers.{e + r}.mor_router.…, mlp_router.… (auxiliary)
@@ -12,9 +13,9 @@
   mor           model.{prelude, stack, coda}.{i}.{name}.weight, i a parameter set; the
                 routers, and model.lora.{r}.{i}.{name}.{a, b}.weight of recursion step r
 
-Names are those of `parameters.py`. Elsewhere a projection is `[out, in]`; llama.cpp's
-Llama turns neighbours instead of halves of a head, so there the rows of q and k are
-interleaved.
+Names are those of `parameters.py`. Elsewhere a projection is `[out, in]`. We and Hugging
+Face turn the two halves of a head against each other; llama.cpp's Llama turns
+neighbours, so there the rows of q and k are interleaved.
 
 Source: transformers models/llama; llama.cpp convert_hf_to_gguf.py, `permute`;
 raymin0223/mixture_of_recursions model/mor_model.
@@ -143,6 +144,10 @@ def _llama_cpp(model: model_config.ModelConfig) -> Iterator[Entry]:
   yield from _layers(model, "gguf", _unrolled(model, "blk"), interleaves=True)
 
 
+def _llama_cpp_halves(model: model_config.ModelConfig) -> Iterator[Entry]:
+  return (dataclasses.replace(entry, heads=0) for entry in _llama_cpp(model))
+
+
 def _official(model: model_config.ModelConfig) -> Iterator[Entry]:
   yield from _top(model, "hf")
   schedule = schedule_lib.make(model)
@@ -192,7 +197,8 @@ def _exported(model: model_config.ModelConfig) -> Iterator[Entry]:
         yield _entry(f"model.lora.{r}.{i}.{row.hf}.weight", row, model, index=(r, i))
 
 
-FORMS = {"hf": _hugging_face, "gguf": _llama_cpp, "official_mor": _official, "mor": _exported}
+FORMS = {"hf": _hugging_face, "gguf": _llama_cpp, "gguf_halves": _llama_cpp_halves, "official_mor": _official,
+         "mor": _exported}
 
 
 def router_rows(model: model_config.ModelConfig) -> tuple[parameters.Parameter, ...]:

@@ -176,7 +176,7 @@ def _check_head(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, e
 
 def _head(form: str) -> str:
   row = parameters.find("params/head")
-  return f"{row.gguf if form == 'gguf' else row.hf}.weight"
+  return f"{row.gguf if form.startswith('gguf') else row.hf}.weight"
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -28,6 +28,7 @@ gives layers 1, 3, 6 of 6, as its figure). The norm's ratio is ours: the paper t
 """
 
 from collections.abc import Mapping
+import dataclasses
 import math
 from typing import Any
 
@@ -40,8 +41,9 @@ from mor.model import schedule as schedule_lib
 from mor.model.routers import table as router_table
 
 _EDGE = 1e-6  # least norm weight of a row that is divided by
-_SIZES = ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "rope_theta", "rope_scaling",
-          "norm_eps", "tie_embeddings")
+_FREE = ("num_layers", "sharing", "num_recursions", "kv_plan", "execution", "attention", "init_std", "cross_documents",
+         "compute_dtype", "remat", "scan_layers", "lora", "router")  # fields in which target and source may differ
+_SIZES = tuple(field.name for field in dataclasses.fields(config_lib.ModelConfig) if field.name not in _FREE)
 
 
 def convert(target: config_lib.ModelConfig, how: config_lib.InitConfig, seed: int, source: config_lib.ModelConfig,

@@ -46,11 +46,11 @@ class Layer:
   """One decoder layer.
 
   Attributes:
-    norms: scales by path, e.g. "attention_norm".
+    norms: scales in the tree of the layer's parameters, which has nothing else here.
     matrices: projections by the name under which their rows are merged, e.g. "qkv".
   """
 
-  norms: Mapping[str, jax.Array]
+  norms: Mapping[str, Any]
   matrices: Mapping[str, Matrix]
 
 
@@ -242,7 +242,10 @@ def _layers(model: config_lib.ModelConfig, group: Mapping[str, Any] | None, weig
     return ()
 
   def one(i: int) -> Layer:
-    norms = {row.path: jnp.asarray(parameters.get(group, row.path)[i], jnp.float32) for row in parameters.layer(model) if not row.ins}
+    norms: dict[str, Any] = {}
+    for row in parameters.layer(model):
+      if not row.ins:
+        parameters.put(norms, row.path, jnp.asarray(parameters.get(group, row.path)[i], jnp.float32))
     matrices = {
         merged: _matrix(jnp.asarray(jnp.concatenate(
             [jnp.reshape(parameters.get(group, row.path)[i], row.matrix(model)).T for row in rows]), jnp.float32), weight_format)

@@ -100,7 +100,7 @@ def enter(config: config_lib.ModelConfig, norms: Mapping[str, Any], x_BTD: types
 
   Args:
     config: model of the layer.
-    norms: norms of the layer, by path.
+    norms: norms of the layer, in the tree of its parameters.
     x_BTD: hidden states.
     rotation_BT1H: cosine and sine of their positions.
     project: projection by the matrices of the layer.

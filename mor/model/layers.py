@@ -14,13 +14,14 @@ def rms_norm(x_BTD: types.Activations, scale_D: jax.Array, eps: float) -> types.
   """Returns x / rms(x) * scale over the last axis, the mean of squares in float32.
 
   Args:
-    x_BTD: hidden states.
+    x_BTD: hidden states, or any array of rank 2 or more.
     scale_D: weight of each number.
     eps: added to the mean of squares.
   """
   x32_BTD = x_BTD.astype(jnp.float32)
   inverse_BT1 = jax.lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + eps)
-  return (x32_BTD * inverse_BT1 * scale_D[None, None, :]).astype(x_BTD.dtype)
+  scale_11D = jnp.expand_dims(scale_D, tuple(range(x_BTD.ndim - 1)))
+  return (x32_BTD * inverse_BT1 * scale_11D).astype(x_BTD.dtype)
 
 
 def rotation(position_BT: types.Positions, config: model_config.ModelConfig) -> tuple[jax.Array, jax.Array]:

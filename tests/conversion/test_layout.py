@@ -15,6 +15,7 @@ MODELS = {
     "hf": ("hf", checkpoints.llama()),
     "hf_untied": ("hf", checkpoints.llama(tie_embeddings=False)),
     "gguf": ("gguf", checkpoints.llama()),
+    "gguf_halves": ("gguf_halves", checkpoints.llama()),
     "gguf_mqa": ("gguf", checkpoints.llama(num_kv_heads=1, tie_embeddings=False)),
     "vanilla": ("official_mor", checkpoints.llama()),
     "recursive": ("official_mor", tiny.config(model=dict(router=tiny.FIXED)).model),
@@ -117,5 +118,6 @@ def test_interleaved_rows_rotate_as_neighbours(heads, kind):
   np.testing.assert_allclose(odd, second, rtol=1e-12)
   np.testing.assert_array_equal(layout.deinterleave(layout.interleave(rows, heads), heads), rows)
   model = checkpoints.llama()
+  assert not any(entry.heads for entry in layout.layout(model, "gguf_halves"))
   entries = layout.layout(model, "gguf")
   assert {entry.heads for entry in entries if entry.path == f"params/stack/{kind}"} == {heads}
