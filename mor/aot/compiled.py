@@ -1,8 +1,8 @@
-"""`--mode=compile`: a training step and an engine's tick for a TPU that is not there.
+"""`--mode=compile`: compiles a training step and an engine tick for a TPU, without a TPU.
 
-The TPU compiler runs on any CPU (`pip install 'mor[tpu]'`) and says what a chip would
-hold and do. What a step would take is estimated from a roofline of three times, as if
-each resource ran at its peak and all at once:
+The TPU compiler runs on any CPU (`pip install 'mor[tpu]'`) and reports memory and
+operations of a chip. The time of a step is bounded by a roofline of three times, as if
+each resource ran at its peak and all ran at once:
 
   compute      FLOPs of the executed program (`costs.py`; twice the forward for a
                backward, once more where layers are rematerialised) / peak in bfloat16
@@ -37,9 +37,9 @@ from mor.train import step as step_lib
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Peaks of one chip, as its maker states them: FLOP/s in bfloat16, bytes, bytes/s.
+  """Peaks of one chip from its data sheet: FLOP/s in bfloat16, bytes, bytes/s.
 
-  `links` is the sum over a chip's links of what each sends one way.
+  `links` is the bandwidth in one direction, summed over the links of a chip.
   """
 
   flops: float
@@ -56,17 +56,17 @@ CHIPS = {  # by a part of `device_kind`; cloud.google.com/tpu/docs/v5e, v5p, v6e
 
 
 def devices(topology: str) -> list[Any]:
-  """The chips of a topology, e.g. "v5e:4x4".
+  """Returns the chips of a topology, e.g. "v5e:4x4".
 
   Raises:
-    ValueError: no such topology.
+    ValueError: the topology is unknown.
     OSError: the TPU compiler is not installed.
   """
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU's host
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the host of a TPU
   from jax.experimental import topologies  # pylint: disable=g-import-not-at-top
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-  except Exception as error:  # jaxlib raises its own
+  except Exception as error:  # jaxlib raises exceptions of its own
     if "not installed" in str(error) or "libtpu" in str(error) or isinstance(error, (ImportError, FileNotFoundError)):
       raise OSError("the TPU compiler is not installed; run pip install 'mor[tpu]'") from error
     raise ValueError(f"--topology={topology}: {str(error).splitlines()[0][:160]}; use one such as v5e:4x4, v5p:4x4x4 "
@@ -74,10 +74,10 @@ def devices(topology: str) -> list[Any]:
 
 
 def chip(device: Any) -> Chip:
-  """The peaks of a device.
+  """Returns the peaks of a device.
 
   Raises:
-    ValueError: it is none of `CHIPS`.
+    ValueError: the device is not in `CHIPS`.
   """
   kind = device.device_kind.lower()
   for name, peaks in CHIPS.items():
@@ -86,9 +86,11 @@ def chip(device: Any) -> Chip:
   raise ValueError(f"no peaks of {device.device_kind!r}; add them to CHIPS in mor/aot/compiled.py")
 
 
-def train_step(config: config_lib.Config, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-  """The whole step of a mesh, compiled without an array."""
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+def compile_train_step(config: config_lib.Config, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+  """Compiles the whole training step of a mesh, without any array."""
+  def place(x, placement):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement)
+
   state = jax.tree.map(place, step_lib.state_shapes(config), step_lib.state_shardings(config, mesh))
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.ROWS))
   shape = (config.data.batch_size, config.data.seq_len)
@@ -98,9 +100,9 @@ def train_step(config: config_lib.Config, mesh: jax.sharding.Mesh) -> jax.stages
     return step_lib.make_train_step(config, mesh).jitted.lower(state, batch, None, None).compile()
 
 
-def engine_tick(config: config_lib.Config, device: Any, num_slots: int = 16,
+def compile_tick(config: config_lib.Config, device: Any, num_slots: int = 16,
                 page_size: int = 64) -> jax.stages.Compiled:
-  """One tick of a depth-wise batch on one chip, bfloat16, at the config's context."""
+  """Compiles a tick of the engine for one chip, in bfloat16, with the context of the config."""
   model = config.model
   variables = jax.eval_shape(transformer.Transformer(model).init, jax.random.key(0),
                              jax.ShapeDtypeStruct((1, 1), "int32"))
@@ -120,15 +122,15 @@ def engine_tick(config: config_lib.Config, device: Any, num_slots: int = 16,
     return tick_lib.run(decoder, *trees, num_ticks=1, vocab_size=model.vocab_size, together=False)
 
   one = jax.sharding.SingleDeviceSharding(device)
-  abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
-  shapes = jax.tree.map(abstract, jax.eval_shape(leaves, variables))
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one),
+                        jax.eval_shape(leaves, variables))
   return jax.jit(tick, donate_argnums=1).lower(*shapes).compile()
 
 
 def report(compiled: jax.stages.Compiled) -> dict[str, Any]:
-  """Per chip: memory, XLA's counts (loops once), traffic and collectives (loops multiplied out)."""
+  """Reports memory, counts of XLA (loops once), traffic and collectives (loops multiplied out), per chip."""
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  counted = hlo.costs(compiled.as_text())
+  counted = hlo.measure(compiled.as_text())
   return {
       "hbm_bytes": {"arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
                     "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
@@ -141,7 +143,7 @@ def report(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def bound(config: config_lib.Config, peaks: Chip, num_chips: int, figures: dict[str, Any]) -> dict[str, float]:
-  """The roofline of a step; see the module docstring."""
+  """Returns the roofline of a step; see the module docstring."""
   tokens = config.data.batch_size * config.data.seq_len
   passes = 4 if config.model.remat == "full" else 3
   executed = passes * costs.forward_flops_per_token(config.model, config.data.seq_len, executed=True)
@@ -155,15 +157,15 @@ def bound(config: config_lib.Config, peaks: Chip, num_chips: int, figures: dict[
 
 
 def step_figures(config: config_lib.Config, topology: str) -> dict[str, Any]:
-  """The step's figures on a topology; its mesh is `config.mesh`."""
+  """Returns the figures of a training step on a topology, with the mesh `config.mesh`."""
   found = devices(topology)
   peaks, mesh = chip(found[0]), sharding.make_mesh(config.mesh, found)
-  step = report(train_step(config, mesh))
+  step = report(compile_train_step(config, mesh))
   return {"topology": topology, "chips": mesh.size, "device_kind": found[0].device_kind, "mesh": dict(mesh.shape),
           "hbm_of_a_chip": peaks.memory, "fits": step["hbm_bytes"]["total"] <= peaks.memory, "step": step,
           "bound": bound(config, peaks, mesh.size, step)}
 
 
 def command(config: config_lib.Config, topology: str) -> dict[str, Any]:
-  """All figures of a config on a topology."""
-  return step_figures(config, topology) | {"tick": report(engine_tick(config, devices(topology)[0]))}
+  """Returns all figures of a config on a topology."""
+  return step_figures(config, topology) | {"tick": report(compile_tick(config, devices(topology)[0]))}

@@ -1,11 +1,11 @@
-"""What a compiled program moves: its collectives and memory traffic, loops multiplied out.
+"""Collectives and memory traffic of a compiled program, loops multiplied out.
 
-XLA's own counts take the body of a loop once. Here each instruction counts as often as
-the loops around it run, which the compiler or the loop's condition says; a loop of
-unknown length counts once, and `Costs.unknown_loops` says how many there are.
+XLA itself counts the body of a loop once. Here each instruction counts as often as the
+loops around it run, according to the compiler or to the condition of the loop. A loop of
+unknown length counts once, and `Traffic.unknown_loops` is the number of such loops.
 
-The size of a collective is that of the whole array: what an all-gather gives, what a
-reduce-scatter takes, what the others move.
+The size of a collective is that of the whole array: the output of an all-gather, the
+input of a reduce-scatter, the array of any other collective.
 """
 
 from collections.abc import Iterator
@@ -30,21 +30,21 @@ _TRIPS = re.compile(r'known_trip_count[^\d]*(\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One kind over a whole program: how often it runs, and bytes of all its arrays."""
+  """One kind of collective in a whole program: number of runs, and bytes of all its arrays."""
 
   count: float
   bytes: float
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
-  """Of one device.
+class Traffic:
+  """Traffic of one device.
 
   Attributes:
-    collectives: by kind.
+    collectives: collectives by kind.
     shapes: `(kind, type, times)` of every collective instruction.
-    bytes: read and written by instructions outside of fusions, and by fusions.
-    unknown_loops: whose number of rounds the compiler does not tell.
+    bytes: bytes that fusions, and instructions outside of fusions, read and write.
+    unknown_loops: number of loops of unknown length.
   """
 
   collectives: dict[str, Collective]
@@ -62,7 +62,7 @@ class _Instruction:
 
   @functools.cached_property
   def operands(self) -> list[str]:
-    """Names, as far as the closing parenthesis."""
+    """Names of the operands, up to the closing parenthesis."""
     depth, end = 1, len(self.rest)
     for i, letter in enumerate(self.rest):
       depth += {"(": 1, ")": -1}.get(letter, 0)
@@ -72,8 +72,8 @@ class _Instruction:
     return re.findall(r"%([\w.\-]+)", self.rest[:end])
 
 
-def costs(text: str) -> Costs:
-  """Of a compiled program's text (`jax.stages.Compiled.as_text`)."""
+def measure(text: str) -> Traffic:
+  """Measures the traffic of a compiled program from its text (`jax.stages.Compiled.as_text`)."""
   computations, entry = _parse(text)
   totals: dict[str, list[float]] = {}
   shapes, moved, unknown = [], 0.0, 0
@@ -90,11 +90,11 @@ def costs(text: str) -> Costs:
       if instruction.op not in _FREE and not instruction.op.endswith("-done"):
         moved += times * _traffic(instruction, types, computations)
       unknown += instruction.op == "while" and not _trips(instruction, computations)
-  return Costs({kind: Collective(*total) for kind, total in totals.items()}, tuple(shapes), moved, unknown)
+  return Traffic({kind: Collective(*total) for kind, total in totals.items()}, tuple(shapes), moved, unknown)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-  """Instructions by computation, and the name of the first to run."""
+  """Parses the instructions by computation, and the name of the first computation."""
   computations: dict[str, list[_Instruction]] = {}
   entry, current = "", None
   for line in text.splitlines():
@@ -110,14 +110,14 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _runs(computations, name: str, times: float = 1.0) -> Iterator[tuple[list[_Instruction], float]]:
-  """Computations and how often each runs; fusions belong to the instruction that calls them."""
+  """Yields each computation and its number of runs; a fusion belongs to the instruction that calls it."""
   yield computations[name], times
   for instruction in computations[name]:
     if instruction.op == "fusion" or _kind(instruction.op):
       continue
     trips = _trips(instruction, computations) if instruction.op == "while" else None
     called = _CALLED.findall(instruction.rest)
-    if instruction.op == "conditional":  # one of them runs: the dearest is not known, so the last, the largest width
+    if instruction.op == "conditional":  # one branch runs; take the last one, which has the largest width
       called += re.findall(r"%?([\w.\-]+)", "".join(_BRANCHES.findall(instruction.rest)))[-1:]
     elif instruction.op not in ("while", "call", "async-start"):
       continue
@@ -126,7 +126,7 @@ def _runs(computations, name: str, times: float = 1.0) -> Iterator[tuple[list[_I
 
 
 def _trips(loop: _Instruction, computations) -> int | None:
-  """How often a loop runs, as the compiler notes or its condition says: a counter from 0 below a constant."""
+  """Returns the number of rounds of a loop, from a note of the compiler or a condition `counter < constant`."""
   noted = _TRIPS.search(loop.rest)
   if noted:
     return int(noted[1])
@@ -139,13 +139,13 @@ def _trips(loop: _Instruction, computations) -> int | None:
 
 
 def _kind(op: str) -> str | None:
-  """Which collective an instruction is; of a pair of start and done, the start."""
+  """Returns the kind of a collective; of a pair of start and done, only the start has one."""
   op = op.removesuffix("-start")
   return op if op in _COLLECTIVES else None
 
 
 def _traffic(instruction: _Instruction, types: dict[str, str], computations) -> float:
-  """Bytes read and written."""
+  """Returns the bytes that an instruction reads and writes."""
   if instruction.op == "dynamic-slice":
     return 2 * size(instruction.type)
   if instruction.op == "dynamic-update-slice":
@@ -164,7 +164,7 @@ def _traffic(instruction: _Instruction, types: dict[str, str], computations) -> 
 
 
 def _sliced(body: list[_Instruction]) -> dict[int, float]:
-  """Bytes read of those parameters of a fusion of which only slices are."""
+  """Returns the bytes read of each parameter of a fusion that is only sliced."""
   read = {}
   for parameter in body:
     if parameter.op != "parameter":
@@ -177,7 +177,7 @@ def _sliced(body: list[_Instruction]) -> dict[int, float]:
 
 
 def size(kind: str) -> float:
-  """Bytes of an array's or of a tuple's type."""
+  """Returns the bytes of the type of an array or of a tuple."""
   return sum(_arrays(kind))
 
 
@@ -186,4 +186,5 @@ def _largest(kind: str) -> float:
 
 
 def _arrays(kind: str) -> list[float]:
-  return [_BYTES.get(name, 4) * math.prod(int(n) for n in shape.split(",") if n) for name, shape in _ARRAY.findall(kind)]
+  return [_BYTES.get(name, 4) * math.prod(int(n) for n in shape.split(",") if n)
+          for name, shape in _ARRAY.findall(kind)]

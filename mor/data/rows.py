@@ -7,10 +7,9 @@ so every token is a target exactly once:
 
   record r = stream[r*T : r*T + T + 1]; inputs are all but its last, targets all but its first
 
-Only the last record may be shorter. `batch(step)` is computed from the step
-alone: rows step*B .. step*B + B-1 of an endless sequence in which every epoch
-is another permutation of the records. So the position in the data is one
-integer, whatever the number of processes.
+Only the last record may be shorter. `batch(step)` is a function of the step alone: rows
+step*B .. step*B + B-1 of an endless sequence in which every epoch is another permutation
+of the records. So the position in the data is one integer, for any number of processes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ Made = TypeVar("Made")
 
 def write(path: pathlib.Path, documents: Sequence[np.ndarray], eos_id: int, seq_len: int,
           dtype: type[np.integer]) -> None:
-  """Writes token documents as records; reading takes the same `dtype` and `seq_len`."""
+  """Writes documents of token ids as records; `PackedRows` must have the same `dtype` and `seq_len`."""
   from array_record.python import array_record_module
 
   eos_1 = np.array([eos_id], dtype)
@@ -38,16 +37,16 @@ def write(path: pathlib.Path, documents: Sequence[np.ndarray], eos_id: int, seq_
   writer.close()
 
 
-class Rows:
+class PackedRows:
   """The records of one file.
 
   Args:
-    path: written by `write`.
-    eos_id: opens documents.
+    path: file that `write` wrote.
+    eos_id: token that opens a document.
     seq_len: tokens in a row (T).
     batch_size: rows of the global batch (B).
-    seed: of the order of training.
-    dtype: of the records.
+    seed: seed of the training order.
+    dtype: dtype of the records.
   """
 
   def __init__(self, path: pathlib.Path, *, eos_id: int, seq_len: int, batch_size: int, seed: int,
@@ -63,7 +62,7 @@ class Rows:
     self._endless = grain.MapDataset.source(self._source).seed(seed).shuffle().repeat()
 
   def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-    """The global batch of a step, or only `rows` of it (one process's share).
+    """Returns the global batch of a step, or only its `rows` (the share of one process).
 
     Returns:
       `tokens_BT`, `target_BT`, `segment_BT` (int32; 0 is padding, documents count
@@ -74,11 +73,11 @@ class Rows:
     return self._assemble([self._endless[place] for place in places])
 
   def in_order(self, batch_size: int, max_rows: int = 0) -> Iterator[Batch]:
-    """Every row once, in the order of the text; the last batch is padded with empty rows.
+    """Yields every row once, in the order of the text; empty rows fill the last batch.
 
     Args:
       batch_size: rows of each batch.
-      max_rows: 0, or how many rows to read, spread evenly over all of them.
+      max_rows: number of rows to read, spread evenly over the text; 0 reads all.
     """
     num = min(max_rows or self.num_rows, self.num_rows)
     chosen = [index * self.num_rows // num for index in range(num)]
@@ -105,7 +104,7 @@ class Rows:
 
 
 def prefetch(batch_fn: Callable[[int], Made], start: int, stop: int) -> Iterator[Made]:
-  """Yields batch_fn(start) .. batch_fn(stop - 1); a thread makes the next one while the current one is used."""
+  """Yields batch_fn(start) .. batch_fn(stop - 1), and makes the next batch in a thread."""
   with futures.ThreadPoolExecutor(max_workers=1) as pool:
     pending = pool.submit(batch_fn, start) if start < stop else None
     for step in range(start, stop):

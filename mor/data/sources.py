@@ -1,9 +1,9 @@
-"""Where documents come from: `data.source` in, `Documents` out.
+"""Sources of documents: `data.source` in, `Documents` out.
 
   sotu             the shipped State of the Union addresses
   tfds:NAME        a TFDS dataset prepared as ArrayRecord in the user's TFDS directory
   hf:DIR           a Hugging Face dataset written by `save_to_disk`
-  PATH or GLOB     files that `readers` knows, in order of name
+  PATH or GLOB     files of the formats in `readers.py`, in order of name
 
 NAME and DIR may end in `#SPLIT` (default `#train`). Nothing is downloaded.
 """
@@ -22,12 +22,11 @@ from mor.data import readers
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """Texts that can be read again and again.
+  """Texts that can be read several times.
 
   Attributes:
-    parts: what the texts depend on, one string a file: name, size, time of
-      change. Equal parts mean equal texts.
-    read: starts a pass over the texts.
+    parts: one string per file: name, size, time of change. Equal parts mean equal texts.
+    read: function that starts a pass over the texts.
   """
 
   parts: tuple[str, ...]
@@ -42,12 +41,12 @@ class Documents:
 
 
 def open_source(source: str, text_key: str, cache_root: pathlib.Path) -> Documents:
-  """The documents of `data.source` or `data.validation_source`.
+  """Returns the documents of `data.source` or `data.validation_source`.
 
   Raises:
     FileNotFoundError: no such file or directory.
-    ValueError: the source exists and cannot be used. Content is checked when it
-      is read.
+    ValueError: the source exists and cannot be used. The content is checked only when
+      it is read.
   """
   if source == "sotu":
     return _open_sotu(cache_root)

@@ -1,12 +1,12 @@
-"""Which documents train and which are held out.
+"""The split of documents into training and held-out text.
 
-Documents are numbered in the order of the source (blank ones do not count); the
-`validation_fraction` of them that `shuffled` puts first is held out, at least
-one. A source of a single document is cut near its end, at a line break where it
-has one. With `data.validation_source` every document of `data.source` trains.
+Documents are numbered in the order of the source, without blank ones. `shuffle` permutes
+the numbers, and the first `validation_fraction` of them, at least one, is held out. If
+the source is a single document, it is cut near its end, at a line break if possible. With
+`data.validation_source`, all documents of `data.source` are training text.
 
-Orders come from a hash of (seed, number), so they are the same on every machine
-and with every NumPy.
+Permutations come from a hash of (seed, number), so they are the same on every machine
+and with every version of NumPy.
 """
 
 from collections.abc import Iterator
@@ -21,19 +21,19 @@ from mor.data import sources
 SAMPLE_BYTES = 16_000_000  # of training text, for training a tokenizer
 
 
-def shuffled(num: int, seed: int, purpose: str) -> list[int]:
-  """A permutation of range(num); `purpose` keeps uses of one seed independent."""
+def shuffle(num: int, seed: int, purpose: str) -> list[int]:
+  """Returns a permutation of range(num); different values of `purpose` give independent ones."""
   return sorted(range(num), key=lambda i: hashlib.sha256(f"{purpose} {seed} {i}".encode()).digest())
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Documents by use; nothing is read before one of them is iterated.
+  """Documents by use; nothing is read before the first iteration.
 
   Attributes:
-    train: in the order of the source.
-    held_out: in the order of its source.
-    sample: a random choice of `train`, `SAMPLE_BYTES` at most.
+    train: training documents, in the order of the source.
+    held_out: held-out documents, in the order of their source.
+    sample: random selection from `train`, `SAMPLE_BYTES` at most.
   """
 
   train: sources.Documents
@@ -42,15 +42,15 @@ class Split:
 
 
 def make(config: config_lib.DataConfig, cache_root: pathlib.Path) -> Split:
-  """Splits `data.source`, or pairs it with `data.validation_source`.
+  """Splits `data.source`, or combines it with `data.validation_source`.
 
   Raises:
     FileNotFoundError: a source does not exist.
-    ValueError: a source cannot be used, or a file trains and is held out too.
-      Empty sources raise when they are read.
+    ValueError: a source cannot be used, or a file is in both sources. An empty source
+      raises when it is read.
   """
   source = sources.open_source(config.source, config.text_key, cache_root)
-  plan = _Plan(config, source)
+  selection = _Selection(config, source)
   parts = (*source.parts, config.text_key, str(config.max_bytes))
   if config.validation_source:
     held_out = sources.open_source(config.validation_source, config.text_key, cache_root)
@@ -63,14 +63,14 @@ def make(config: config_lib.DataConfig, cache_root: pathlib.Path) -> Split:
                                  functools.partial(_read_all, config.validation_source, held_out))
   else:
     parts = (*parts, str(config.validation_fraction), str(config.shuffle_seed))
-    held_out = sources.Documents((*parts, "held out"), functools.partial(plan.read, held_out=True))
+    held_out = sources.Documents((*parts, "held out"), functools.partial(selection.read, held_out=True))
   return Split(
-      train=sources.Documents((*parts, "train"), functools.partial(plan.read, held_out=False)),
+      train=sources.Documents((*parts, "train"), functools.partial(selection.read, held_out=False)),
       held_out=held_out,
-      sample=sources.Documents((*parts, "sample", str(config.shuffle_seed)), plan.read_sample))
+      sample=sources.Documents((*parts, "sample", str(config.shuffle_seed)), selection.read_sample))
 
 
-class _Plan:
+class _Selection:
   """Numbers the documents of a source in one pass, then reads them by use."""
 
   def __init__(self, config: config_lib.DataConfig, source: sources.Documents):
@@ -84,7 +84,7 @@ class _Plan:
 
   def read_sample(self) -> Iterator[str]:
     left, allowed = SAMPLE_BYTES, {}
-    for index in shuffled(len(self._num_bytes), self._config.shuffle_seed, "sample"):
+    for index in shuffle(len(self._num_bytes), self._config.shuffle_seed, "sample"):
       if index not in self._held_out and left > 0:
         allowed[index] = left
         left -= self._num_bytes[index]
@@ -112,7 +112,7 @@ class _Plan:
       return frozenset([1])
     num = len(self._num_bytes)
     num_held_out = min(num - 1, max(1, round(self._config.validation_fraction * num)))
-    return frozenset(shuffled(num, self._config.shuffle_seed, "split")[:num_held_out])
+    return frozenset(shuffle(num, self._config.shuffle_seed, "split")[:num_held_out])
 
   def _texts(self, is_single: bool) -> Iterator[str]:
     left = self._config.max_bytes or None

@@ -1,10 +1,10 @@
-"""From `DataConfig` to batches: split, tokenise, pack, keep, read.
+"""From `DataConfig` to batches: split, tokenise, pack, cache, read.
 
   source -> split -> tokenizer -> rows (in the cache, written once) -> batch(step)
 
-A directory of the cache is named by a hash of everything that its content
-depends on: the source's files (name, size, time of change), the split, the
-tokenizer and the row length. A second run starts reading rows at once.
+The name of a cache directory is a hash of everything that its content depends on: the
+files of the source (name, size, time of change), the split, the tokenizer and the row
+length. So a second run reads the rows at once.
 """
 
 from collections.abc import Iterable
@@ -34,30 +34,30 @@ class Corpus:
     tokenizer: see `tokenizer.Tokenizer`.
     train: rows of shuffled training documents.
     validation: rows of the held-out documents.
-    directory: where the cache keeps them.
+    directory: cache directory of the rows.
   """
 
   tokenizer: tokenizer_lib.Tokenizer
-  train: rows_lib.Rows
-  validation: rows_lib.Rows
+  train: rows_lib.PackedRows
+  validation: rows_lib.PackedRows
   directory: pathlib.Path
 
   def validation_text(self) -> str:
-    """The held-out documents, end to end: the bytes that the validation targets stand for."""
+    """Returns the held-out documents, end to end: the text of the validation targets."""
     return (self.directory / "validation.txt").read_bytes().decode("utf-8")
 
 
 def load(config: config_lib.DataConfig, vocab_size: int) -> Corpus:
-  """Opens the corpus of a config, tokenising it at first use.
+  """Opens the corpus of a config, and tokenises it at first use.
 
   Args:
-    config: what to read.
-    vocab_size: of the model.
+    config: source, split, tokenizer and row length.
+    vocab_size: vocabulary size of the model.
 
   Raises:
     FileNotFoundError: a source or tokenizer does not exist.
-    ValueError: a source or tokenizer cannot be used, or does not fit the model
-      or the batch.
+    ValueError: a source or tokenizer cannot be used, or the model or the batch
+      does not fit it.
     OSError: the cache cannot be written.
   """
   if not 0 <= config.shuffle_seed < 2**32:
@@ -70,7 +70,7 @@ def load(config: config_lib.DataConfig, vocab_size: int) -> Corpus:
                      f"model.vocab_size={tokenizer.vocab_size} or more")
   directory = _prepare(config, split, tokenizer)
   train, validation = (
-      rows_lib.Rows(directory / f"{name}.array_record", eos_id=tokenizer.eos_id,
+      rows_lib.PackedRows(directory / f"{name}.array_record", eos_id=tokenizer.eos_id,
                     seq_len=config.seq_len, batch_size=config.batch_size, seed=config.shuffle_seed,
                     dtype=_dtype(tokenizer))
       for name in ("train", "validation"))
@@ -82,7 +82,7 @@ def load(config: config_lib.DataConfig, vocab_size: int) -> Corpus:
 
 
 def load_tokenizer(config: config_lib.DataConfig) -> tokenizer_lib.Tokenizer:
-  """The tokenizer alone; reads the corpus only when "bpe:SIZE" is not in the cache."""
+  """Returns the tokenizer; reads the corpus only if "bpe:SIZE" is not in the cache."""
   texts = None
   if config.tokenizer.startswith("bpe:"):
     texts = split_lib.make(config, cache.root(config.cache_dir)).sample
@@ -98,7 +98,7 @@ def _prepare(config: config_lib.DataConfig, split: split_lib.Split,
     start = time.monotonic()
     logging.info("Tokenising %s with %s ...", config.source, config.tokenizer)
     documents = _tokenise(split.train, tokenizer)
-    order = split_lib.shuffled(len(documents), config.shuffle_seed, "order")
+    order = split_lib.shuffle(len(documents), config.shuffle_seed, "order")
     held_out = list(split.held_out)
     (directory / "validation.txt").write_bytes("".join(held_out).encode("utf-8"))
     for part, arrays in (("train", [documents[i] for i in order]),

@@ -1,11 +1,11 @@
-"""Text to token ids and back, and how many bytes of text each id stands for.
+"""Text to token ids and back, and the bytes of text that each id encodes.
 
   bytes      every byte is a token; id 256 opens a document (vocabulary 257)
   PATH.json  any file of the `tokenizers` library
   bpe:SIZE   byte-level BPE, trained on the training text at first use and kept
 
-Text that spells a special token is encoded as ordinary text: only the pipeline
-writes `eos_id`. Decoding byte-level tokens gives the text back exactly.
+Text that spells a special token is encoded as ordinary text: only the data pipeline
+writes `eos_id`. Byte-level tokens decode to exactly the same text.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,20 +25,20 @@ from mor.data import sources
 
 END_OF_TEXT = ("<|endoftext|>", "<|im_end|>", "</s>", "<eos>")
 _PIECE_CHARACTERS = 65536
-# GPT-2's pattern always parts words here, so pieces cut here encode as the whole.
+# The pattern of GPT-2 always splits words here, so a text cut here has the same tokens.
 _WORD_BREAK = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-  """What the rest of the project uses of a tokenizer.
+  """The interface of a tokenizer.
 
   Attributes:
     vocab_size: one more than the largest id.
     eos_id: opens every document; also the target of a document's last token.
-    num_bytes_V: bytes of text each id stands for, 0 for special tokens; exact
-      where tokens are bytes or byte-level BPE.
-    identity: changes when the encoding of any text may.
+    num_bytes_V: bytes of text that each id encodes, 0 for special tokens; exact
+      if tokens are bytes or byte-level BPE.
+    identity: text that changes whenever the encoding of a text may change.
     serialized: the same tokenizer as a `tokenizers` .json.
   """
 
@@ -49,22 +49,22 @@ class Tokenizer(Protocol):
   serialized: str
 
   def encode(self, text: str) -> np.ndarray:
-    """Ids of the text, int32, without special tokens."""
+    """Returns the ids of the text, int32, without special tokens."""
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """`encode` of each text, on all cores."""
+    """Encodes each text, on all cores."""
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
-    """Text of the ids; special tokens give none, broken UTF-8 gives U+FFFD."""
+    """Returns the text of the ids; special tokens add nothing, broken UTF-8 becomes U+FFFD."""
 
 
 def load(config: config_lib.DataConfig, texts: sources.Documents | None) -> Tokenizer:
-  """The tokenizer that `data.tokenizer` names.
+  """Returns the tokenizer that `data.tokenizer` names.
 
   Args:
-    config: `tokenizer` and `cache_dir` are read.
-    texts: what "bpe:SIZE" is trained on; not read when it is in the cache, and None
-      does for the others.
+    config: config with the fields `tokenizer` and `cache_dir`.
+    texts: training text of "bpe:SIZE", read only if that is not in the cache; None
+      for any other tokenizer.
 
   Raises:
     FileNotFoundError: no such file.
@@ -89,7 +89,7 @@ def load(config: config_lib.DataConfig, texts: sources.Documents | None) -> Toke
 
 
 class ByteTokenizer:
-  """Ids are the bytes of UTF-8."""
+  """A tokenizer whose ids are the bytes of UTF-8."""
 
   vocab_size = 257
   eos_id = 256
@@ -124,7 +124,7 @@ class JsonTokenizer:
     serialized: content of its .json file.
 
   Raises:
-    ValueError: not such a file, or it has none of `END_OF_TEXT`.
+    ValueError: the file is of another kind, or has none of `END_OF_TEXT`.
   """
 
   def __init__(self, serialized: str):
@@ -180,14 +180,14 @@ class JsonTokenizer:
 
 
 def _byte_characters() -> dict[int, str]:
-  """The character that stands for each byte in byte-level BPE (GPT-2)."""
+  """Returns the character that encodes each byte in byte-level BPE (GPT-2)."""
   printable = [*range(ord("!"), ord("~") + 1), *range(0xa1, 0xad), *range(0xae, 0x100)]
   others = [byte for byte in range(256) if byte not in printable]
   return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def split_pieces(text: str) -> Iterator[str]:
-  """Cuts a long text between words: one call on all of it needs 130 times its bytes."""
+  """Cuts a long text between words, because one call on the whole text needs 130 times its bytes."""
   start = 0
   while len(text) - start > _PIECE_CHARACTERS:
     found = _WORD_BREAK.search(text, start + _PIECE_CHARACTERS)
@@ -226,7 +226,7 @@ def _is_byte_level(fields: dict[str, Any]) -> bool:
 
 
 def _splits_words(fields: dict[str, Any]) -> bool:
-  """True where a text may be cut at `_WORD_BREAK` without changing its tokens."""
+  """Returns True if cutting a text at `_WORD_BREAK` does not change its tokens."""
   before = fields["pre_tokenizer"] or {}
   return fields["normalizer"] is None and any(
       part["type"] == "ByteLevel" and part["use_regex"]

@@ -1,13 +1,14 @@
-"""Every held-out figure of a trained model, for comparisons between models.
+"""All held-out figures of a trained model, for comparisons between models.
 
-  val     the validation split of the training corpus
-  texts   other files: packed into rows like the corpus, read with its tokenizer
+  val     validation split of the training corpus
+  texts   other files, packed into rows with the tokenizer of the corpus
   blimp   accuracy on minimal pairs, causal routing
 
-A file that is not there is left out and listed in `missing`.
+`missing` lists the files that do not exist; they are not measured.
 """
 
 from collections.abc import Callable
+import functools
 import pathlib
 from typing import Any
 
@@ -32,10 +33,10 @@ class Judge:
     """Reads the sets.
 
     Args:
-      study: which sets, and how much of each.
+      study: names and sizes of the sets.
       data: row length and batch size.
-      corpus: gives the tokenizer and the validation rows.
-      directory: where tokenised texts are written.
+      corpus: tokenizer and validation rows.
+      directory: directory for the tokenised texts.
     """
     self._study, self._data, self._corpus = study, data, corpus
     paths = {name: pathlib.Path(path).expanduser() for name, path in study.texts.items()}
@@ -46,27 +47,27 @@ class Judge:
     self._pairs = [] if "blimp" in self.missing else blimp.read(pairs, study.blimp_pairs)
 
   def make(self, config: config_lib.Config, mesh: Mesh) -> Callable[[dict, dict], dict[str, Any]]:
-    """`figures(params, balance) -> {set: metrics}`, compiled once for all states of a model."""
+    """Makes `measure(params, balance) -> {set: metrics}`, compiled once for all states of a model."""
     tokenizer, batch_size = self._corpus.tokenizer, self._data.batch_size
     evaluate = evaluate_lib.make(config, mesh, tokenizer.num_bytes_V)
     log_prob = minimal_pairs.make(config, mesh, tokenizer.eos_id)
 
-    def figures(params: dict, balance: dict) -> dict[str, Any]:
+    def measure(params: dict, balance: dict) -> dict[str, Any]:
       found = {"val": evaluate(params, balance, self._corpus.validation.in_order(batch_size, self._study.final_rows))}
       for name, rows in self._texts.items():
         found[name] = evaluate(params, balance, rows.in_order(batch_size, self._study.text_rows))
       if self._pairs:
-        score = lambda sentences: log_prob(params, balance, sentences)
+        score = functools.partial(log_prob, params, balance)
         found["blimp"] = {"accuracy": minimal_pairs.accuracy(self._pairs, tokenizer.encode, score),
                           "pairs": len(self._pairs)}
       return found
 
-    return figures
+    return measure
 
-  def _pack(self, path: pathlib.Path, target: pathlib.Path) -> rows_lib.Rows:
+  def _pack(self, path: pathlib.Path, target: pathlib.Path) -> rows_lib.PackedRows:
     tokenizer, dtype = self._corpus.tokenizer, np.uint32
     documents = tokenizer.encode_batch(list(readers.read(path, self._data.text_key)))
     target.parent.mkdir(parents=True, exist_ok=True)
     rows_lib.write(target, documents, tokenizer.eos_id, self._data.seq_len, dtype)
-    return rows_lib.Rows(target, eos_id=tokenizer.eos_id, seq_len=self._data.seq_len,
+    return rows_lib.PackedRows(target, eos_id=tokenizer.eos_id, seq_len=self._data.seq_len,
                          batch_size=self._data.batch_size, seed=0, dtype=dtype)

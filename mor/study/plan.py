@@ -1,14 +1,13 @@
-"""A study as a list of training runs: who trains how long, and where runs fork.
+"""A study as a list of training runs: their lengths, and the steps at which runs fork.
 
-At equal forward FLOPs (embedding free, head counted) a member trains
+At equal forward FLOPs (without the embedding, with the head) a member trains
 
-  steps = reference's steps * FLOPs per token of the reference / of the member
+  steps = steps of the reference * FLOPs per token of the reference / of the member
 
-which gives it another number of tokens. To compare at equal tokens too, every
-member longer than the shortest forks: its shorter run shares with the longer
-one all steps at which both have the same learning rate (with WSD the warm-up
-and the plateau), so only its own cooldown is trained anew. The fork is exactly
-the run that would have been trained for the shorter time.
+so members see different numbers of tokens. To compare at equal tokens too, every member
+that trains longer than the shortest one forks: its short run and its full run share all
+steps with the same learning rate (with WSD, the warm-up and the plateau), and only the
+cooldown of the short run is trained anew. The result is exactly a run of the shorter length.
 
 Source: trapezoid schedules as in Hägele et al. 2024; MoR paper App. C.
 """
@@ -31,7 +30,7 @@ _KEEP_ALL = 1000  # the checkpoint at the fork must outlive later ones
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-  """One model of a study: fields that differ from the study's config."""
+  """One model of a study: the fields that differ from the config of the study."""
 
   name: str
   label: str
@@ -40,16 +39,16 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """What a study file's `get_study` returns."""
+  """The result of `get_study` in a study file."""
 
-  reference: str  # member whose steps are train.steps of the config
+  reference: str  # name of the member that trains train.steps of the config
   members: tuple[Member, ...]
-  seeds: tuple[int, ...]  # of parameters; the data is the same for all
-  final_rows: int  # held-out rows of the final figures; 0 reads all
+  seeds: tuple[int, ...]  # seeds of the parameters; all runs see the same data
+  final_rows: int  # held-out rows for the final figures; 0 reads all
   texts: Mapping[str, str]  # name and file of other held-out texts
-  text_rows: int  # rows of each of them; 0 reads all
+  text_rows: int  # rows of each text; 0 reads all
   blimp: str  # file of minimal pairs
-  blimp_pairs: int  # pairs of each paradigm
+  blimp_pairs: int  # pairs per paradigm
 
   def __post_init__(self):
     names = [member.name for member in self.members]
@@ -69,10 +68,10 @@ class Run:
   """One member with one seed.
 
   Attributes:
-    member: whose run it is.
-    full: trained to the budget.
-    short: trained to the tokens of the shortest member; None where it is `full`.
-    fork: steps that `short` has in common with `full`.
+    member: member of the study.
+    full: config of the run to the budget.
+    short: config of the run to the tokens of the shortest member; None if that is `full`.
+    fork: number of first steps that `short` and `full` share.
   """
 
   member: Member
@@ -89,7 +88,7 @@ def read(path: str) -> Study:
   """Returns the study that a config file describes.
 
   Raises:
-    ValueError: the file has no `get_study`, or what it returns is no study.
+    ValueError: the file has no `get_study`, or its result is no study.
   """
   made = runpy.run_path(path)
   if "get_study" not in made:
@@ -98,7 +97,7 @@ def read(path: str) -> Study:
 
 
 def from_dict(fields: Mapping[str, Any]) -> Study:
-  """Builds a `Study`, strictly."""
+  """Builds a `Study` from exactly its fields."""
   known = {field.name for field in dataclasses.fields(Study)}
   if set(fields) != known:
     raise ValueError(f"get_study() returns {', '.join(fields)}; return {', '.join(sorted(known))}")
@@ -107,21 +106,21 @@ def from_dict(fields: Mapping[str, Any]) -> Study:
 
 
 def make(base: config_lib.Config, study: Study) -> list[Run]:
-  """All runs, seed by seed.
+  """Makes the runs of all members, seed by seed.
 
   Raises:
-    ValueError: an override does not fit, or changes the rows or the steps.
+    ValueError: an override is invalid, or changes the data or the steps.
   """
   configs = {member.name: override(base, member) for member in study.members}
   reference = forward_flops(configs[study.reference])
   steps = {name: max(1, round(base.train.steps * reference / forward_flops(c))) for name, c in configs.items()}
   shortest = min(steps.values())
-  return [_run(member, seeded(configs[member.name], seed), steps[member.name], shortest)
+  return [_run(member, with_seed(configs[member.name], seed), steps[member.name], shortest)
           for seed in study.seeds for member in study.members]
 
 
 def override(base: config_lib.Config, member: Member) -> config_lib.Config:
-  """The config of a member, before its steps are set."""
+  """Returns the config of a member, without its number of steps."""
   fields = config_lib.to_dict(base)
   config = config_lib.from_dict(_merged(fields, member.overrides))
   if config.data != base.data or config.train.steps != base.train.steps:
@@ -131,17 +130,17 @@ def override(base: config_lib.Config, member: Member) -> config_lib.Config:
 
 
 def forward_flops(config: config_lib.Config) -> float:
-  """Forward FLOPs per token, with the head."""
+  """Returns the forward FLOPs per token, with the head."""
   return costs.forward_flops_per_token(config.model, config.data.seq_len)
 
 
-def seeded(config: config_lib.Config, seed: int) -> config_lib.Config:
-  """The same with another seed of parameters."""
+def with_seed(config: config_lib.Config, seed: int) -> config_lib.Config:
+  """Returns the config with another seed of the parameters."""
   return dataclasses.replace(config, seed=seed)
 
 
 def shared_steps(a: config_lib.Config, b: config_lib.Config) -> int:
-  """Leading steps at which two runs have the same learning rate."""
+  """Counts the first steps at which two runs have the same learning rate."""
   step = jnp.arange(min(a.train.steps, b.train.steps))
   differ = np.asarray(optim.learning_rate(a)(step)) != np.asarray(optim.learning_rate(b)(step))
   return int(np.argmax(differ)) if differ.any() else len(step)

@@ -2,8 +2,8 @@
 
   python -m mor.study.report --json=STUDY.json
 
-writes STUDY.md and STUDY.png beside it. With several seeds, cells are the mean
-and, after ±, the standard deviation over seeds.
+writes STUDY.md and STUDY.png beside it. With several seeds, a cell is the mean and, after
+±, the standard deviation over the seeds.
 """
 
 import argparse
@@ -22,7 +22,7 @@ _Cell = Callable[[Result, Mapping[str, Any]], float | None]
 
 
 def _figure(name: str, key: str, scale: float = 1.0) -> _Cell:
-  """Reads `figures[name][key]` of an end, None where it was not measured."""
+  """Makes a function that reads `figures[name][key]` of an end; None if it was not measured."""
   def read(result: Result, end: Mapping[str, Any]) -> float | None:
     del result
     value = end["figures"].get(name, {}).get(key)
@@ -57,7 +57,7 @@ _TIME: tuple[tuple[str, str, _Cell], ...] = (
 
 
 def tables(study: Mapping[str, Any]) -> str:
-  """Both comparisons as Markdown, with what a reader must know of them."""
+  """Formats both comparisons as Markdown, with their conditions."""
   return "\n".join([
       *_preface(study), "", "**Equal forward FLOPs**", "", *_table(study, "equal_flops", (*_MODEL, *_END, *_TIME)), "",
       "**Equal tokens**", "", *_table(study, "equal_tokens", (*_MODEL, *_END)), "", *_loads(study), ""])
@@ -72,7 +72,7 @@ def write(directory: str | os.PathLike, study: Mapping[str, Any], name: str = "s
 
 
 def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
-  """Writes all or nothing."""
+  """Writes a JSON file, all or nothing."""
   path.parent.mkdir(parents=True, exist_ok=True)
   fresh = path.with_suffix(".json.tmp")
   fresh.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
@@ -80,10 +80,10 @@ def write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads what `write_json` wrote.
+  """Reads a JSON file.
 
   Raises:
-    ValueError: it is not JSON.
+    ValueError: the file is not JSON.
   """
   try:
     return json.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def _preface(study: Mapping[str, Any]) -> list[str]:
 
 
 def _short(commit: str | None) -> str:
-  """A commit's first digits, and whether the code differed from it."""
+  """Returns the first digits of a commit, and the mark of changed code."""
   digits, plus, changes = (commit or "unknown").partition("+")
   return digits[:10] + plus + changes
 
@@ -118,12 +118,12 @@ def _short(commit: str | None) -> str:
 def _table(study: Mapping[str, Any], end: str, columns: Sequence[tuple[str, str, _Cell]]) -> list[str]:
   heads = ["model", *(heading for heading, _, _ in columns)]
   rows = [[label, *(_cell([read(r, r[end]) for r in results], form) for _, form, read in columns)]
-          for label, results in members(study).items()]
+          for label, results in group_by_label(study).items()]
   return [_line(heads), _line(["---"] + ["---:"] * len(columns)), *map(_line, rows)]
 
 
-def members(study: Mapping[str, Any]) -> dict[str, list[Result]]:
-  """Results by label, one for each seed."""
+def group_by_label(study: Mapping[str, Any]) -> dict[str, list[Result]]:
+  """Groups the results by label; a group has one result per seed."""
   groups = {}
   for result in study["results"]:
     groups.setdefault(result["label"], []).append(result)
@@ -139,9 +139,9 @@ def _cell(values: Sequence[float | None], form: str) -> str:
 
 
 def _loads(study: Mapping[str, Any]) -> list[str]:
-  """How far the counted FLOPs are those of the loads that were measured."""
+  """Compares the loads that the FLOPs assume with the measured loads."""
   lines = []
-  for label, results in members(study).items():
+  for label, results in group_by_label(study).items():
     val, nominal = results[0]["equal_flops"]["figures"]["val"], results[0]["nominal_load"]
     if "nll_oracle" in val:
       measured = {name: "/".join(f"{val[f'load_{name}_{r + 1}']:.2f}" for r in range(len(nominal)))
@@ -156,7 +156,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Makes the tables and the figure again."""
+  """Makes the tables and the figure from a JSON file."""
   parser = argparse.ArgumentParser(prog="python -m mor.study.report")
   parser.add_argument("--json", required=True, type=pathlib.Path, help="study.json of a study")
   path = parser.parse_args(argv).json

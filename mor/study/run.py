@@ -1,12 +1,12 @@
-"""A study: every member trained at equal forward FLOPs, and at equal tokens.
+"""A study: all members are trained at equal forward FLOPs, and at equal tokens.
 
-  WORKDIR/MEMBER-seedS/full     the run to the budget, as `--mode=train` leaves it
-  WORKDIR/MEMBER-seedS/short    the run to the shortest member's tokens
-  WORKDIR/results/*.json        one finished member with one seed
-  WORKDIR/study.json, .md, .png what `study_report` makes of them
+  WORKDIR/MEMBER-seedS/full     run to the budget, with the files of `--mode=train`
+  WORKDIR/MEMBER-seedS/short    run to the tokens of the shortest member
+  WORKDIR/results/*.json        result of one member with one seed
+  WORKDIR/study.json, .md, .png report on all results (`study/report.py`)
 
-Running the same command again skips what is finished and resumes what is not.
-Of a finished run only the last checkpoint stays.
+The same command, run again, skips finished members and resumes the rest. A finished run
+keeps only its last checkpoint.
 """
 
 import dataclasses
@@ -37,24 +37,24 @@ from mor.train import metrics as metrics_lib
 
 
 def run(base: config_lib.Config, study: study_plan.Study, workdir: str | os.PathLike, command: str) -> bool:
-  """Trains and judges all members; True when the study is complete.
+  """Trains and judges all members; returns True if the study is complete.
 
   Args:
-    base: what members share; its steps are those of the reference.
-    study: the members and the held-out sets.
-    workdir: of the study.
-    command: what was typed, for the record.
+    base: config of the reference, which the members override.
+    study: members and held-out sets.
+    workdir: directory of the study.
+    command: command line, for the record.
 
   Raises:
     FloatingPointError: a member diverges.
-    OSError: something cannot be written.
-    ValueError: the study, its data or the workdir do not fit.
+    OSError: a file cannot be written.
+    ValueError: the study, its data and the workdir do not fit together.
   """
   if jax.process_count() > 1:
     raise ValueError(f"a study runs in one process, here are {jax.process_count()}; train its members one by one")
   workdir = paths.local(workdir, "study")
   runs = study_plan.make(base, study)
-  results = [_finished(workdir, study, one) for one in runs]  # complains before anything trains
+  results = [_finished(workdir, study, one) for one in runs]  # raises before any training
   corpus = text.load(base.data, base.model.vocab_size)
   judge = judge_lib.Judge(study, base.data, corpus, workdir / "texts")
   header = _header(base, study, command) | {"missing": judge.missing}
@@ -73,7 +73,7 @@ def run(base: config_lib.Config, study: study_plan.Study, workdir: str | os.Path
 
 
 def _train_and_judge(directory: pathlib.Path, one: study_plan.Run, judge: judge_lib.Judge) -> dict[str, Any] | None:
-  """The result of a member; None where a signal stopped its training."""
+  """Returns the result of a member; None if a signal stopped its training."""
   if loop.train(one.full, directory / "full", report.finish).summary is None:
     return None
   if one.short is not None:
@@ -87,14 +87,15 @@ def _train_and_judge(directory: pathlib.Path, one: study_plan.Run, judge: judge_
   result["curve"] = _curve(rows)
   result["short_curve"] = _curve(metrics_lib.read(directory / "short")) if one.short else []
   rates = [row["train/tokens_per_second"] for row in rows if "train/tokens_per_second" in row]
-  result["step_seconds"] = one.full.data.batch_size * one.full.data.seq_len / statistics.median(rates) if rates else None
+  tokens = one.full.data.batch_size * one.full.data.seq_len
+  result["step_seconds"] = tokens / statistics.median(rates) if rates else None
   return result | {"load_average": os.getloadavg()[0]}
 
 
 def fork(one: study_plan.Run, directory: pathlib.Path) -> None:
-  """Gives the short run its start: the full run's state at the last common step.
+  """Copies the state of the full run at the last shared step to the short run.
 
-  Without that checkpoint the short run trains from the beginning, to the same end.
+  Without that checkpoint the short run trains from step 0, with the same result.
   """
   source, plateau = directory / "full/checkpoints" / str(one.fork), directory / "plateau/checkpoints" / str(one.fork)
   if source.is_dir() and not plateau.exists():
@@ -109,7 +110,7 @@ def fork(one: study_plan.Run, directory: pathlib.Path) -> None:
 
 
 def commit() -> str | None:
-  """Commit of this code, marked where files of it differ; None outside of git."""
+  """Returns the commit of this code, marked if files differ from it; None outside of git."""
   def git(*args: str) -> str:
     root = pathlib.Path(__file__).parents[2]
     return subprocess.run(["git", "-C", root, *args], check=True, capture_output=True, text=True).stdout.strip()
@@ -120,7 +121,7 @@ def commit() -> str | None:
 
 
 def _end(config: config_lib.Config, directory: pathlib.Path, figures) -> dict[str, Any]:
-  """Figures of a finished run."""
+  """Measures a finished run."""
   with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
     state, steps = loop.restore_or_init(config, sharding.make_mesh(config.mesh), checkpoints)
   tokens = steps * config.data.batch_size * config.data.seq_len
@@ -141,7 +142,7 @@ def _describe(one: study_plan.Run) -> dict[str, Any]:
 
 
 def _curve(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-  """Held-out losses on the way, of the smaller evaluation that training does."""
+  """Returns the held-out losses during training, which come from fewer rows than the final figures."""
   return [{"step": row["step"], **{name: row[f"eval/{name}"] for name in ("nll_causal", "nll_oracle")
                                    if f"eval/{name}" in row}} for row in rows if "eval/nll_causal" in row]
 
@@ -161,7 +162,7 @@ def _header(base: config_lib.Config, study: study_plan.Study, command: str) -> d
 
 
 def _made_for(study: study_plan.Study, one: study_plan.Run) -> dict[str, Any]:
-  """What a result depends on, as JSON gives it back."""
+  """Returns the inputs of a result, in the form that JSON returns."""
   held_out = {k: getattr(study, k) for k in ("final_rows", "texts", "text_rows", "blimp", "blimp_pairs")}
   short = None if one.short is None else one.short.train.steps
   return json.loads(json.dumps(held_out | {"config": config_lib.to_dict(one.full), "short_steps": short}))

@@ -52,7 +52,7 @@ def test_compiles_a_step_and_a_tick_for_a_tpu():
 
 
 def test_a_tick_is_compiled_and_counted_for_any_device():
-  found = compiled.report(compiled.engine_tick(tiny.config(), jax.devices()[0], num_slots=2, page_size=4))
+  found = compiled.report(compiled.compile_tick(tiny.config(), jax.devices()[0], num_slots=2, page_size=4))
   assert found["hbm_bytes"]["arguments"] > 0 and found["bytes"] > 0
 
 

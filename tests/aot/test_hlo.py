@@ -42,7 +42,7 @@ PROGRAM = textwrap.dedent("""\
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_runs():
-  counted = hlo.costs(PROGRAM)
+  counted = hlo.measure(PROGRAM)
   assert counted.collectives == {
       "reduce-scatter": hlo.Collective(5, 5 * 128), "all-gather": hlo.Collective(5, 5 * 128),
       "all-reduce": hlo.Collective(1, 128)}
@@ -50,7 +50,7 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
 
 
 def test_a_loop_of_unknown_length_is_said():
-  counted = hlo.costs(PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', ""))
+  counted = hlo.measure(PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', ""))
   assert counted.unknown_loops == 1
   assert counted.collectives["all-gather"].count == 1
 
@@ -60,7 +60,7 @@ def test_the_condition_says_how_often_a_loop_runs():
       %i = s32[] get-tuple-element(%carry), index=0
       %n = s32[]{:T(128)} constant(7)
       ROOT %less = pred[] compare(%i, %n), direction=LT"""
-  counted = hlo.costs(PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "").replace(
+  counted = hlo.measure(PROGRAM.replace(', backend_config={"known_trip_count":{"n":"5"}}', "").replace(
       "  ROOT %less = pred[] constant(true)", condition))
   assert counted.unknown_loops == 0
   assert counted.collectives["all-gather"].count == 7
@@ -68,7 +68,7 @@ def test_the_condition_says_how_often_a_loop_runs():
 
 def test_text_that_is_no_program_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
-    hlo.costs("HloModule nothing")
+    hlo.measure("HloModule nothing")
 
 
 def test_compiled_loops_are_multiplied_out():
@@ -76,12 +76,12 @@ def test_compiled_loops_are_multiplied_out():
   gather = lambda x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ jax.lax.all_gather(w, "data", tiled=True)), None), x[0], x)[0]
   by_rows = jax.shard_map(gather, mesh=mesh, in_specs=P(None, "data", None), out_specs=P("data"), check_vma=False)
   given = jax.ShapeDtypeStruct((7, 16, 16), jnp.float32, sharding=NamedSharding(mesh, P(None, "data", None)))
-  counted = hlo.costs(jax.jit(by_rows).lower(given).compile().as_text())
+  counted = hlo.measure(jax.jit(by_rows).lower(given).compile().as_text())
   assert counted.collectives == {"all-gather": hlo.Collective(7, 7 * 16 * 16 * 4)}
 
 
 def test_a_slice_of_an_array_moves_the_slice():
   def first_rows(x, i):
     return jax.lax.dynamic_slice(x, (i, 0), (1, 64)).sum()
-  counted = hlo.costs(jax.jit(first_rows).lower(jnp.zeros((1000, 64)), 3).compile().as_text())
+  counted = hlo.measure(jax.jit(first_rows).lower(jnp.zeros((1000, 64)), 3).compile().as_text())
   assert counted.bytes < 4 * 64 * 10

@@ -17,7 +17,7 @@ def write(path, documents=DOCUMENTS, dtype=np.uint16):
 
 
 def read(path, seed=0, batch_size=B, dtype=np.uint16):
-  return rows.Rows(path, eos_id=EOS, seq_len=T, batch_size=batch_size, seed=seed, dtype=dtype)
+  return rows.PackedRows(path, eos_id=EOS, seq_len=T, batch_size=batch_size, seed=seed, dtype=dtype)
 
 
 @pytest.fixture(name="made")

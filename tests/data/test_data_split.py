@@ -126,6 +126,6 @@ def test_nothing_is_read_before_it_is_needed(config, tmp_path):
 
 
 def test_shuffled_is_a_permutation_for_each_use():
-  orders = [split.shuffled(50, seed, use) for seed in (0, 1) for use in ("a", "b")]
+  orders = [split.shuffle(50, seed, use) for seed in (0, 1) for use in ("a", "b")]
   assert all(sorted(order) == list(range(50)) for order in orders)
   assert len(set(map(tuple, orders))) == 4

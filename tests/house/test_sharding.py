@@ -73,7 +73,7 @@ def compile_step(model, **mesh):
   with jax.set_mesh(made):
     text = step.make_train_step(config, made).jitted.lower(
         state, sharding.put_batch(made, tiny.batch(config)), None, None).compile().as_text()
-  return hlo.costs(text)
+  return hlo.measure(text)
 
 
 def gathered_shapes(counted):
