@@ -61,7 +61,7 @@ class OptimConfig:
   b1: float = _field(0.9, "decay of the first moment")
   b2: float = _field(0.95, "decay of the second moment")
   eps: float = _field(1e-8, "term added to the root of the second moment")
-  weight_decay: float = _field(0.1, "decay of matrices; norms and the embedding's scale have none")
+  weight_decay: float = _field(0.1, "decay of all parameters but norms")
   clip_norm: float = _field(1.0, "largest global gradient norm; 0 is off")
 
   def __post_init__(self):

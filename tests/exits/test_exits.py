@@ -140,7 +140,7 @@ def test_which_layers_imitate_which():
     ("last", [(2, 6)]), ("uniform", [(1, 3), (2, 6)]), ("dynamic", None),
 ])
 def test_hidden_states_imitate_deeper_ones(hidden, pairs):
-  config = make(exit=dict(layers=(2,), weighting="depth", kl=0.0, hidden=hidden, hidden_coef=0.5), **PLAIN)
+  config = make(exit=dict(layers=(2,), weighting="depth", kl=0.0, hidden=hidden, hidden_coef=0.3), **PLAIN)
   batch, params = random_batch(config), decoding.draw(config.model)["params"]
   out = applied(config, {"params": params}, batch, exits=(1, 2, 3))
   states = dict(zip((1, 2, 3), out.exits)) | {6: out.hidden_BTD}
@@ -155,7 +155,7 @@ def test_hidden_states_imitate_deeper_ones(hidden, pairs):
   _, (terms, _) = loss_of(config, params, batch)
   np.testing.assert_allclose(terms["exit_hidden"], expected, rtol=1e-5)
   plain = loss_of(make(exit=dict(layers=(2,), weighting="depth", kl=0.0), **PLAIN), params, batch)[0]
-  np.testing.assert_allclose(loss_of(config, params, batch)[0], plain + 0.5 * terms["exit_hidden"], rtol=1e-5)
+  np.testing.assert_allclose(loss_of(config, params, batch)[0], plain + 0.3 * terms["exit_hidden"], rtol=1e-5)
 
 
 def test_each_row_has_a_map_of_its_own():
@@ -188,6 +188,14 @@ def test_layers_are_dropped_by_row_and_the_last_most(model):
   assert not np.allclose(some, whole.hidden_BTD, atol=1e-3)
   drop_UB = transformer._dropped(6, 20000, 0.5, jax.random.key(0))
   np.testing.assert_allclose(drop_UB.mean(axis=1), 0.5 * (2 ** (np.arange(6) / 5) - 1), atol=0.02)
+
+
+def test_training_drops_layers_as_the_config_says():
+  none, nearly_none, some = (make(exit=dict(layer_dropout=drop), **PLAIN) for drop in (0.0, 1e-9, 0.9))
+  batch, params = random_batch(none), decoding.draw(none.model)["params"]
+  loss, same, other = (loss_of(config, params, batch)[0] for config in (none, nearly_none, some))
+  np.testing.assert_allclose(same, loss, rtol=1e-6)
+  assert abs(other - loss) > 1e-3 * loss
 
 
 @pytest.mark.parametrize("model", [PLAIN, dict(sharing="cycle", num_layers=6, router=tiny.FIXED)], ids=["plain", "cycle"])

@@ -52,9 +52,25 @@ def test_auxiliary_router_learns_at_its_own_rate():
   np.testing.assert_allclose(updates["aux_router"]["out"], 7.0 * updates["router"]["out"], rtol=1e-6)
 
 
-def test_clipping_bounds_the_gradient():
-  config = tiny.config(optim=dict(clip_norm=1.0))
-  tx = optim.make(config)
+@pytest.mark.parametrize("clip_norm, expected", [(1.0, 0.5), (0.4, 0.2), (1000.0, 50.0), (0.0, 50.0)])
+def test_clipping_bounds_the_gradient(clip_norm, expected):
+  """The norm of the gradient is 100; the first moment is a tenth of what clipping leaves."""
+  tx = optim.make(tiny.config(optim=dict(clip_norm=clip_norm)))
   params = {"embedding": jnp.ones((2, 2))}
   _, state = tx.update({"embedding": jnp.full((2, 2), 50.0)}, tx.init(params), params)
-  np.testing.assert_allclose(state[1].mu["embedding"], 0.1 * 0.5, rtol=1e-5)
+  moments, = (part for part in state if hasattr(part, "mu"))
+  np.testing.assert_allclose(moments.mu["embedding"], 0.1 * expected, rtol=1e-5)
+
+
+def test_moments_decay_as_the_config_says():
+  fields = dict(b1=0.7, b2=0.6, eps=0.5, clip_norm=0.0, weight_decay=0.0, learning_rate=1.0, schedule="constant",
+                warmup_steps=0)
+  tx = optim.make(tiny.config(optim=fields))
+  params = {"embedding": jnp.ones(1)}
+  state = tx.init(params)
+  first = second = 0.0
+  for step, gradient in enumerate((2.0, -3.0, 0.5), start=1):
+    updates, state = tx.update({"embedding": jnp.array([gradient])}, state, params)
+    first, second = 0.7 * first + 0.3 * gradient, 0.6 * second + 0.4 * gradient**2
+    expected = -(first / (1 - 0.7**step)) / (np.sqrt(second / (1 - 0.6**step)) + 0.5)
+    np.testing.assert_allclose(updates["embedding"], [expected], rtol=1e-5)
