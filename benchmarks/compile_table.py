@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import harness as results
+from benchmarks import harness
 from mor import config as config_lib
 from mor.aot import compiled
 
@@ -47,7 +47,7 @@ def measure(model: str, slice_name: str) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
   """Command line."""
-  parser = results.Parser(prog="python -m benchmarks.compile_table", description=__doc__.splitlines()[0])
+  parser = harness.Parser(prog="python -m benchmarks.compile_table", description=__doc__.splitlines()[0])
   parser.add_argument("--models", default=",".join(m.format(s) for s in SIZES for m in MODELS),
                       help="of configs/paper.py")
   parser.add_argument("--slices", default=",".join(SLICES), help=f"of {', '.join(SLICES)}")
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
   for name in slices:
     if name not in SLICES:
       raise ValueError(f"--slices={args.slices}: no slice {name!r}; use {', '.join(SLICES)}")
-  record = results.header("compile_table", argv, "bfloat16", {"rows_of_a_chip": _ROWS, "seq_len": 2048})
+  record = harness.header("compile_table", argv, "bfloat16", {"rows_of_a_chip": _ROWS, "seq_len": 2048})
   cells = {(cell["model"], cell["slice"]): cell for cell in _kept(args.out)}
   for key in ((m, s) for s in slices for m in models):
     model, slice_name = key
@@ -69,12 +69,35 @@ def main(argv: list[str]) -> None:
     cell = cells[key] = measure(model, slice_name) | {"commit": record["commit"]}
     print(f"{model} on {slice_name}: {cell['step']['hbm_bytes']['total'] / 2**30:.2f} GiB, "
           f"{cell['compile_seconds']:.0f} s", file=sys.stderr, flush=True)
-    results.write(record | {"cells": list(cells.values())}, args.out)
+    harness.write(record | {"cells": list(cells.values())}, args.out)
 
 
 def _kept(path: str) -> list[dict[str, Any]]:
   return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["cells"] if pathlib.Path(path).is_file() else []
 
 
+NOTE = (
+    "Whole steps of the paper's 1,024 x {sizes[seq_len]} tokens, parameters split over the chips of a "
+    "slice, micro-batches of {sizes[rows_of_a_chip]} rows a chip, compiled for TPUs on")
+
+
+def table(record: dict) -> list[list[str]]:
+  """Returns header and rows: a chip's memory, the collectives and the bound of a step, by model and slice."""
+  head = ["model", "slice", "chips", "GiB a chip (of)", "parameter gathers, GiB", "reductions, GiB", "step >=, s",
+          "MFU <=", "bound by"]
+  rows = []
+  for cell in record["cells"]:
+    moved = {kind: one["bytes"] / 2**30 for kind, one in cell["step"]["collectives"].items()}
+    bound = cell["bound"]
+    limit = max(("compute", "memory", "collectives"), key=lambda name: bound[f"{name}_seconds"])
+    rows.append([
+        cell["model"], cell["slice"], str(cell["chips"]),
+        f"{cell['step']['hbm_bytes']['total'] / 2**30:.1f} ({cell['hbm_of_a_chip'] / 2**30:.0f})",
+        f"{moved.get('all-gather', 0.0):.1f}",
+        f"{moved.get('reduce-scatter', 0.0) + moved.get('all-reduce', 0.0):.1f}",
+        f"{bound['step_seconds']:.2f}", f"{bound['mfu']:.2f}", limit])
+  return [head, *rows]
+
+
 if __name__ == "__main__":
-  results.run(main)
+  harness.run(main)

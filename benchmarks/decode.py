@@ -27,9 +27,7 @@ and h(n) embedding, prelude, coda, head and sampling for a batch of n.
 """
 
 import dataclasses
-import statistics
 import sys
-import time
 from typing import Any
 
 import jax
@@ -38,7 +36,7 @@ import numpy as np
 
 from benchmarks import decode_parts
 from benchmarks import decode_peers
-from benchmarks import harness as results
+from benchmarks import harness
 from configs import paper
 from mor import config as config_lib
 from mor.model import transformer
@@ -53,29 +51,27 @@ WARM_UP = 160  # tokens a slot generates before timing: about half a request
 
 
 @dataclasses.dataclass
-class Runner:
-  """An engine, its endless requests and what each turn gave."""
+class Runner(harness.Timed):
+  """An engine and its endless requests; its work is counted in tokens."""
 
-  name: str
   engine: engine_lib.Engine
   requests: Any
-  tokens_per_second: list[float] = dataclasses.field(default_factory=list)
-  wall_tokens_per_second: list[float] = dataclasses.field(default_factory=list)
 
   def run(self, num_tokens: int) -> None:
-    """Decodes about so many tokens, with requests waiting throughout, and notes the rate."""
-    engine, start = self.engine, self._tokens()
-    wall, cpu = time.perf_counter(), time.process_time()
-    while self._tokens() - start < num_tokens:
+    """Decodes about so many tokens, with requests waiting throughout."""
+    start = self._tokens()
+    self.time(lambda: self._decode(start + num_tokens))
+    self.amounts[-1] += self._tokens() - start
+
+  def _decode(self, until: int) -> None:
+    engine = self.engine
+    while self._tokens() < until:
       while len(engine.scheduler.queue) < engine.num_slots:
         engine.submit_request(next(self.requests))
       for number, event in engine.step():
         if event.finish:
           engine.take(number)
     engine.wait()
-    done = self._tokens() - start
-    self.tokens_per_second.append(done / (time.process_time() - cpu))
-    self.wall_tokens_per_second.append(done / (time.perf_counter() - wall))
 
   def _tokens(self) -> int:
     return self.engine.metrics()["output_tokens"]
@@ -170,23 +166,22 @@ def measure(args, num_slots: int, models: dict[str, model_lib.Model]) -> dict[st
   for name in names:
     print(f"batch {num_slots}: warming up {name}", file=sys.stderr, flush=True)
     runners[name] = make_runner(name, args, num_slots, models)
-    runners[name].run(WARM_UP * num_slots)
-  for runner in runners.values():
-    runner.tokens_per_second, runner.wall_tokens_per_second = [], []
-  for turn in range(args.rounds):
+    harness.take_turns([runners[name]], 0, warm_up=1, play=lambda: runners[name].run(WARM_UP * num_slots))
+
+  def play():
     for runner in runners.values():
       runner.run(args.turn * num_slots)
-    rates = ", ".join(f"{name} {r.tokens_per_second[-1]:.0f}" for name, r in runners.items())
-    print(f"batch {num_slots}, round {turn + 1} of {args.rounds}: {rates}", file=sys.stderr, flush=True)
-  rows = [{"variant": name, "tokens_per_second": results.spread(r.tokens_per_second),
-           "wall_tokens_per_second": results.spread(r.wall_tokens_per_second), "metrics": r.engine.metrics(),
+
+  harness.take_turns(list(runners.values()), args.rounds, play=play, label=f"batch {num_slots}, ",
+                     tell=lambda runner: f"{runner.rates('cpu')[-1]:.0f}")
+  rows = [{"variant": name, "tokens_per_second": harness.spread(r.rates("cpu")),
+           "wall_tokens_per_second": harness.spread(r.rates("wall")), "metrics": r.engine.metrics(),
            "kv_bytes": decode_parts.kv_bytes(r.engine)} for name, r in runners.items()]
   gains = [_gain(runners, f"balanced-r{r}", f"never-r{r}") for r in args.recursions
            if {f"balanced-r{r}", f"never-r{r}"} <= runners.keys()]
   if {"trained", "trained-never"} <= runners.keys():
     gains.append(_gain(runners, "trained", "trained-never"))
-  ratios = {f"{a} / {b}": results.spread([x / y for x, y in zip(runners[a].tokens_per_second, runners[b].tokens_per_second)])
-            for a, b in _pairs(runners)}
+  ratios = {f"{a} / {b}": harness.ratios(runners[a].rates("cpu"), runners[b].rates("cpu")) for a, b in _pairs(runners)}
   return {"batch": num_slots, "variants": rows, "gains": gains, "ratios": ratios}
 
 
@@ -203,20 +198,20 @@ def _pairs(runners):
 def _gain(runners, routed: str, never: str) -> dict[str, Any]:
   """The controlled pair, and its ceiling."""
   a, b = runners[routed], runners[never]
-  gain = [x / y for x, y in zip(a.tokens_per_second, b.tokens_per_second)]
+  gain = harness.ratios(a.rates("cpu"), b.rates("cpu"))
   depth = a.engine.metrics()["mean_depth"]
   parts = decode_parts.measure(b.engine, a.engine, depth)
   num_steps = b.engine.decoder.num_steps
   full = num_steps * parts["pass_full"] + parts["edge_full"]
   ceiling = full / (depth * (parts["pass_routed"] + parts["edge_routed"]))
-  return {"routed": routed, "full": never, "mean_depth": depth, "gain": results.spread(gain), "seconds": parts,
+  return {"routed": routed, "full": never, "mean_depth": depth, "gain": gain, "seconds": parts,
           "ceiling": ceiling, "ceiling_one_pass": full / (depth * (parts["pass_full"] + parts["edge_routed"])),
-          "gain_per_ceiling": statistics.median(gain) / ceiling}
+          "gain_per_ceiling": gain["median"] / ceiling}
 
 
 def parse(argv: list[str]):
   """Options."""
-  parser = results.Parser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
+  parser = harness.Parser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
   parser.add_argument("--shape", default="135m", choices=sorted(paper.SIZES))
   parser.add_argument("--batches", default="16,32", help="slots, e.g. 1,16,32")
   parser.add_argument("--recursions", default="3", help="e.g. 2,3,4")
@@ -253,17 +248,46 @@ def main(argv: list[str]) -> None:
   """Measures and writes the record."""
   args = parse(argv)
   if args.pin is not None:
-    results.pin(args.pin)
+    harness.pin(args.pin)
   sizes = {name: getattr(args, name) for name in ("shape", "mix", "page_size", "rounds", "turn", "peer_tokens")}
-  record = results.header("decode_throughput", argv, args.format, sizes)
+  record = harness.header("decode", argv, args.format, sizes)
   record["clock"] = "wall" if args.pin is None else "cpu"
   models: dict[str, model_lib.Model] = {}
   if args.peers:
     record["peers"] = [decode_peers.measure(args, batch, models, make_runner) for batch in args.batches]
   else:
     record["batches"] = [measure(args, batch, models) for batch in args.batches]
-  results.write(record, args.out)
+  harness.write(record, args.out)
+
+
+NOTE = (
+    "{sizes[shape]} shape, {sizes[mix]} requests, random weights; medians of {sizes[rounds]} rounds in "
+    "turn, {clock} time, load average {load_average:.1f}.")
+
+
+def table(record: dict) -> list[list[str]]:
+  """Returns header and rows: engines or peers by batch, and the gain of depth beside its ceiling."""
+  number = lambda spread: f"{spread['median']:.0f} ({spread['min']:.0f}–{spread['max']:.0f})"
+  if "peers" in record:
+    rows = [[str(batch["batch"]), name, number(rate), f"{rate['median'] / best['median']:.2f}"]
+            for batch in record["peers"] for best in [batch["tokens_per_second"][batch["best_peer"]]]
+            for name, rate in batch["tokens_per_second"].items()]
+    return [["batch", "program", "tokens/s (min–max)", "to the best peer"], *rows]
+  rows = []
+  for batch in record["batches"]:
+    gains = {gain["routed"]: gain for gain in batch["gains"]}
+    for row in batch["variants"]:
+      gain, metrics = gains.get(row["variant"]), row["metrics"]
+      depth = ["", ""]
+      if gain:  # the same b in both runs, and each run's own
+        depth = [f"{gain['gain']['median']:.3f}", " / ".join(
+            f"{gain[name]:.3f} ({gain['gain']['median'] / gain[name]:.3f})" for name in ("ceiling_one_pass", "ceiling"))]
+      rows.append([
+          str(batch["batch"]), row["variant"], number(row["tokens_per_second"]), f"{metrics['mean_depth']:.2f}",
+          f"{metrics['slot_utilisation']:.3f}", *depth])
+  return [["batch", "engine", "tokens/s (min–max)", "mean depth", "slots in use", "gain of depth",
+           "ceiling (gain / ceiling): one b, two"], *rows]
 
 
 if __name__ == "__main__":
-  results.run(main)
+  harness.run(main)

@@ -1,13 +1,13 @@
 """What the parts of a tick cost, measured on the states of running engines."""
 
 import statistics
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import harness
 from mor.decode import cache as cache_lib
 from mor.decode import slots as slots_lib
 from mor.decode import tick
@@ -44,14 +44,9 @@ def measure(full: engine_lib.Engine, routed: engine_lib.Engine, mean_depth: floa
       "edge_full": _edge(full, num),
       "edge_routed": _edge(full, few),
   }
-  seconds: dict[str, list[float]] = {name: [] for name in programs}
-  for turn in range(_ROUNDS + 1):
-    for name, program in programs.items():
-      start = time.process_time()
-      jax.block_until_ready(program())
-      if turn:
-        seconds[name].append((time.process_time() - start) / _TURNS)
-  return {name: statistics.median(values) for name, values in seconds.items()} | {"edge_routed_rows": few}
+  timed = [harness.Program(name, function) for name, function in programs.items()]
+  harness.take_turns(timed, _ROUNDS, warm_up=1)
+  return {one.name: statistics.median(one.cpu) / _TURNS for one in timed} | {"edge_routed_rows": few}
 
 
 def _steps(engine) -> np.ndarray:

@@ -12,15 +12,13 @@ from collections.abc import Callable
 import itertools
 import pathlib
 import statistics
-import sys
 import tempfile
-import time
 from typing import Any
 
 import numpy as np
 
 from benchmarks import decode_parts
-from benchmarks import harness as results
+from benchmarks import harness
 from benchmarks import peers
 
 FORMATS = ("bfloat16", "int8")  # of our weights
@@ -38,22 +36,15 @@ def measure(args, num_slots: int, models: dict[str, Any], make_runner: Callable)
   with tempfile.TemporaryDirectory() as directory:
     vanilla = models["vanilla"]
     for name in names:
-      peer = peers.make(name, vanilla.config, vanilla.variables["params"], results.num_cores(), pathlib.Path(directory))
+      peer = peers.make(name, vanilla.config, vanilla.variables["params"], harness.num_cores(), pathlib.Path(directory))
       programs[name] = _peer(peer, num_slots, args.peer_tokens, vanilla.config.vocab_size)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
-    for turn in range(args.rounds + 1):
-      for name, program in programs.items():
-        wall, cpu = time.perf_counter(), time.process_time()
-        program()
-        if turn:
-          seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-      rates = ", ".join(f"{name} {num_slots * args.peer_tokens / s[-1][0]:.0f}" for name, s in seconds.items() if s)
-      print(f"batch {num_slots}, round {turn} of {args.rounds}: {rates}", file=sys.stderr, flush=True)
-  which = 0 if args.pin is not None else 1
-  rate = {name: [num_slots * args.peer_tokens / s[which] for s in values] for name, values in seconds.items()}
+    timed = [harness.Program(name, function, num_slots * args.peer_tokens) for name, function in programs.items()]
+    harness.take_turns(timed, args.rounds, warm_up=1, label=f"batch {num_slots}, ",
+                       tell=lambda program: f"{program.rates('cpu')[-1]:.0f}")
+  rate = {program.name: program.rates("wall" if args.pin is None else "cpu") for program in timed}
   best = max(names, key=lambda name: statistics.median(rate[name]))
-  return {"batch": num_slots, "best_peer": best, "tokens_per_second": {name: results.spread(v) for name, v in rate.items()},
-          "ratio_to_best_peer": {name: results.spread([a / b for a, b in zip(rate[name], rate[best])]) for name in ours}}
+  return {"batch": num_slots, "best_peer": best, "tokens_per_second": {name: harness.spread(v) for name, v in rate.items()},
+          "ratio_to_best_peer": {name: harness.ratios(rate[name], rate[best]) for name in ours}}
 
 
 def _prompts(num_slots, vocab_size):
@@ -63,6 +54,7 @@ def _prompts(num_slots, vocab_size):
 def _engine(runner, num_slots, num_tokens):
   prompts = itertools.cycle(_prompts(num_slots, runner.engine.model.vocab_size))
   runner.requests = (decode_parts.request(prompt, num_tokens) for prompt in prompts)
+  runner.start_round()  # the program around it is timed
   return lambda: runner.run(num_slots * num_tokens)
 
 

@@ -41,7 +41,7 @@ import numpy as np
 
 from benchmarks import decode as decode_throughput
 from benchmarks import exit_turns
-from benchmarks import harness as results
+from benchmarks import harness
 from benchmarks import hf_early_exit
 from benchmarks import quality
 from mor.data import readers
@@ -122,7 +122,7 @@ def variants(args, model: model_lib.Model, num_slots: int) -> list[exit_turns.Va
     made += [make(f"{kind}-{threshold}", asked, dataclasses.replace(exits, kv="copied") if kind == "copied" else exits)
              for kind, asked in several.items() if kind in args.kinds and (kind != "mixed" or num_slots > 1)]
   if args.hf and num_slots == 1:
-    peer = hf_early_exit.EarlyExit(args.hf, threads=results.num_cores())
+    peer = hf_early_exit.EarlyExit(args.hf, threads=harness.num_cores())
     drafts = [hf_early_exit.Draft(args.after[0], num, sure) for num, sure in ((2, 0.0), (5, 0.4))]
     made += [exit_turns.Peer("hf", peer, None), *(exit_turns.Peer(f"hf-{d.num_tokens}-{d.confidence}", peer, d) for d in drafts)]
   return made
@@ -130,23 +130,24 @@ def variants(args, model: model_lib.Model, num_slots: int) -> list[exit_turns.Va
 
 def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
   """All variants at one batch size, in turn."""
-  rates = lambda variant: variant.wall_rates if args.pin is None else variant.rates
+  clock = "wall" if args.pin is None else "cpu"
   made, asked = variants(args, model, num_slots), prompts(model, max(args.prompts, 2 * num_slots), args.prompt_tokens)
-  for variant in made:
-    variant.run(asked, min(args.new_tokens, _WARM_UP))  # compiles
-  for turn in range(args.rounds):
+
+  def warm_up():
     for variant in made:
-      variant.start()
+      variant.run(asked, min(args.new_tokens, _WARM_UP))  # compiles
+
+  def play():
     if num_slots > 1:
       exit_turns.together(made, asked, args.new_tokens)
     for prompt in asked if num_slots == 1 else ():
       for variant in made:
         variant.run([prompt], args.new_tokens)
-    for variant in made:
-      variant.stop()
-    print(f"batch {num_slots}, round {turn + 1} of {args.rounds}: "
-          + ", ".join(f"{v.name} {rates(v)[-1]:.1f}" for v in made), file=sys.stderr, flush=True)
-  full, rows, items = rates(made[0]), [], tasks(args) if num_slots == args.batches[0] else {}
+
+  harness.take_turns(made, 0, warm_up=1, play=warm_up)
+  harness.take_turns(made, args.rounds, play=play, label=f"batch {num_slots}, ",
+                     tell=lambda variant: f"{variant.rates(clock)[-1]:.1f}")
+  rows, items = [], tasks(args) if num_slots == args.batches[0] else {}
   for variant in made:
     scores, kind = {}, variant.name.partition("-")[0]
     for name, task in items.items() if kind in SCORED else ():
@@ -154,9 +155,9 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
       scores[name] = quality.score(task, texts)
       print(variant.name, name, scores[name], file=sys.stderr, flush=True)
     rows.append({
-        "variant": variant.name, "tokens_per_second": results.spread(variant.rates),
-        "wall_tokens_per_second": results.spread(variant.wall_rates),
-        "to_full": results.spread([a / b for a, b in zip(rates(variant), full)]), **variant.figures(),
+        "variant": variant.name, "tokens_per_second": harness.spread(variant.rates("cpu")),
+        "wall_tokens_per_second": harness.spread(variant.rates("wall")),
+        "to_full": harness.ratios(variant.rates(clock), made[0].rates(clock)), **variant.figures(),
         "agreement": quality.agreement(variant.tokens, made[0].tokens), "nll": nll(model, asked, variant.tokens),
         "scores": scores})
   return {"batch": num_slots, "variants": rows}
@@ -173,7 +174,7 @@ def tasks(args) -> dict[str, list[quality.Item]]:
 def main(argv: list[str]) -> None:
   """Measures and writes."""
   numbers = lambda kind: lambda text: tuple(kind(x) for x in text.split(","))
-  parser = results.Parser(description=__doc__.partition("\n")[0])
+  parser = harness.Parser(description=__doc__.partition("\n")[0])
   parser.add_argument("--workdir", default="", help="run whose newest checkpoint decodes; else random weights")
   parser.add_argument("--shape", default="135m", choices=("135m", "360m"), help="of random weights, three recursions")
   parser.add_argument("--after", type=numbers(int), default=(10,), help="layers of the exits")
@@ -198,7 +199,7 @@ def main(argv: list[str]) -> None:
   if unknown := set(args.kinds) - set(KINDS):
     raise ValueError(f"--kinds={','.join(args.kinds)}: no {', '.join(sorted(unknown))}; use some of {', '.join(KINDS)}")
   if args.pin is not None:
-    results.pin(args.pin)
+    harness.pin(args.pin)
   if not args.workdir and (args.hf or args.eval):
     raise ValueError("--hf and --eval need trained weights; give --workdir")
   model = model_lib.load(args.workdir) if args.workdir else decode_throughput.random_model(
@@ -206,11 +207,34 @@ def main(argv: list[str]) -> None:
   if args.damp != 1.0:
     model = damped(model, args.after[0], args.damp)
   sizes = {name: value for name, value in vars(args).items() if name not in ("out", "pin")}
-  record = results.header("early_exit", argv, args.format, sizes) | {"clock": "wall" if args.pin is None else "cpu"}
+  record = harness.header("early_exit", argv, args.format, sizes) | {"clock": "wall" if args.pin is None else "cpu"}
   record["model"] = args.workdir or f"random weights of the {args.shape} shape, three recursions"
   record["batches"] = [measure(args, model, num_slots) for num_slots in args.batches]
-  results.write(record, args.out)
+  harness.write(record, args.out)
+
+
+NOTE = (
+    "{model}, exits after {sizes[after]}; {sizes[prompt_tokens]} prompt and {sizes[new_tokens]} new "
+    "tokens, medians of {sizes[rounds]} rounds in turn.")
+
+
+def table(record: dict) -> list[list[str]]:
+  """Returns header and rows: each kind of request by batch, its speed and its quality."""
+  number = lambda value, form=".3f": "" if value is None else format(value, form)
+  rates = "wall_tokens_per_second" if record.get("clock") == "wall" else "tokens_per_second"
+  rows = []
+  for batch in record["batches"]:
+    for row in batch["variants"]:
+      rate, ratio, scores = row[rates], row["to_full"], row["scores"]
+      rows.append([
+          str(batch["batch"]), row["variant"], f"{rate['median']:.1f}",
+          f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})", number(row["exit_rate"], ".2f"),
+          number(row["acceptance"], ".2f"), number(row["confirmed_per_token"], ".2f"), number(row["agreement"]["equal"], ".2f"),
+          number(row["nll"], ".2f"), number(scores.get("squad", {}).get("f1")),
+          number(scores.get("lambada", {}).get("last_word"))])
+  return [["batch", "requests", "tokens/s", "to full (min–max)", "tokens from exits", "drafts confirmed",
+           "confirmed a token", "tokens as full's", "nats a token", "SQuAD F1", "LAMBADA"], *rows]
 
 
 if __name__ == "__main__":
-  results.run(main)
+  harness.run(main)

@@ -18,7 +18,7 @@ import sys
 
 import numpy as np
 
-from benchmarks import harness as results
+from benchmarks import harness
 from mor.data import readers
 
 _WORDS = (6, 30)  # of an opening
@@ -54,7 +54,7 @@ def documents(folder: pathlib.Path) -> Iterator[str]:
 
 def main(argv: list[str]) -> None:
   """Writes prompts, or documents."""
-  parser = results.Parser(description=__doc__.partition("\n")[0])
+  parser = harness.Parser(description=__doc__.partition("\n")[0])
   parser.add_argument("--books", default="", help="glob of files of books")
   parser.add_argument("--answers", default="", help="folder of answers-*.jsonl")
   parser.add_argument("--out", required=True, help="folder")
@@ -89,4 +89,4 @@ def _write(path: pathlib.Path, rows: list[dict[str, object]]) -> None:
 
 
 if __name__ == "__main__":
-  results.run(main)
+  harness.run(main)

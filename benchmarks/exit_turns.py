@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 import dataclasses
-import time
 from typing import Any
 
+from benchmarks import harness
 from benchmarks import hf_early_exit
 from mor.serve import engine as engine_lib
 
@@ -12,29 +12,24 @@ _ANSWER = 16  # tokens of an answer at most
 
 
 @dataclasses.dataclass
-class Timed:
-  """What each round of some requests took, and what came in the last one."""
+class Asked(harness.Timed):
+  """A variant that answers prompts; its work is counted in tokens.
 
-  name: str
-  rates: list[float] = dataclasses.field(default_factory=list, init=False)
-  wall_rates: list[float] = dataclasses.field(default_factory=list, init=False)
+  Attributes:
+    tokens: tokens of each prompt's continuation, of the last round.
+  """
+
   tokens: list[list[int]] = dataclasses.field(default_factory=list, init=False)
-  taken: list[tuple[int, float, float]] = dataclasses.field(default_factory=list, init=False)  # tokens, seconds
 
-  def start(self) -> None:
-    """A round begins."""
-    self.tokens, self.taken = [], []
-
-  def stop(self) -> None:
-    """It has ended."""
-    num, cpu, wall = map(sum, zip(*self.taken))
-    self.rates.append(num / cpu)
-    self.wall_rates.append(num / wall)
+  def start_round(self) -> None:
+    """Begins a round."""
+    super().start_round()
+    self.tokens = []
 
 
 @dataclasses.dataclass
-class Variant(Timed):
-  """Requests of one kind."""
+class Variant(Asked):
+  """Requests of one kind, and an engine that serves them."""
 
   engine: engine_lib.Engine
   options: list[dict[str, Any]]  # of the requests, in turn
@@ -42,9 +37,9 @@ class Variant(Timed):
   drafts: int = 0
   confirmed: int = 0
 
-  def start(self) -> None:
-    """A round begins."""
-    super().start()
+  def start_round(self) -> None:
+    """Begins a round."""
+    super().start_round()
     self.early = self.drafts = self.confirmed = 0
 
   def run(self, prompts: list[list[int]], num_tokens: int) -> None:
@@ -57,24 +52,25 @@ class Variant(Timed):
   def begin(self, prompts: list[list[int]], num_tokens: int) -> None:
     """Takes the prompts in."""
     self._before = self.engine.metrics()
-    self._lone, self._given, self._cpu, self._wall = len(prompts) == 1, 0, 0.0, 0.0
+    self._lone, self._given = len(prompts) == 1, 0
     self._numbers = self._submit(prompts, num_tokens)
 
   def step(self) -> bool:
     """One dispatch, to its end; False where the time has ended, which is when no prompt waits any more."""
     if self._given and not self.engine.scheduler.queue and not self._lone or self.engine.idle:
       return False
-    wall, cpu = time.perf_counter(), time.process_time()
-    self._given += len(self.engine.step())
-    if not self._lone:  # others take their turn now
-      self.engine.wait()
-    self._cpu += time.process_time() - cpu
-    self._wall += time.perf_counter() - wall
+    self._given += len(self.time(self._dispatch))
     return True
+
+  def _dispatch(self) -> list[Any]:
+    events = self.engine.step()
+    if not self._lone:  # the next variant takes its turn now
+      self.engine.wait()
+    return events
 
   def end(self) -> None:
     """Notes what has come, and lets the last prompts run to their ends."""
-    self.taken.append((self._given, self._cpu, self._wall))
+    self.amounts[-1] += self._given
     done, before, after = self._finish(self._numbers), self._before, self.engine.metrics()
     self.tokens += [c.tokens for c in done]
     self.early += sum(sum(c.early) for c in done)
@@ -103,24 +99,22 @@ class Variant(Timed):
 
 
 @dataclasses.dataclass
-class Peer(Timed):
+class Peer(Asked):
   """The same of transformers."""
 
   peer: hf_early_exit.EarlyExit
   draft: hf_early_exit.Draft | None
   deep_passes: int = 0
 
-  def start(self) -> None:
-    """A round begins."""
-    super().start()
+  def start_round(self) -> None:
+    """Begins a round."""
+    super().start_round()
     self.deep_passes = 0
 
   def run(self, prompts: list[list[int]], num_tokens: int) -> None:
     """Some prompts, one at a time."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    done = [self.peer.generate(prompt, num_tokens, draft=self.draft) for prompt in prompts]
-    num = sum(len(o.tokens) for o in done)
-    self.taken.append((num, time.process_time() - cpu, time.perf_counter() - wall))
+    done = self.time(lambda: [self.peer.generate(prompt, num_tokens, draft=self.draft) for prompt in prompts])
+    self.amounts[-1] += sum(len(o.tokens) for o in done)
     self.tokens += [o.tokens for o in done]
     self.deep_passes += sum(o.deep_passes for o in done)
 

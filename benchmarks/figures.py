@@ -10,10 +10,10 @@ benchmarks/results/early_exit_smollm2.json.
 import collections
 import json
 
-from benchmarks import harness as results
+from benchmarks import harness
 from mor import plots
 
-DOCS = results.ROOT / "docs"
+DOCS = harness.ROOT / "docs"
 
 
 def depth(record: dict) -> bytes:
@@ -38,14 +38,14 @@ FIGURES = {  # file below docs/ -> result, and what draws it
 
 def main(argv: list[str]) -> None:
   """Writes docs/*.png."""
-  results.Parser(prog="python -m benchmarks.figures", description=__doc__.splitlines()[0]).parse_args(argv)
+  harness.Parser(prog="python -m benchmarks.figures", description=__doc__.splitlines()[0]).parse_args(argv)
   DOCS.mkdir(exist_ok=True)
   for name, (source, draw) in FIGURES.items():
-    path = results.DIRECTORY / source
+    path = harness.DIRECTORY / source
     if not path.is_file():
       raise ValueError(f"docs/{name} has no {path}; run its benchmark with --out={path}")
     (DOCS / name).write_bytes(draw(json.loads(path.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
-  results.run(main)
+  harness.run(main)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import harness as results
+from benchmarks import harness
 from mor import checkpoint
 from mor.data import text
 from mor.decode import decoder as decoder_lib
@@ -53,7 +53,7 @@ def score(model: model_lib.Model, weight_format: str, kv_format: str, tokens_BT:
 
 def main(argv: list[str]) -> None:
   """Scores and writes the record."""
-  parser = results.Parser(prog="python -m benchmarks.formats", description=__doc__.splitlines()[0])
+  parser = harness.Parser(prog="python -m benchmarks.formats", description=__doc__.splitlines()[0])
   parser.add_argument("--workdir", required=True, help="a trained run")
   parser.add_argument("--rows", type=int, default=24, help="held-out rows")
   parser.add_argument("--out", default="", help="JSON file; default standard output")
@@ -73,8 +73,19 @@ def main(argv: list[str]) -> None:
                  "same_token": float((token_BT == right[0])[first_BT].mean()),
                  "same_depth": float((depth_BT == right[1])[first_BT].mean())})
   sizes = {"rows": len(tokens_BT), "seq_len": tokens_BT.shape[1], "tokens": int(first_BT.sum())}
-  results.write(results.header("formats", argv, "float32", sizes) | {"formats": rows}, args.out)
+  harness.write(harness.header("formats", argv, "float32", sizes) | {"formats": rows}, args.out)
+
+
+NOTE = (
+    "{sizes[tokens]:,} held-out tokens of the quickstart's model.")
+
+
+def table(record: dict) -> list[list[str]]:
+  """Returns header and rows: quality of the number formats."""
+  rows = [[row["weights"], row["keys"], f"{row['nll']:.4f}", f"{row['same_token']:.4f}", f"{row['same_depth']:.4f}"]
+          for row in record["formats"]]
+  return [["weights", "keys", "nats per token", "same token", "same depth"], *rows]
 
 
 if __name__ == "__main__":
-  results.run(main)
+  harness.run(main)

@@ -1,12 +1,23 @@
-"""What every benchmark writes: one JSON object that says how it was made.
+"""How every benchmark measures, and what it writes.
 
-A result lies in `benchmarks/results/NAME.json`; `tables.py` turns it into a
-table of docs/results.md. Beside its figures it holds `header`'s fields, so that the
-same command on the same commit can be run again.
+Variants take turns, A B C A B C, after rounds that only warm up (`take_turns`). Each
+notes its seconds on two clocks, when the device is done (`Timed`):
+
+  wall   seconds by the clock
+  cpu    processor seconds of this process; pinned to one core (`--pin=0`) they are
+         the time that the work takes on a quiet core
+
+A ratio is taken round by round (`ratios`), so that what else the machine does falls
+on all variants alike; its median stands in the tables, beside least and greatest.
+
+A result lies in `benchmarks/results/NAME.json`; `tables.py` turns it into a table of a
+page. Beside its figures it holds the fields of `header`, so that the same command on
+the same commit can be run again.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,12 +26,96 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIRECTORY = ROOT / "benchmarks" / "results"
+
+
+@dataclasses.dataclass
+class Timed:
+  """A variant, and what it took in each round; a benchmark's variants inherit.
+
+  Attributes:
+    name: name of the variant in the record.
+    amounts: work done in each round, e.g. tokens.
+    wall, cpu: seconds of each round.
+  """
+
+  name: str
+  amounts: list[float] = dataclasses.field(default_factory=list, init=False)
+  wall: list[float] = dataclasses.field(default_factory=list, init=False)
+  cpu: list[float] = dataclasses.field(default_factory=list, init=False)
+
+  def start_round(self) -> None:
+    """Begins a round, in which nothing has been done."""
+    for values in (self.amounts, self.wall, self.cpu):
+      values.append(0)
+
+  def time(self, function: Callable[[], Any]) -> Any:
+    """Calls the function and adds what it takes, device included, to the round; returns what it returns."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = jax.block_until_ready(function())
+    self.cpu[-1] += time.process_time() - cpu
+    self.wall[-1] += time.perf_counter() - wall
+    return result
+
+  def seconds(self, clock: str) -> list[float]:
+    """Returns the seconds of each round."""
+    return {"wall": self.wall, "cpu": self.cpu}[clock]
+
+  def rates(self, clock: str) -> list[float]:
+    """Returns the work a second of each round."""
+    return [amount / seconds for amount, seconds in zip(self.amounts, self.seconds(clock))]
+
+
+@dataclasses.dataclass
+class Program(Timed):
+  """A variant that is one function, which does `amount` of work."""
+
+  function: Callable[[], Any]
+  amount: float = 1.0
+
+  def run(self) -> None:
+    """Runs and times the function once."""
+    self.time(self.function)
+    self.amounts[-1] += self.amount
+
+
+def take_turns(variants: Sequence[Any], rounds: int, warm_up: int = 0, play: Callable[[], None] | None = None,
+               tell: Callable[[Any], str] | None = None, label: str = "") -> None:
+  """Times the variants in turn; afterwards each holds `rounds` rounds.
+
+  Args:
+    variants: objects of `Timed`.
+    rounds: rounds that count.
+    warm_up: rounds before them, which do not.
+    play: plays a round; None calls each variant's `run`.
+    tell: says of a variant what a line on stderr tells after each round; None is silent.
+    label: beginning of that line.
+  """
+  for index in range(warm_up + rounds):
+    for variant in variants:
+      variant.start_round()
+    if play is None:
+      for variant in variants:
+        variant.run()
+    else:
+      play()
+    if tell is not None:
+      told = ", ".join(f"{variant.name} {tell(variant)}" for variant in variants)
+      print(f"{label}round {index + 1} of {warm_up + rounds}: {told}", file=sys.stderr, flush=True)
+  for variant in variants:
+    for values in (variant.amounts, variant.wall, variant.cpu):
+      del values[:warm_up]
+
+
+def ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+  """Returns the spread of the ratio, round by round."""
+  return spread([a / b for a, b in zip(values, others, strict=True)])
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,10 +126,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def header(benchmark: str, argv: list[str], dtype: str, sizes: dict[str, Any]) -> dict[str, Any]:
-  """The fields that all results share.
+  """Returns the fields that all results share.
 
   Args:
-    benchmark: module name below `benchmarks`; picks the table's form.
+    benchmark: module name below `benchmarks`, whose `table` lays the record out.
     argv: the command's arguments.
     dtype: compute dtype.
     sizes: shapes and settings of what is measured.
@@ -80,12 +175,12 @@ def pin(core: int) -> None:
 
 
 def num_cores() -> int:
-  """Cores this process may use."""
+  """Returns the number of cores that this process may use."""
   return len(_affinity())
 
 
-def spread(values: list[float]) -> dict[str, float]:
-  """Least, median and greatest."""
+def spread(values: Sequence[float]) -> dict[str, float]:
+  """Returns least, median and greatest."""
   return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
@@ -110,12 +205,12 @@ def _affinity() -> set[int]:
 
 
 def _commit() -> str:
-  """Commit of the code, with "+" where files differ from it; "unknown" outside git."""
+  """Returns the commit of the code, with "+" where files differ from it; "unknown" outside git."""
   def git(*arguments):
     return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, text=True,
                           capture_output=True).stdout.strip()
   try:
-    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "mor", "configs"))
+    return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "mor", "configs", "benchmarks/*.py"))
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import harness as results
+from benchmarks import harness
 from mor import config as config_lib
 from mor.conversion import hf_export
 from mor.conversion import pretrained
@@ -146,7 +146,7 @@ def _recursive(source: config_lib.ModelConfig, num_recursions: int, rank: int | 
 
 def main(argv: list[str]) -> None:
   """Measures and writes the record."""
-  parser = results.Parser(prog="python -m benchmarks.pretrained", description=__doc__.splitlines()[0])
+  parser = harness.Parser(prog="python -m benchmarks.pretrained", description=__doc__.splitlines()[0])
   parser.add_argument("--source", required=True, help="hf:FOLDER or gguf:FILE, a plain model with a tokenizer")
   parser.add_argument("--books", required=True, help=".jsonl.xz of books")
   parser.add_argument("--wikitext", default="", help="a text")
@@ -166,9 +166,23 @@ def main(argv: list[str]) -> None:
   rows = initialised(source, ranks, recursions, windows, tokenizer.encode(PARAGRAPH))
   sizes = {"source": pathlib.Path(args.source.partition(":")[2]).name, "ranks": ranks,
            "tokens": sum(len(window) - 1 for window in windows)}
-  record = results.header("pretrained", argv, "float32", sizes) | {"imported": first, "initialised": rows}
-  results.write(record, args.out)
+  record = harness.header("pretrained", argv, "float32", sizes) | {"imported": first, "initialised": rows}
+  harness.write(record, args.out)
+
+
+NOTE = (
+    "{sizes[source]}, {sizes[tokens]:,} tokens of books, on which the model itself is at the full rank's "
+    "loss.")
+
+
+def table(record: dict) -> list[list[str]]:
+  """Returns header and rows: loss of a pretrained model made recursive, by method, recursions and rank."""
+  ranks = list(record["initialised"][0]["nll"])
+  rows = [[f"R = {row['num_recursions']}, {row['method']}", *(f"{row['nll'][rank]:.2f}" for rank in ranks),
+           f"{row['full_rank_logits_difference']:.1e}"] for row in record["initialised"]]
+  head = ["before training, nats per token", *(f"rank {rank}" for rank in ranks), "full rank's logits − source's"]
+  return [head, *rows]
 
 
 if __name__ == "__main__":
-  results.run(main)
+  harness.run(main)

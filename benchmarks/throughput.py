@@ -1,4 +1,6 @@
-"""Tokens a second of sequence-wise and depth-wise batching, by simulation.
+"""Simulates the tokens a second of sequence-wise and depth-wise batching.
+
+  python -m benchmarks.throughput --out=benchmarks/results/throughput_k2.json
 
 A static queue of requests is played through `slots` rows of a batch. What a
 pass costs is measured beforehand; the simulator adds up the passes.
@@ -25,6 +27,8 @@ import dataclasses
 
 import numpy as np
 
+from benchmarks import harness
+
 POLICIES = ("static", "sequence", "depth")
 
 Cost = Callable[[int], float]  # ms, from the number of rows
@@ -35,7 +39,7 @@ def constant(ms: float) -> Cost:
   return lambda rows: ms
 
 
-def table(ms: Mapping[int, float]) -> Cost:
+def interpolate(ms: Mapping[int, float]) -> Cost:
   """Measured times by number of rows, linear between them; fewer rows than measured cost the least measured."""
   rows_B = np.asarray(sorted(ms))
   ms_B = np.asarray([ms[rows] for rows in sorted(ms)], float)
@@ -210,3 +214,30 @@ def _check_queue(requests: Sequence[np.ndarray], slots: int, policy: str) -> Non
     raise ValueError("an empty queue or request; give every request at least one token")
   if min(int(loops_T.min()) for loops_T in requests) < 1:
     raise ValueError("a token of less than one loop; loops count from 1")
+
+
+NOTE = (
+    "Relaxed Recursive Transformers, Table K.2; {sizes[requests]} requests.")
+
+
+def table(record: dict) -> list[list[str]]:
+  """Returns header and rows: the simulator beside the paper."""
+  rows = [[row["name"], f"{row['published']:g}", f"{row['simulated']:.4g}", f"{100 * row['error']:+.2f} %", row["given"]]
+          for row in record["rows"]]
+  return [["figure", "published", "simulated", "error", "given"], *rows]
+
+
+def main(argv: list[str]) -> None:
+  """Simulates and writes the record."""
+  parser = harness.Parser(prog="python -m benchmarks.throughput", description=__doc__.splitlines()[0])
+  parser.add_argument("--out", default="", help="JSON file; default standard output")
+  args = parser.parse_args(argv)
+  rows = table_k2()
+  record = harness.header("throughput", argv, "float64", {"requests": K2_REQUESTS})
+  record["rows"] = [{**dataclasses.asdict(row), "error": row.error} for row in rows]
+  record["largest_error"] = max(abs(row.error) for row in rows)
+  harness.write(record, args.out)
+
+
+if __name__ == "__main__":
+  harness.run(main)

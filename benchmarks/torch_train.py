@@ -5,16 +5,15 @@
 `LlamaForCausalLM` of transformers, whole under `torch.compile`, PyTorch's own
 attention, float32 parameters under autocast to bfloat16, clipping and fused AdamW, on
 random tokens that are there already. It writes one JSON object to standard output;
-`train_throughput --peer=1` runs it, in a process of its own, before our steps.
+`benchmarks.train --peer=1` runs it, in a process of its own, before our steps.
 """
 
 import json
 import logging
 import sys
-import time
 from typing import Any
 
-from benchmarks import harness as results
+from benchmarks import harness
 from benchmarks import peers
 
 SIZES = ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "num_layers", "seq_len", "batch")
@@ -23,7 +22,7 @@ WARM_UP = 3  # steps that are not counted, the compiling one among them
 
 def parse(argv: list[str]):
   """Options; every size must be given."""
-  parser = results.Parser(prog="python -m benchmarks.torch_train", description=__doc__.splitlines()[0])
+  parser = harness.Parser(prog="python -m benchmarks.torch_train", description=__doc__.splitlines()[0])
   for name in SIZES:
     parser.add_argument(f"--{name}", type=int, required=True)
   parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the computation")
@@ -69,13 +68,16 @@ def main(argv: list[str]) -> None:
   import torch  # pylint: disable=g-import-not-at-top
   import transformers  # pylint: disable=g-import-not-at-top
 
-  step, seconds, losses = make_step(args), [], []
-  for _ in range(WARM_UP + args.rounds):
-    begun = time.perf_counter()
+  step, losses = make_step(args), []
+
+  def run():
     losses.append(step())
     if torch.cuda.is_available():
       torch.cuda.synchronize()
-    seconds.append(time.perf_counter() - begun)
+
+  program = harness.Program("torch", run)
+  harness.take_turns([program], WARM_UP + args.rounds)
+  seconds = program.wall
   json.dump({
       "program": "transformers LlamaForCausalLM", "torch": torch.__version__, "transformers": transformers.__version__,
       "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -85,4 +87,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  results.run(main)
+  harness.run(main)

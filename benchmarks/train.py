@@ -5,13 +5,7 @@
 Run it where `configs/` is. Models are named as in `configs/paper.py`, without
 the size; all have the same unrolled depth and take the same tokens. A step is
 `mor/train/step.py`'s: forward, backward, clipping, AdamW, metrics, on one
-device, on random tokens that are there already. Models take turns, A B C A B C,
-and the ratio to the first is taken round by round, so that what else the
-machine does falls on all alike.
-
-  wall   seconds by the clock, `block_until_ready` included
-  cpu    processor seconds of this process; pinned to one core (`--pin=0`) they
-         are the time that the step takes on a quiet core
+device, on random tokens that are there already. Models take turns (`harness.py`).
 
 A step's FLOPs are counted three ways: `flops`, the calculator's, with the causal
 half of the attention; `flops_executed`, the calculator's, with its whole square,
@@ -33,13 +27,12 @@ import math
 import re
 import subprocess
 import sys
-import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import harness as results
+from benchmarks import harness
 from benchmarks import profile
 from benchmarks import torch_train
 from configs import paper
@@ -62,25 +55,18 @@ WARM_UP = 2  # rounds that are not counted
 
 
 @dataclasses.dataclass
-class Runner:
-  """One model: its compiled step, its state, and the seconds of each round."""
+class Runner(harness.Timed):
+  """One model: its compiled step and its state."""
 
-  name: str
   config: config_lib.Config
   compiled: Any
   state: step_lib.TrainState
   batch: dict
   metrics: dict = dataclasses.field(default_factory=dict)
-  wall: list[float] = dataclasses.field(default_factory=list)
-  cpu: list[float] = dataclasses.field(default_factory=list)
 
   def run(self) -> None:
     """Runs and times one step."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    self.state, self.metrics = self.compiled(self.state, self.batch, None)
-    jax.block_until_ready((self.state, self.metrics))
-    self.wall.append(time.perf_counter() - wall)
-    self.cpu.append(time.process_time() - cpu)
+    self.state, self.metrics = self.time(lambda: self.compiled(self.state, self.batch, None))
 
 
 def make_config(name: str, models: list[str], args) -> config_lib.Config:
@@ -144,7 +130,7 @@ def count(runner: Runner) -> dict[str, float]:
   return {"flops_xla": analysis["flops"], "bytes_accessed_xla": analysis["bytes accessed"]}
 
 
-def costs(runner: Runner, counted: bool = True) -> dict[str, Any]:
+def step_costs(runner: Runner, counted: bool = True) -> dict[str, Any]:
   """Parameters, FLOPs and memory of one step, and what XLA counts of it."""
   config, compiled = runner.config, runner.compiled
   tokens = config.data.batch_size * config.data.seq_len
@@ -173,11 +159,11 @@ def compare(runners: list[Runner], clock: str, counted: bool = True) -> list[dic
   """
   rows, peak = [], metrics_lib.peak_flops(jax.devices()[0].device_kind)
   for runner in runners:
-    row = {"model": runner.name, **costs(runner, counted)}
+    row = {"model": runner.name, **step_costs(runner, counted)}
     for kind in ("wall", "cpu"):
-      seconds = getattr(runner, kind)
-      row[f"{kind}_seconds"] = results.spread(seconds)
-      row[f"{kind}_ratio"] = results.spread([a / b for a, b in zip(seconds, getattr(runners[0], kind))])
+      seconds = runner.seconds(kind)
+      row[f"{kind}_seconds"] = harness.spread(seconds)
+      row[f"{kind}_ratio"] = harness.ratios(seconds, runners[0].seconds(kind))
     row["step_ratio"] = row[f"{clock}_ratio"]["median"]
     tokens = runner.config.data.batch_size * runner.config.data.seq_len
     row["tokens_per_second"] = tokens / row[f"{clock}_seconds"]["median"]
@@ -211,7 +197,7 @@ def run_peer(config: config_lib.Config, rounds: int) -> dict[str, Any]:
   if done.returncode:
     raise OSError(f"--peer=1: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
   peer = json.loads(done.stdout.splitlines()[-1])
-  peer["wall_seconds"] = results.spread(peer.pop("seconds"))
+  peer["wall_seconds"] = harness.spread(peer.pop("seconds"))
   peer["tokens_per_second"] = data.batch_size * data.seq_len / peer["wall_seconds"]["median"]
   return peer
 
@@ -226,7 +212,7 @@ def compare_peer(peer: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
 
 def parse(argv: list[str]):
   """Options, with the size's defaults filled in."""
-  parser = results.Parser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
+  parser = harness.Parser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
   parser.add_argument("--models", default="vanilla,mor-r2,mor-r3", help=f"of {', '.join(MODELS)}; base first")
   parser.add_argument("--size", default="cpu", choices=DEFAULTS)
   parser.add_argument("--seq_len", type=int, help="tokens in a row")
@@ -262,32 +248,58 @@ def main(argv: list[str]) -> None:
   """Builds the models, times them in turn, writes the record."""
   args = parse(argv)
   if args.pin is not None:
-    results.pin(args.pin)
+    harness.pin(args.pin)
   clock = "wall" if args.pin is None else "cpu"
   configs = {name: make_config(name, args.models, args) for name in args.models}
   model = configs[args.models[0]].model
   sizes = {name: getattr(args, name) for name in DEFAULTS["cpu"]}
   sizes |= {name: getattr(model, name) for name in CPU}
   peer = run_peer(configs[args.models[0]], args.rounds) if args.peer else None  # before we hold the device
-  record = results.header("train_throughput", argv, args.dtype, {"size": args.size, **sizes})
+  record = harness.header("train", argv, args.dtype, {"size": args.size, **sizes})
   print(f"compiling {', '.join(configs)}", file=sys.stderr)
   with futures.ThreadPoolExecutor() as pool:
     runners = list(pool.map(make_runner, configs, configs.values()))
-  for turn in range(WARM_UP + args.rounds):
-    for runner in runners:
-      runner.run()
-    seconds = ", ".join(f"{r.name} {r.wall[-1]:.3f} s" for r in runners)
-    print(f"round {turn + 1} of {WARM_UP + args.rounds}: {seconds}", file=sys.stderr)
-  for runner in runners:
-    del runner.wall[:WARM_UP], runner.cpu[:WARM_UP]
+  harness.take_turns(runners, args.rounds, WARM_UP, tell=lambda runner: f"{runner.wall[-1]:.3f} s")
   rows = compare(runners, clock, args.xla_counts)
   record |= {"clock": clock, "warm_up": WARM_UP, "rounds": args.rounds, "models": rows}
   if peer:
     record["peer"] = compare_peer(peer, rows)
   for runner, row in zip(runners, rows) if args.profile else ():
     row["profile"] = profile.breakdown(runner.run, runner.compiled.as_text())
-  results.write(record, args.out)
+  harness.write(record, args.out)
+
+
+NOTE = (
+    "*without the embedding. Whole steps of {sizes[batch]} x {sizes[seq_len]} tokens, {sizes[num_layers]}"
+    " unrolled layers, D={sizes[d_model]}, V={sizes[vocab_size]}; medians of {rounds} rounds in turn, "
+    "{clock} time, load average {load_average:.1f}.")
+
+
+def table(record: dict) -> list[list[str]]:
+  """Returns header and rows: time, FLOPs and memory of a step against the first model's."""
+  head = ["model", "parameters*", "seconds a step", "time ratio (min–max)", "FLOP ratio: causal, executed",
+          "time / FLOP ratio", "peak memory ratio"]
+  rows, known = [], "mfu" in record["models"][0]
+  for row in record["models"]:
+    ratio, seconds = row[f"{record['clock']}_ratio"], row[f"{record['clock']}_seconds"]
+    rows.append([
+        row["model"],
+        f"{row['parameters_non_embedding'] / 1e6:.1f}M",
+        f"{seconds['median']:.3g}",
+        f"{ratio['median']:.3f} ({ratio['min']:.3f}–{ratio['max']:.3f})",
+        f"{row['flops_ratio']:.3f}, {row['flops_executed_ratio']:.3f}",
+        f"{row['step_per_flops']:.3f}, {row['step_per_flops_executed']:.3f}",
+        f"{row['peak_memory_bytes_ratio']:.3f}",
+        *([f"{row['tokens_per_second']:,.0f}", f"{row['mfu']:.3f}"] if known else []),
+    ])
+  if "peer" in record:
+    peer, first = record["peer"], record["models"][0]
+    rows.append([f"{peer['program']}, PyTorch {peer['torch']}", rows[0][1], f"{peer['wall_seconds']['median']:.3g}",
+                 f"{first['tokens_per_second'] / peer['tokens_per_second']:.3f}", "", "",
+                 f"{peer['peak_memory_bytes'] / first['peak_memory_bytes']:.3f}" if peer["peak_memory_bytes"] else "",
+                 *([f"{peer['tokens_per_second']:,.0f}", f"{peer['mfu']:.3f}"] if known else [])])
+  return [head + ["tokens/s", "MFU"] * known, *rows]
 
 
 if __name__ == "__main__":
-  results.run(main)
+  harness.run(main)

@@ -14,13 +14,12 @@ import gc
 import json
 import statistics
 import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import harness as results
+from benchmarks import harness
 from configs import uptrain_smollm2
 from mor import config as config_lib
 from mor import sharding
@@ -72,23 +71,23 @@ def measure(run: str, config: config_lib.Config, source: pretrained.Source) -> d
   batch = lambda i: sharding.put_batch(mesh, corpus.train.batch(i))
   with jax.set_mesh(mesh):
     train_step = step_lib.make_train_step(config, mesh, teacher).jitted.lower(state, batch(0), teacher, None).compile()
-  seconds, losses = [], []
+  timed, losses = harness.Timed(run), []
   for i in range(config.train.steps):
-    fresh, start = batch(i), time.perf_counter()
-    state, metrics = train_step(state, fresh, teacher)
+    fresh = batch(i)
+    timed.start_round()
+    state, metrics = timed.time(lambda: train_step(state, fresh, teacher))
     losses.append({name: float(metrics[name]) for name in ("nll", "kl") if name in metrics})
-    seconds.append(time.perf_counter() - start)
   count = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
   memory = train_step.memory_analysis()
   return row | {
-      "nll_after": held_out(), "step_seconds": statistics.median(seconds), "last_metrics": losses[-1],
+      "nll_after": held_out(), "step_seconds": statistics.median(timed.wall), "last_metrics": losses[-1],
       "parameters": count(state.params) // 4, "teacher_bytes": teacher.num_bytes if teacher else 0,
       "temporary_bytes": memory.temp_size_in_bytes, "argument_bytes": memory.argument_size_in_bytes}
 
 
 def main(argv: list[str]) -> None:
   """Trains the runs and writes the record."""
-  parser = results.Parser(prog="python -m benchmarks.uptraining", description=__doc__.splitlines()[0])
+  parser = harness.Parser(prog="python -m benchmarks.uptraining", description=__doc__.splitlines()[0])
   parser.add_argument("--source", required=True, help="hf:FOLDER or gguf:FILE of SmolLM2-135M")
   parser.add_argument("--tokenizer", default="runs/smollm2/tokenizer.json", help="of the source")
   parser.add_argument("--runs", default=",".join(RUNS))
@@ -102,15 +101,15 @@ def main(argv: list[str]) -> None:
   configs = {run: make_config(run, args) for run in args.runs.split(",")}
   source = command.read(args.source)
   sizes = {name: getattr(args, name) for name in ("steps", "batch", "seq_len", "learning_rate", "eval_rows")}
-  record = results.header("uptraining", argv, "float32", sizes)
+  record = harness.header("uptraining", argv, "float32", sizes)
   record |= {"source_nll": _source_nll(configs, source), "runs": []}
   for run, config in configs.items():
     record["runs"].append(measure(run, config, source))
     print(json.dumps(record["runs"][-1]), file=sys.stderr, flush=True)
-    results.write(record, args.out) if args.out else None  # what is done is kept
+    harness.write(record, args.out) if args.out else None  # what is done is kept
     gc.collect()
     jax.clear_caches()
-  results.write(record, args.out)
+  harness.write(record, args.out)
 
 
 def _source_nll(configs: dict[str, config_lib.Config], source: pretrained.Source) -> float:
@@ -123,5 +122,19 @@ def _source_nll(configs: dict[str, config_lib.Config], source: pretrained.Source
                corpus.validation.in_order(config.data.batch_size, config.train.eval_rows))["nll_causal"]
 
 
+NOTE = (
+    "{sizes[steps]} steps of {sizes[batch]} x {sizes[seq_len]} tokens of books, learning rate "
+    "{sizes[learning_rate]}; the model itself is at {source_nll:.3f} on the same {sizes[eval_rows]} rows.")
+
+
+def table(record: dict) -> list[list[str]]:
+  """Returns header and rows: loss before and after, time and memory of a step."""
+  rows = [[row["run"], f"{row['parameters'] / 1e6:.0f}M", f"{row['nll_before']:.3f}", f"{row['nll_after']:.3f}",
+           f"{row['step_seconds']:.1f}", f"{row['temporary_bytes'] / 2**30:.2f}", f"{row['teacher_bytes'] / 2**30:.2f}"]
+          for row in record["runs"]]
+  return [["model / initialisation", "parameters", "nats before", "nats after", "seconds a step", "GiB of a step",
+           "GiB of the teacher"], *rows]
+
+
 if __name__ == "__main__":
-  results.run(main)
+  harness.run(main)

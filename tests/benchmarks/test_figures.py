@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import figures
-from benchmarks import harness as results
+from benchmarks import harness
 from benchmarks import quickstart
 from benchmarks import tables
 
@@ -48,7 +48,7 @@ def test_table_of_early_exit(tmp_path):
 
 
 def test_a_missing_result_is_named(monkeypatch, tmp_path):
-  monkeypatch.setattr(results, "DIRECTORY", tmp_path)
+  monkeypatch.setattr(harness, "DIRECTORY", tmp_path)
   monkeypatch.setattr(figures, "DOCS", tmp_path / "docs")
   with pytest.raises(ValueError, match="docs/depth.png has no .*quickstart.json; run its benchmark"):
     figures.main([])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from benchmarks import pretrained
-from benchmarks import tables
 from benchmarks import uptraining
 from mor.conversion import pretrained as conversion
 from mor.model import transformer
@@ -51,7 +50,7 @@ def test_full_rank_is_the_source_and_less_is_not():
     assert list(row["nll"]) == ["0", "2", "full"]
     assert row["nll"]["full"] == pytest.approx(own, abs=1e-4) and row["full_rank_logits_difference"] < 1e-3
     assert abs(row["nll"]["0"] - own) > 1e-2 and abs(row["nll"]["2"] - row["nll"]["0"]) > 1e-3
-  table = tables.pretrained({"initialised": rows})
+  table = pretrained.table({"initialised": rows})
   assert table[0][1:4] == ["rank 0", "rank 2", "rank full"] and len(table) == 5
 
 

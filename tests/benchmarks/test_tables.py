@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import harness as results
+from benchmarks import harness
 from benchmarks import tables
 
 RECORD = dict(
@@ -78,10 +78,10 @@ def test_peers_show_their_ratio_to_the_best(tmp_path):
   assert lines[2] == "| 16 | vanilla bfloat16 | 330 (329–331) | 1.10 |"
 
 
-@pytest.mark.parametrize("page", sorted((results.ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", tables.pages(), ids=lambda page: page.name)
 def test_pages_show_the_committed_results(page):
   text = page.read_text(encoding="utf-8")
-  assert tables.rewrite(text, results.DIRECTORY) == text, "run python -m benchmarks.tables"
+  assert tables.rewrite(text, harness.DIRECTORY) == text, "run python -m benchmarks.tables"
 
 
 def test_a_known_peak_and_a_peer_add_columns_and_a_row(tmp_path):
@@ -94,3 +94,13 @@ def test_a_known_peak_and_a_peer_add_columns_and_a_row(tmp_path):
   assert lines[1].endswith("| peak memory ratio | tokens/s | MFU |")
   assert lines[3].endswith("| 0.700 | 45,679 | 0.550 |")
   assert lines[5] == "| Peer, PyTorch 2.0 | 3.2M | 1.5 | 1.523 |  |  | 1.500 | 30,000 | 0.400 |"
+
+
+def test_every_result_is_on_a_page(monkeypatch, tmp_path):
+  (tmp_path / "hidden.json").write_text(json.dumps(RECORD))
+  page = tmp_path / "page.md"
+  page.write_text("no table")
+  monkeypatch.setattr(tables, "pages", lambda: [page])
+  monkeypatch.setattr(harness, "DIRECTORY", tmp_path)
+  with pytest.raises(ValueError, match="no page shows benchmarks/results/hidden.json; add <!-- table:hidden -->"):
+    tables.main([])

@@ -7,7 +7,7 @@ from benchmarks import throughput
 
 # Three requests; the loops of each token.
 REQUESTS = [np.array(loops_T) for loops_T in ([1, 3], [2], [1, 1])]
-PASS_MS, EDGE_MS = throughput.table({1: 2, 2: 3}), throughput.table({1: 0.5, 2: 1.0})
+PASS_MS, EDGE_MS = throughput.interpolate({1: 2, 2: 3}), throughput.interpolate({1: 0.5, 2: 1.0})
 # Two slots. static: {A1 B1} 2 loops, {A2 -} 3, then {C1 -} and {C2 -} as a batch of one.
 # sequence: {A1 B1} 2, {A2 C1} 3, {C2} 1. depth: {A1 B1} {A2 B1} {A2 C1} {A2 C2}, leavers 1, 1, 1 and 2.
 BY_HAND = {
@@ -15,7 +15,7 @@ BY_HAND = {
     "sequence": (2 * 3 + 1) + (3 * 3 + 1) + (2 + 0.5),
     "depth": 3 * (3 + 0.5) + (3 + 1),
 }
-PASS_MS_5 = throughput.table({1: 1.0, 3: 1.7, 5: 2.9})
+PASS_MS_5 = throughput.interpolate({1: 1.0, 3: 1.7, 5: 2.9})
 EXITS = (0.5, 0.2, 0.3)
 
 

@@ -67,7 +67,7 @@ def test_xla_counts_every_layer_and_block_of_a_loop(record, monkeypatch):
   args = train_throughput.parse(["--models=vanilla", "--seq_len=72", "--batch=3", "--scan_layers=1", "--loss_block=27"])
   config = train_throughput.make_config("vanilla", args.models, args)
   assert config.train.loss_block == 27
-  row = train_throughput.costs(train_throughput.make_runner("vanilla", config))
+  row = train_throughput.step_costs(train_throughput.make_runner("vanilla", config))
   assert row["flops_xla"] == record["models"][0]["flops_xla"]
 
 
