@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import mor
+from mor import experiments
 from mor import main
 from mor.data import tokenizer as tokenizer_lib
 from mor.decode import decoder as decoder_lib
@@ -134,6 +135,8 @@ def test_flags_and_modes_exist():
   names = set(re.findall(r"(?<![\w-])--(\w+)=", text))
   soak = (ROOT / "tests/soak_kill.py").read_text(encoding="utf-8")
   assert len(names) >= 10 and not {name for name in names if name not in flags.FLAGS and f'"--{name}"' not in soak}
+  names = set(re.findall(r"--config=([a-z][\w:.-]*\w)", text))
+  assert len(names) >= 5 and all(experiments.read(name) for name in names)
   modes = set(re.findall(r"--mode=(\w+)", text))
   assert len(modes) >= 5 and modes <= set(main.MODES)
 
