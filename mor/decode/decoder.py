@@ -19,7 +19,6 @@ from mor.decode import cache as cache_lib
 from mor.decode import control
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
-from mor.exits import policy as exits_lib
 from mor.model import block
 from mor.model import layers
 from mor.model.routers import base as router_base
@@ -33,20 +32,16 @@ class Decoder:
     model: the model's config.
     storage: of keys and values.
     router: in place of the model's own; same interface (`routers/base.py`).
-    exits: where tokens may leave early, if anywhere.
+    after: layers after which tokens may leave early; a plain model is cut there into steps.
   """
 
   def __init__(self, model: config_lib.ModelConfig, storage: Any, router: Any = None,
-               exits: exits_lib.Exits | None = None):
+               after: tuple[int, ...] = ()):
     self.model = model
-    self.exits = exits
-    self.tables = cache_lib.Tables(model, storage, exits.after if exits else ())
+    self.tables = cache_lib.Tables(model, storage, after)
     self.router = router or router_table.ROUTERS[model.router.name](model)
     self.num_steps = self.tables.schedule.num_steps
-    self._key = (model, storage, router, exits)  # equal decoders share their compiled programs
-    if exits:
-      exits.check(model, self.tables.schedule)
-      self.exit_steps = tuple(1 + self.tables.schedule.boundaries().index(n) for n in exits.after)
+    self._key = (model, storage, router, after)  # equal decoders share their compiled programs
 
   def __eq__(self, other: Any) -> bool:
     return isinstance(other, Decoder) and self._key == other._key
@@ -124,15 +119,15 @@ class Decoder:
       x_1MD = self.layer(layer, x_1MD, rotation, attend, narrow=narrow)
     return cache.replace(edge=tuple(buffers)), jnp.zeros_like(h_MD).at[order_M].set(x_1MD[0], unique_indices=True)
 
-  def narrow(self, tokens: cache_lib.Tokens, num: int, few: bool = False) -> control.Narrow | None:
-    """Products as wide as the running tokens need, where there is room for more than one of each of `num` sequences.
+  def narrow(self, tokens: cache_lib.Tokens, num: int, sparse: bool = False) -> control.Narrow | None:
+    """Returns matmuls as wide as the running tokens need, or None if each sequence has one token.
 
     Args:
       tokens: of the pass.
       num: sequences.
-      few: the same where there is not, because some sequences often have no token in the pass.
+      sparse: whether many sequences have no token in the pass.
     """
-    if tokens.alone and not few:
+    if tokens.alone and not sparse:
       return None
     return control.Narrow(jnp.sum(tokens.run_M), control.list_widths(num, tokens.run_M.shape[0]))
 
@@ -158,7 +153,7 @@ class Decoder:
     return keep_B | (alive_B & (step_B == 0)) if self.tables.plan.shares else keep_B
 
   def run_pass(self, weights: weights_lib.Weights, cache: cache_lib.Cache, h_MD: jax.Array, tokens: cache_lib.Tokens,
-               static_step: int | None = None, few: bool = False) -> tuple[cache_lib.Cache, jax.Array]:
+               static_step: int | None = None, sparse: bool = False) -> tuple[cache_lib.Cache, jax.Array]:
     """The stack once for the tokens that run, each at its step; the others' results mean nothing.
 
     Args:
@@ -168,7 +163,7 @@ class Decoder:
       tokens: which they are.
       static_step: the one step of all of them, where known; needed where steps use
         different layers.
-      few: see `narrow`.
+      sparse: see `narrow`.
     """
     if static_step is None and not self.tables.schedule.cyclic:
       raise ValueError(f"sharing={self.model.sharing!r} gives each step its own layers, so rows at different steps "
@@ -190,7 +185,7 @@ class Decoder:
     (h_1MD, position_M, page_M, offset_M, step_M, rows) = jax.tree.map(
         lambda a: a[order_M], (h_MD, position_M, page_M, offset_M, step_M, rows))
     h_1MD, buffers, rotation = h_1MD[None], list(cache.stack), self.rotation(position_M)
-    narrow = self.narrow(tokens, cache.page_BRP.shape[0], few)
+    narrow = self.narrow(tokens, cache.page_BRP.shape[0], sparse)
     cuts = (narrow.widths, narrow.num) if narrow else ()
     for i, parameters in enumerate(self.tables.schedule.rows[static]):
       rule = rules[i]

@@ -6,6 +6,7 @@ causal decision, and stores the entries that decoding token by token would store
 Hidden states leave no trace: the last token of a prompt is decoded, not prefilled.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from mor.decode import cache as cache_lib
 from mor.decode import decoder as decoder_lib
+from mor.decode import slots as slots_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
 from mor.model import kernels
@@ -190,3 +192,21 @@ class _Chunk:
   def _write(self, buffer, place, fresh):
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     return self.storage.write(buffer, *place, flat(fresh.k_BSKH), flat(fresh.v_BSKH))
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "context"), donate_argnums=2)
+def store(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, slot: jax.Array,
+          tokens_1T: jax.Array, start: jax.Array, length: jax.Array, *,
+          context: bool) -> tuple[slots_lib.Slots, jax.Array]:
+  """Stores one chunk of a slot's prompt.
+
+  Returns:
+    The slots, and whether the pages sufficed; without that they are of no use.
+  """
+  cache = slots.cache
+  tables = ("edge_page_BP", "edge_length_B", "page_BRP", "length_BR", "hidden_BRS")
+  one = {name: jax.lax.dynamic_slice_in_dim(getattr(cache, name), slot, 1) for name in tables}
+  row, _, ok = run(decoder, weights, cache.replace(**one), tokens_1T, start[None], length[None], context)
+  back = {name: jax.lax.dynamic_update_slice_in_dim(getattr(cache, name), getattr(row, name), slot, 0)
+          for name in tables}
+  return slots.replace(cache=row.replace(**back)), ok

@@ -20,7 +20,9 @@ KV policies, for the deeper layers' entries of tokens that left:
 import dataclasses
 from typing import Literal, NamedTuple
 
+from flax import struct
 import jax
+import jax.numpy as jnp
 
 from mor import config as config_lib
 from mor.exits import confidence
@@ -67,7 +69,10 @@ class Exits:
     def require(ok, name, remedy):
       if not ok:
         raise ValueError(f"exits.{name}={getattr(self, name)!r}; use {remedy}")
-    integer = lambda x: isinstance(x, int) and not isinstance(x, bool)
+
+    def integer(x):
+      return isinstance(x, int) and not isinstance(x, bool)
+
     require(isinstance(self.after, tuple) and self.after and all(map(integer, self.after))
             and list(self.after) == sorted(set(self.after)), "after", "a tuple of ascending layers, one at least")
     require(self.measure in confidence.MEASURES, "measure", f"one of {', '.join(confidence.MEASURES)}")
@@ -81,7 +86,7 @@ class Exits:
     require(not self.monitor or self.kv == "exact", "monitor", "False, or kv='exact', which runs the full depth")
     require(self.worth is None or 0 <= self.worth <= 1, "worth", "None, or a share in [0, 1]")
 
-  def check(self, model: config_lib.ModelConfig, schedule: schedule_lib.LayerSchedule) -> None:
+  def check(self, model: config_lib.ModelConfig) -> None:
     """Refuses what a model cannot do.
 
     Raises:
@@ -89,7 +94,8 @@ class Exits:
     """
     if self.first > model.vocab_size:
       raise ValueError(f"exits.first={self.first}: this model has {model.vocab_size} tokens; use fewer, or 0")
-    plain = schedule_lib.make(model).num_steps == 1
+    schedule = schedule_lib.make(model)
+    plain = schedule.num_steps == 1
     valid = tuple(range(1, model.num_layers)) if plain else schedule.boundaries()
     if not set(self.after) <= set(valid):
       raise ValueError(f"exits.after={self.after}: this model has exits after layers {', '.join(map(str, valid))}")
@@ -101,18 +107,18 @@ class Exits:
 
   @property
   def places(self) -> int:
-    """Of a request's ring."""
+    """Pending tokens that a request's ring holds."""
     return self.pending if self.kv == "exact" else 1
 
   def room(self, num_slots: int) -> int:
-    """Pending tokens that one pass takes along."""
+    """Returns how many pending tokens one pass takes along."""
     if self.kv != "exact":
       return 0
     return self.carry or min(num_slots * self.pending, max(4 * self.pending, 2 * num_slots))
 
 
-class Costs(NamedTuple):
-  """Of decoding with exits, in weights that are multiplied by; a token's share of a pass with one of each slot.
+class ExitCosts(NamedTuple):
+  """Costs of decoding with exits, in weights that are multiplied by; a token's share of a pass with one of each slot.
 
   Attributes:
     full: a token at the full depth.
@@ -129,8 +135,8 @@ class Costs(NamedTuple):
   worth: float
 
 
-def costs(model: config_lib.ModelConfig, exits: Exits, num_slots: int) -> Costs:
-  """Estimates: a pass takes the time of reading its weights, and as much again for each `_ROWS` rows."""
+def estimate_costs(model: config_lib.ModelConfig, exits: Exits, num_slots: int) -> ExitCosts:
+  """Estimates costs: a pass takes the time of reading its weights, and as much again for each `_ROWS` rows."""
   layer, head = sum(a * b for a, b in model.projections.values()), model.vocab_size * model.d_model
   shallow, deep = exits.after[0] * layer, (model.num_layers - exits.after[0]) * layer
   look = 0 if exits.measure in NO_LOGITS else (exits.first or model.vocab_size) * model.d_model
@@ -138,4 +144,36 @@ def costs(model: config_lib.ModelConfig, exits: Exits, num_slots: int) -> Costs:
   saved = head + (1.0 - by_row) * deep
   worth = min(look / saved, 0.9) if exits.worth is None else exits.worth
   turn = shallow + look
-  return Costs(shallow + deep + head, turn, look, turn + by_row * (deep + head), worth)
+  return ExitCosts(shallow + deep + head, turn, look, turn + by_row * (deep + head), worth)
+
+
+@struct.dataclass
+class Setup:
+  """What a tick with exits needs beside the slots.
+
+  Attributes:
+    draft: whether requests to be verified draft at all, if they do not sample.
+    exits: of the engine, static.
+    steps: steps after which a token may leave, static.
+    room: pending tokens that one pass takes along, static.
+    costs: costs of looking and drafting, static.
+  """
+
+  draft: jax.Array
+  exits: Exits = struct.field(pytree_node=False)
+  steps: tuple[int, ...] = struct.field(pytree_node=False)
+  room: int = struct.field(pytree_node=False)
+  costs: ExitCosts = struct.field(pytree_node=False)
+
+
+def set_up(model: config_lib.ModelConfig, exits: Exits, schedule: schedule_lib.LayerSchedule, num_slots: int) -> Setup:
+  """Returns the setup of an engine whose requests may draft.
+
+  Args:
+    model: the model's config.
+    exits: of the engine.
+    schedule: the decoder's, in which a plain model is cut at its exits.
+    num_slots: of the engine.
+  """
+  steps = tuple(1 + schedule.boundaries().index(n) for n in exits.after)
+  return Setup(jnp.bool_(True), exits, steps, exits.room(num_slots), estimate_costs(model, exits, num_slots))

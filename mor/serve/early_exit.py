@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor import config as config_lib
-from mor.decode import decoder as decoder_lib
 from mor.exits import calibration
 from mor.exits import policy as exits_lib
 from mor.exits import ring as ring_lib
-from mor.exits import tick as early_exit
 from mor.serve import request as request_lib
 
 _START = 5  # dispatches that draft before the other side is tried
@@ -22,7 +20,8 @@ _QUIET = 2  # dispatches of a side without a prompt beside them that suffice
 _BETTER = 1.02  # what a side has to gain to take over
 
 
-def check(exits: exits_lib.Exits | None, batching: str, calibrator: calibration.Calibrator | None) -> None:
+def check(exits: exits_lib.Exits | None, model: config_lib.ModelConfig, batching: str,
+          calibrator: calibration.Calibrator | None) -> None:
   """Refuses what does not go together.
 
   Raises:
@@ -31,21 +30,15 @@ def check(exits: exits_lib.Exits | None, batching: str, calibrator: calibration.
   if exits is None:
     if calibrator is not None:
       raise ValueError("calibrator is given but exits=None; give exits too, or leave it out")
-  elif batching != "depth":
+    return
+  if batching != "depth":
     raise ValueError(f"batching={batching!r} with exits; use 'depth', or exits=None")
-
-
-def context(model: config_lib.ModelConfig, exits: exits_lib.Exits | None,
-            num_slots: int) -> early_exit.Context | None:
-  """What the device needs to know, drafts being on."""
-  if exits is None:
-    return None
-  return early_exit.Context(jnp.bool_(True), exits_lib.costs(model, exits, num_slots))
+  exits.check(model)
 
 
 def resolve(exits: exits_lib.Exits | None, request: request_lib.Request,
             calibrator: calibration.Calibrator | None) -> request_lib.Request:
-  """The request with the threshold that it will keep.
+  """Returns the request with the threshold that it will keep.
 
   Raises:
     ValueError: the engine cannot do what it asks for.
@@ -68,30 +61,56 @@ def resolve(exits: exits_lib.Exits | None, request: request_lib.Request,
   return dataclasses.replace(request, threshold=exits_lib.VERIFY_THRESHOLD)
 
 
-def settings(decoder: decoder_lib.Decoder, worth: float, request: request_lib.Request,
-             completion: request_lib.Completion) -> dict[str, np.ndarray]:
-  """The ring's fields of a request that starts, or starts again after a preemption."""
+def set_fields(setup: exits_lib.Setup, request: request_lib.Request,
+               completion: request_lib.Completion) -> dict[str, np.ndarray]:
+  """Returns the ring's fields of a request that starts, or starts again after a preemption."""
   rate, skip = ring_lib.FIRST_RATE, 0
   if request.exit == "trust":
-    rate, skip = ring_lib.replay(decoder.exit_steps, completion.depths, completion.early, worth)
-  return ring_lib.settings(request.exit, request.threshold or 0.0, rate, skip)
+    rate, skip = replay(setup.steps, completion.depths, completion.early, setup.costs.worth)
+  return dict(mode_B=np.array(exits_lib.MODES.index(request.exit), np.int32),
+              threshold_B=np.array(request.threshold or 0.0, np.float32),
+              rate_B=np.array(rate, np.float32), skip_B=np.array(skip, np.int32))
+
+
+def first_rate(worth: float) -> float:
+  """Returns `rate_B` of a trusting request that has not looked yet: eight looks in vain take it below `worth`."""
+  return worth * (1.0 - 1.0 / ring_lib.PAST) ** -7.5
+
+
+def replay(exit_steps: tuple[int, ...], depths: list[int], early: list[bool], worth: float) -> tuple[float, int]:
+  """Returns `rate_B` and `skip_B` of a trusting request after the tokens that it has got.
+
+  A token has looked at the exits before its depth, and has left at the last of them if it left early.
+  """
+  rate, skip = np.float32(first_rate(worth)), 0
+  for depth, left in zip(depths, early):
+    looks = skip == 0
+    skip = max(skip - 1, 0)
+    checked = [step for step in exit_steps if step <= depth - (not left)] if looks else []
+    for step in checked:
+      exited = left and step == checked[-1]
+      # As `ring.follow_rate`, to the bit: 1 / PAST is exact.
+      rate += (np.float32(exited) - rate) / np.float32(ring_lib.PAST)
+      if not exited and rate < np.float32(worth):
+        skip = ring_lib.PROBE
+  return float(rate), skip
 
 
 def drafts_greedily(request: request_lib.Request) -> bool:
-  """Whether it has the same tokens with drafts and without; sampled ones depend on the drafts."""
+  """Returns True if a request has the same tokens with drafts and without; sampled tokens depend on the drafts."""
   return request.exit == "verify" and request.sampling.temperature == 0
 
 
-def drafts_pay(costs: exits_lib.Costs, pending: int) -> bool:
-  """Whether drafts are expected to, before any was judged."""
+def drafts_pay(costs: exits_lib.ExitCosts, pending: int) -> bool:
+  """Returns True if drafts are expected to pay, before any was judged."""
   return int(ring_lib.best_length(jnp.array([ring_lib.FIRST_RATE]), pending, costs)[0]) > 0
 
 
 class Pace:
-  """Whether greedy requests that are verified draft: what gave more tokens a second.
+  """Decides whether greedy `verify` requests draft, by which side gave more tokens a second.
 
   Their tokens are the same either way. The other side is tried now and then, the rarer
-  the longer one side keeps winning, and not for long where it is clearly worse.
+  the longer one side keeps winning, and not for long if it is clearly worse.
 
   Args:
     drafts: whether it begins with them.
@@ -104,17 +123,23 @@ class Pace:
         side: collections.deque(maxlen=_SEEN) for side in (False, True)}
 
   def next(self) -> bool:
-    """For the next dispatch."""
+    """Returns True if the next dispatch drafts."""
     if self._left == 0 or (self._trial and self._hopeless()):
       self._turn()
     self._left -= 1
     return self._draft
 
   def saw(self, drafted: bool, tokens: int, seconds: float, alone: bool = True) -> None:
-    """Results of a dispatch; `alone` is whether no prompt was read meanwhile.
+    """Takes the results of a dispatch.
 
-    Where requests are short some prompt is read beside most dispatches. Those count
-    where either side has too few of the others: both sides read the same prompts.
+    If requests are short, a prompt is read beside most dispatches. Such dispatches count
+    if either side has too few without one: both sides read the same prompts.
+
+    Args:
+      drafted: whether it drafted.
+      tokens: new tokens.
+      seconds: time of the dispatch.
+      alone: whether no prompt was read meanwhile.
     """
     self._seen[drafted].append((tokens, seconds, alone))
 

@@ -21,12 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor.decode import decoder as decoder_lib
+from mor.decode import prefill
 from mor.decode import slots as slots_lib
 from mor.decode import storage as storage_lib
 from mor.decode import tick
 from mor.decode import weights as weights_lib
 from mor.exits import calibration
 from mor.exits import policy as exits_lib
+from mor.exits import ring as ring_lib
+from mor.exits import tick as exit_tick
 from mor.serve import early_exit as exit_host
 from mor.serve import meter as meter_lib
 from mor.serve import request as request_lib
@@ -89,9 +92,10 @@ class Engine:
         raise ValueError(f"{name}={value}; use a count >= 1")
     page_size = context if storage == "dense" else page_size
     kind, config = _STORAGES[storage], model.config
-    self.decoder = decoder_lib.Decoder(
-        config, kind(page_size, config.num_kv_heads, config.head_dim, kv_format), router, exits)
-    exit_host.check(exits, batching, calibrator)
+    exit_host.check(exits, config, batching, calibrator)
+    self.decoder = decoder_lib.Decoder(config, kind(page_size, config.num_kv_heads, config.head_dim, kv_format), router,
+                                       exits.after if exits else ())
+    self.exits, self.calibrator = exits, calibrator
     cyclic = self.decoder.tables.schedule.cyclic
     if not cyclic and exits is None:
       raise ValueError(f"sharing={config.sharing!r} gives each step its own layers, so tokens at different steps "
@@ -110,14 +114,16 @@ class Engine:
         max(1 + exits.pending, self.decoder.tables.num_rows) if exits else 1)
     self.scheduler = scheduler_lib.Scheduler(num_slots, pool, self._ticks, self._chunk)
     slots = slots_lib.make(self.decoder, self.weights, num_slots, pool.num_pages, pool.num_edge_pages, pages_per_row)
+    self._setup, self._pace = None, exit_host.Pace()
+    if exits:
+      slots = ring_lib.attach(self.decoder, slots, exits)
+      self._setup = exits_lib.set_up(config, exits, self.decoder.tables.schedule, num_slots)
+      self._pace = exit_host.Pace(exit_host.drafts_pay(self._setup.costs, exits.pending))
     self.slots = jax.device_put(slots, *self.weights.lookup_VD.devices())  # committed, as a dispatch returns it
     self._flights: collections.deque[_Flight] = collections.deque()
     self._jobs: dict[int, scheduler_lib.Job] = {}
     self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
     self._starved = False  # a row waits and no page is free
-    self._context = exit_host.context(config, exits, num_slots)
-    self._pace = exit_host.Pace(not exits or exit_host.drafts_pay(self._context.costs, exits.pending))
-    self.calibrator = calibrator
     self._mark: float | None = None  # when the last dispatch was read
     self._events: list[tuple[int, request_lib.Event]] = []  # read, and not returned yet
     self._alone = True  # whether nothing was prefilled since the last dispatch
@@ -140,7 +146,7 @@ class Engine:
   def submit_request(self, request: request_lib.Request) -> int:
     """`submit` of a ready request."""
     request.check(self.model.config.vocab_size, self.context)
-    request = exit_host.resolve(self.decoder.exits, request, self.calibrator)
+    request = exit_host.resolve(self.exits, request, self.calibrator)
     follower = request_lib.Follower(request, self.model.tokenizer)
     job = self.scheduler.submit(request.prompt, request.limit(self.context), follower)
     self._jobs[job.id] = job
@@ -257,7 +263,7 @@ class Engine:
     width = max(_LEAST_CHUNK, 1 << (size - 1).bit_length())
     tokens_1T = np.zeros((1, width), np.int32)
     tokens_1T[0, :size] = job.tokens[job.stored:job.stored + size]
-    self.slots, ok = tick.store(
+    self.slots, ok = prefill.store(
         self.decoder, self.weights, self.slots, jnp.int32(job.slot), jnp.asarray(tokens_1T), jnp.int32(job.stored),
         jnp.int32(size), context=job.stored > 0)
     job.stored += size
@@ -266,12 +272,15 @@ class Engine:
     self._sufficed.append(ok)
 
   def _start(self, job: scheduler_lib.Job) -> None:
-    left = job.limit - (len(job.tokens) - len(job.prompt))
-    ring = None
-    if self.decoder.exits:
-      ring = exit_host.settings(self.decoder, self._context.costs.worth, job.payload.request, job.payload.completion)
-    self.slots = slots_lib.admit(self.slots, slots_lib.admission(
-        job.slot, job.payload.request, job.tokens, left, self.model.config.vocab_size, ring))
+    request, generated = job.payload.request, len(job.tokens) - len(job.prompt)
+    admission = slots_lib.make_admission(
+        job.slot, job.tokens, generated=generated, left=job.limit - generated, sampling=request.sampling,
+        stop_tokens=request.stop_tokens, logprobs=request.logprobs, vocab_size=self.model.config.vocab_size)
+    if self._setup is None:
+      self.slots = slots_lib.admit(self.slots, admission)
+    else:
+      fields = exit_host.set_fields(self._setup, request, job.payload.completion)
+      self.slots = ring_lib.admit(self.slots, admission, fields)
     job.started = True
 
   def _dispatch(self) -> None:
@@ -279,11 +288,12 @@ class Engine:
     drafted = True
     if any(job and exit_host.drafts_greedily(job.payload.request) for job in jobs):
       drafted = self._pace.next()
-      self._context = self._context.replace(draft=jnp.bool_(drafted))
-    began = time.monotonic()
-    self.slots, out = tick.run(
-        self.decoder, self.weights, self.slots, num_ticks=self._ticks, vocab_size=self.model.vocab_size,
-        together=self._together, context=self._context)
+      self._setup = self._setup.replace(draft=jnp.bool_(drafted))
+    began, static = time.monotonic(), dict(num_ticks=self._ticks, vocab_size=self.model.vocab_size)
+    if self._setup is None:
+      self.slots, out = tick.run(self.decoder, self.weights, self.slots, together=self._together, **static)
+    else:
+      self.slots, out = exit_tick.run(self.decoder, self.weights, self.slots, setup=self._setup, **static)
     self._flights.append(_Flight(out, jobs, began, drafted, self._alone))
     self._alone = True
 
@@ -295,19 +305,20 @@ class Engine:
     self.meter.harvested(out, num)
     self._learn(flight, out, num)
     self.scheduler.learn(int(out.free), int(out.edge_free), [job for job in flight.jobs if job], len(self._flights))
-    events, last = [], out.new.token_BW.shape[2] - 1
+    new = out.ticks.new
+    events, last = [], new.token_BW.shape[2] - 1
     for k in range(num):
       for slot, job in enumerate(flight.jobs):
         for i in range(last + 1):
-          token = int(out.new.token_BW[k, slot, i])
+          token = int(new.token_BW[k, slot, i])
           if token < 0 or job is None or job.finished or job.slot != slot:
             break
-          more = i < last and out.new.token_BW[k, slot, i + 1] >= 0
-          events.append((job.id, self._take_token(job, out.new, (k, slot, i), "" if more else request_lib.FINISH[
-              out.new.finish_B[k, slot]])))
-    self.scheduler.pressed = bool(num) and bool(out.stalled_KB[num - 1].any())
+          more = i < last and new.token_BW[k, slot, i + 1] >= 0
+          finish = "" if more else request_lib.FINISH[new.finish_B[k, slot]]
+          events.append((job.id, self._take_token(job, new, (k, slot, i), finish)))
+    self.scheduler.pressed = bool(num) and bool(out.ticks.stalled_B[num - 1].any())
     none_left = out.free == 0 or (self.decoder.tables.num_edges and out.edge_free == 0)
-    stuck = bool(num) and not out.ran_KB[num - 1].any()  # each needs more pages than are left
+    stuck = bool(num) and not out.ticks.ran_B[num - 1].any()  # each needs more pages than are left
     self._starved = self.scheduler.pressed and bool(none_left or stuck)
     return events
 
@@ -316,15 +327,16 @@ class Engine:
     now = time.monotonic()
     if self._mark is not None and num:  # the first one compiles
       seconds = now - max(self._mark, flight.began)
-      self._pace.saw(flight.drafted, int((out.new.token_BW[:num] >= 0).sum()), seconds, flight.alone)
+      self._pace.saw(flight.drafted, int((out.ticks.new.token_BW[:num] >= 0).sum()), seconds, flight.alone)
     self._mark = now
-    if self.calibrator is not None and out.new.sure_BW.size:
-      known_KBW = out.new.sure_BW[:num] >= 0
-      self.calibrator.update(out.new.sure_BW[:num][known_KBW], out.new.agreed_BW[:num][known_KBW])
+    if self.calibrator is not None and self.exits.monitor:
+      report = out.ticks.new.exits
+      known_KBW = report.sure_BW[:num] >= 0
+      self.calibrator.update(report.sure_BW[:num][known_KBW], report.agreed_BW[:num][known_KBW])
 
   def _take_token(self, job, new, at, finish) -> request_lib.Event:
-    token = int(new.token_BW[at])
-    event = job.payload.add(token, int(new.depth_BW[at]), float(new.logprob_BW[at]), finish, bool(new.early_BW[at]))
+    token, early = int(new.token_BW[at]), new.exits is not None and bool(new.exits.early_BW[at])
+    event = job.payload.add(token, int(new.depth_BW[at]), float(new.logprob_BW[at]), finish, early)
     job.tokens.append(token)
     self.meter.token(job.id)
     if event.finish:

@@ -18,6 +18,7 @@ from mor.decode import cache as cache_lib
 from mor.decode import decoder as decoder_lib
 from mor.decode import prefill
 from mor.decode import sampling
+from mor.decode import slots as slots_lib
 from mor.decode import weights as weights_lib
 from mor.serve import request as request_lib
 
@@ -92,7 +93,7 @@ def _begin(decoder, weights, requests, context):
   if length_B.max() > 1:
     cache = _prefill(decoder, weights, cache, tokens_BT, jnp.asarray(length_B - 1, jnp.int32))
   seen_BV = np.zeros((len(requests), decoder.model.vocab_size), bool)
-  stop_BE = np.full((len(requests), request_lib.STOP_TOKENS), -1, np.int32)
+  stop_BE = np.full((len(requests), slots_lib.STOP_TOKENS), -1, np.int32)
   for b, request in enumerate(requests):
     seen_BV[b, list(request.prompt)] = True
     stop_BE[b, :len(request.stop_tokens)] = request.stop_tokens
@@ -143,11 +144,10 @@ def _turns(decoder, weights, state, rows, stop_BE, vocab_size):
     cache, logits_BV, depth_B = advance(decoder, weights, state.cache, state.token_B, state.position_B, live_B)
     token_B = sampling.sample(logits_BV, rows, state.seen_BV, state.index_B, vocab_size)
     logprob_B = sampling.log_probability(logits_BV, token_B, vocab_size)
-    stop_B = jnp.any(token_B[:, None] == stop_BE, axis=1)
-    finish_B = jnp.where(stop_B, 1, jnp.where(state.left_B == 1, 2, 0))
+    finish_B = slots_lib.find_finish(token_B, stop_BE, state.left_B)
     one_B = live_B.astype(jnp.int32)
     state = _State(cache, jnp.where(live_B, token_B, state.token_B), state.position_B + one_B, state.index_B + one_B,
-                   jnp.where(stop_B, 0, state.left_B - one_B),
+                   jnp.where(finish_B == slots_lib.STOPPED, 0, state.left_B - one_B),
                    state.seen_BV.at[jnp.arange(token_B.shape[0]), token_B].max(live_B))
     return state, (jnp.where(live_B, token_B, -1), depth_B, logprob_B, finish_B)
 

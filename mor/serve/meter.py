@@ -72,13 +72,14 @@ class Meter:
 
   def harvested(self, out: Any, num_ticks: int) -> None:
     """Results of a dispatch, as numpy arrays."""
-    new, emitted_KBW = out.new, out.new.token_BW[:num_ticks] >= 0
-    for name, value in (("ticks", num_ticks), ("tokens", emitted_KBW.sum()), ("ran", out.ran_KB[:num_ticks].sum()),
-                        ("stalled", out.stalled_KB[:num_ticks].sum()),
-                        ("crowded", out.crowded_KB[:num_ticks].sum()),
-                        ("depth", new.depth_BW[:num_ticks][emitted_KBW].sum()),
-                        ("early", new.early_BW[:num_ticks][emitted_KBW].sum()),
-                        ("drafts", new.drafts_B[:num_ticks].sum()), ("kept", new.kept_B[:num_ticks].sum())):
+    ticks, new, emitted_KBW = out.ticks, out.ticks.new, out.ticks.new.token_BW[:num_ticks] >= 0
+    counts = dict(ticks=num_ticks, tokens=emitted_KBW.sum(), ran=ticks.ran_B[:num_ticks].sum(),
+                  stalled=ticks.stalled_B[:num_ticks].sum(), crowded=ticks.crowded_B[:num_ticks].sum(),
+                  depth=new.depth_BW[:num_ticks][emitted_KBW].sum())
+    if new.exits is not None:
+      counts |= dict(early=new.exits.early_BW[:num_ticks][emitted_KBW].sum(),
+                     drafts=new.exits.drafts_B[:num_ticks].sum(), kept=new.exits.kept_B[:num_ticks].sum())
+    for name, value in counts.items():
       self._counts[name] += int(value)
     self._peak = max(self._peak, 1 - int(out.free) / self._pool.num_pages)
     if self._pool.num_edge_pages:

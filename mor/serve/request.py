@@ -9,10 +9,10 @@ import dataclasses
 from typing import Any
 
 from mor.decode import sampling as sampling_lib
+from mor.decode import slots as slots_lib
 from mor.exits import policy as exits_lib
 
-STOP_TOKENS = 8  # that a request may name
-FINISH = ("", "stop", "length", "aborted")  # why a request ended; "" goes on
+FINISH = ("", "stop", "length", "aborted")  # why a request ended, by `slots.GOES_ON` to `LIMITED`; "" goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Request:
     if len(self.prompt) > context:
       raise ValueError(f"the prompt has {len(self.prompt)} tokens, more than the context of {context}; shorten it, or "
                        "use a larger context")
-    if len(self.stop_tokens) > STOP_TOKENS:
-      raise ValueError(f"{len(self.stop_tokens)} stop tokens; use at most {STOP_TOKENS}, or stop strings")
+    if len(self.stop_tokens) > slots_lib.STOP_TOKENS:
+      raise ValueError(f"{len(self.stop_tokens)} stop tokens; use at most {slots_lib.STOP_TOKENS}, or stop strings")
     wrong = [t for t in self.stop_tokens if not _is_int(t) or not 0 <= t < vocab_size]
     if wrong:
       raise ValueError(f"stop token {wrong[0]!r} is not in the vocabulary; use ids 0 to {vocab_size - 1}")

@@ -83,7 +83,7 @@ def test_a_prompt_beside_a_dispatch_counts_for_nothing_where_there_are_others():
 
 def test_drafts_are_not_expected_to_pay_where_each_row_is_paid_for():
   model, exits = exiting.model("plain").config, exits_lib.Exits(after=(2,))
-  pays = lambda num_slots: exit_host.drafts_pay(exits_lib.costs(model, exits, num_slots), exits.pending)
+  pays = lambda num_slots: exit_host.drafts_pay(exits_lib.estimate_costs(model, exits, num_slots), exits.pending)
   assert pays(1) and not pays(64)
 
 

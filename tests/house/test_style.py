@@ -46,27 +46,11 @@ mor/decode/prefill.py
 
 mor/decode/sampling.py
 
-mor/decode/slots.py
-
 mor/decode/storage.py
-
-mor/decode/tick.py
 
 mor/exits/calibration.py
 
 mor/exits/confidence.py
-
-mor/exits/copied.py
-
-mor/exits/heads.py
-
-mor/exits/pending.py
-
-mor/exits/policy.py
-
-mor/exits/ring.py
-
-mor/exits/tick.py
 
 mor/main.py
 
@@ -93,8 +77,6 @@ mor/model/stacked.py
 mor/model/transformer.py
 
 mor/serve/cli.py
-
-mor/serve/early_exit.py
 
 mor/serve/engine.py
 

@@ -12,6 +12,7 @@ import pytest
 import mor
 from mor import checkpoint
 from mor import sharding
+from mor.decode import prefill
 from mor.decode import tick
 from mor.train import loop
 from tests.helpers import tiny
@@ -57,10 +58,10 @@ def test_only_the_variables_are_read(run, monkeypatch):
 def test_an_engine_of_a_loaded_model_compiles_once(run):
   """What is restored is committed to its device; were the slots not, the second prefill would compile again."""
   engine = mor.Engine(mor.load(run[0]), num_slots=2)
-  before = tick.store._cache_size(), tick.run._cache_size()
+  before = prefill.store._cache_size(), tick.run._cache_size()
   for _ in range(2):
     engine.generate(["an"], max_tokens=2)
-  assert (tick.store._cache_size(), tick.run._cache_size()) == (before[0] + 1, before[1] + 1)
+  assert (prefill.store._cache_size(), tick.run._cache_size()) == (before[0] + 1, before[1] + 1)
 
 
 @pytest.mark.parametrize("name", ["", "nowhere"])
