@@ -55,6 +55,47 @@ def test_imports_only_modules_from_above(path):
       assert name in above, f"imports {name}, which is not above it in mor/FLOORS"
 
 
+def room_of(module: str) -> str:
+  """A folder of `mor`, with the folders in it; a module beside the folders is a room of its own."""
+  return ".".join(module.split(".")[:2])
+
+
+def find_cycle(edges: dict[str, set[str]]) -> list[str]:
+  """A path from a room back to itself, or nothing."""
+  clear = set()
+
+  def walk(path):
+    for room in sorted(edges.get(path[-1], ())):
+      if room in path:
+        return path[path.index(room):] + [room]
+      if room not in clear and (found := walk(path + [room])):
+        return found
+    clear.add(path[-1])
+    return []
+
+  return next((found for room in sorted(edges) if (found := walk([room]))), [])
+
+
+def test_no_cycle_between_rooms():
+  edges = {}
+  for path in FILES:
+    room = room_of(module_name(path))
+    edges.setdefault(room, set()).update(room_of(name) for name in imports(path) if name in FLOORS)
+    edges[room].discard(room)
+  assert not find_cycle(edges), " imports ".join(find_cycle(edges))
+
+
+def test_a_cycle_is_found():
+  assert find_cycle({"a": {"b"}, "b": {"c", "d"}, "c": {"d"}, "d": set()}) == []
+  assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}}) == ["b", "c", "b"]
+
+
+def test_floors_name_each_room_as_a_whole():
+  rooms = [room_of(module) for module in FLOORS]
+  starts = [room for room, before in zip(rooms, [None, *rooms]) if room != before]
+  assert len(starts) == len(set(starts)), f"in parts: {sorted({room for room in starts if starts.count(room) > 1})}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_training_and_inference_do_not_meet(path):
   for ours, theirs in [("mor.train.", "mor.decode."), ("mor.train.", "mor.serve."), ("mor.decode.", "mor.train."), ("mor.serve.", "mor.train.")]:
