@@ -154,7 +154,7 @@ def make_runner(name: str, args, num_slots: int, models: dict[str, model_lib.Mod
 
 
 def _prescribe(model, kind):
-  inner = router_table.ROUTERS[model.config.router.name](model.config)
+  inner = router_table.make(model.config)
   return prescribed.Prescribed(inner, probabilities(kind, model.config.num_recursions))
 
 

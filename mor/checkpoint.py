@@ -29,6 +29,7 @@ from mor import config as config_lib
 from mor import distributed
 from mor import paths
 from mor.model import transformer
+from mor.model.routers import table as router_table
 
 # Fields that may differ between a checkpoint and the run that continues it: they change
 # logging, storage and placement, but not the result of the computation.
@@ -76,7 +77,9 @@ class Checkpoints:
 
   def config(self) -> config_lib.Config:
     """Returns the config of the newest checkpoint."""
-    return config_lib.from_dict(self._meta(self.latest_step())["config"])
+    config = config_lib.from_dict(self._meta(self.latest_step())["config"])
+    router_table.make(config.model)  # refuses a router that this code does not have
+    return config
 
   def check(self, config: config_lib.Config) -> None:
     """Raises ValueError if `config` cannot continue the newest checkpoint whose config is readable."""

@@ -44,7 +44,6 @@ from mor import config as config_lib
 from mor import parameters
 from mor.model import schedule as schedule_lib
 from mor.model.kv import plans
-from mor.model.routers import scores
 from mor.model.routers import table as router_table
 
 PAPER_SEQ_LEN = 2048  # tokens; a step is 1024 rows of it
@@ -64,17 +63,9 @@ def layer_parameters(model: config_lib.ModelConfig) -> dict[str, int]:
 def router_parameters(model: config_lib.ModelConfig) -> int:
   """Returns the matrix entries of all routers; each is applied to every token once.
 
-  Expert-choice has one router of one output a step, token-choice one router of
-  R outputs; an auxiliary router doubles them. The loss-free bias is not counted:
-  no gradient reaches it.
+  State that no gradient reaches, such as a bias, is not counted.
   """
-  if model.router.name == "fixed" or model.router.arch == "random":
-    return 0
-  expert = model.router.name == "expert_choice"
-  count, outputs = (model.num_recursions, 1) if expert else (1, model.num_recursions)
-  hidden = scores.WIDTHS.get(model.router.arch, 0) * model.d_model
-  one = hidden * (model.d_model + outputs) if hidden else model.d_model * outputs
-  return count * one * (2 if model.router.sampling == "aux_router" else 1)
+  return sum(row.size(model) for row in router_table.make(model).parameters if row.collection == "params")
 
 
 def parameter_count(model: config_lib.ModelConfig) -> tuple[int, int]:
@@ -103,21 +94,13 @@ def lora_ranked(model: config_lib.ModelConfig) -> dict[str, int]:
 
 
 def step_fractions(model: config_lib.ModelConfig, seq_len: int) -> tuple[float, ...]:
-  """Returns the fraction of the sequence each step processes: max(1, int(capacity * T)) / T.
-
-  Token-choice has no capacity but a buffer; the balanced load (R-r)/R stands in
-  for it, towards which its balancing pushes. Capacity warm-up is left out.
-  """
-  if model.router.name == "token_choice":
-    r = model.num_recursions
-    return tuple((r - step) / r for step in range(r))
-  return gather_fractions(model, seq_len)
+  """Returns the fraction of the sequence that each step is expected to process, once trained."""
+  return router_table.make(model).fractions(seq_len)
 
 
 def gather_fractions(model: config_lib.ModelConfig, seq_len: int) -> tuple[float, ...]:
   """Returns the fraction of the sequence each step gathers, which its router fixes in advance."""
-  router = router_table.ROUTERS[model.router.name](model)
-  return tuple(width / seq_len for width in router.widths(seq_len))
+  return tuple(width / seq_len for width in router_table.make(model).widths(seq_len))
 
 
 def kv_bytes_per_token(model: config_lib.ModelConfig, seq_len: int, dtype_bytes: int) -> float:

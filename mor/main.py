@@ -51,6 +51,7 @@ from mor.conversion import command as conversion
 from mor.data import text
 from mor.exits import confidence
 from mor.exits import policy as exits_lib
+from mor.model.routers import table as router_table
 from mor.serve import cli as command
 from mor.serve import model as model_lib
 from mor.study import plan as study_plan
@@ -211,7 +212,9 @@ _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 def _config(mode: str) -> config_lib.Config:
   if _CONFIG.value is None:
     raise ValueError(f"--mode={mode} needs a config; give --config=NAME, e.g. --config=quickstart")
-  return config_lib.from_config_dict(_CONFIG.value)
+  config = config_lib.from_config_dict(_CONFIG.value)
+  router_table.make(config.model)  # refuses fields that do not suit the router, before anything runs
+  return config
 
 
 def _workdir(mode: str) -> str:

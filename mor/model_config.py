@@ -15,7 +15,9 @@ _require = fields.require
 class RouterConfig:
   """How a token's recursion depth is chosen (MoR paper §2.2)."""
 
-  name: Literal["fixed", "expert_choice", "token_choice"] = _field("expert_choice", "who chooses a token's depth")
+  name: str = _field(
+      "expert_choice", "who chooses a token's depth: fixed, expert_choice, token_choice, or an own entry of "
+      "mor/model/routers/table.py")
   arch: Literal["linear", "mlp", "wide_mlp", "random"] = _field(
       "linear", "score network: linear D->1 (or R), mlp D->2D->1, wide_mlp D->4D->1, or random scores without "
       "parameters (the paper's ablation)")
@@ -43,23 +45,6 @@ class RouterConfig:
   balance_warmup_steps: int = _field(0, "optimizer steps during which every token goes to depth R")
 
   def __post_init__(self):
-    expert = self.name == "expert_choice"
-    token = self.name == "token_choice"
-    if expert:
-      _require(self.activation != "softmax", f"router.activation={self.activation!r} with expert_choice",
-               "use 'sigmoid', 'tanh' or 'none'")
-      _require(self.gating != "every_step", f"router.gating={self.gating!r} with expert_choice",
-               "use 'weighted', 'additive' or 'residual'")
-      _require(self.balancing == "none", f"router.balancing={self.balancing!r} with expert_choice",
-               "its load is fixed by capacity; use 'none'")
-    if token:
-      _require(self.activation in ("softmax", "sigmoid"), f"router.activation={self.activation!r} with token_choice",
-               "use 'softmax' or 'sigmoid'")
-      _require(self.sampling == "none", f"router.sampling={self.sampling!r} with token_choice",
-               "it is causal already; use 'none'")
-      _require(self.capacity_warmup_steps == 0,
-               f"router.capacity_warmup_steps={self.capacity_warmup_steps} with token_choice",
-               "its capacity is only a buffer; use 0")
     if self.arch == "random":
       _require(self.sampling == "none", f"router.sampling={self.sampling!r} with arch 'random'",
                "random scores cannot be predicted; use 'none'")
@@ -178,11 +163,6 @@ class ModelConfig:
       _require(rank <= full, f"model.lora.{name}={rank} exceeds the projection's rank", f"use at most {full}")
     _require(not (self.lora.ranks and self.sharing == "vanilla"),
              f"model.lora={self.lora.ranks} with sharing 'vanilla'", "nothing is shared there; use ranks of 0")
-    routed = self.router.name != "fixed"
-    if routed and self.kv_plan != "recursion_wise":
-      _require(self.sharing in ("vanilla", "cycle", "middle_cycle"),
-               f"model.kv_plan={self.kv_plan!r} with sharing={self.sharing!r} and a router",
-               "later steps must find every layer's keys in step 0; use 'cycle' or 'middle_cycle'")
 
   @property
   def projections(self) -> dict[str, tuple[int, int]]:
@@ -202,6 +182,4 @@ class ModelConfig:
   def capacity(self) -> tuple[float, ...]:
     """Fraction of the sequence each step may process (§2.2.1: (R-r)/R)."""
     r = self.num_recursions
-    if self.router.name == "fixed":
-      return (1.0,) * r
     return self.router.capacity or tuple((r - i) / r for i in range(r))

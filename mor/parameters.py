@@ -85,6 +85,11 @@ class Parameter:
     """Last part of the path: "q" of "attention/q"."""
     return self.path.split("/")[-1]
 
+  @property
+  def group(self) -> str:
+    """First part of the path: "router" of "router/out"."""
+    return self.path.split("/")[0]
+
   def shape(self, model: model_config.ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the sizes of the input axes and of the output axes."""
     sizes = dict(D=model.d_model, F=model.d_ff, H=model.head_dim, N=model.num_heads, K=model.num_kv_heads,

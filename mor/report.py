@@ -23,6 +23,7 @@ from mor import paths
 from mor import plots
 from mor import types
 from mor.model import transformer
+from mor.model.routers import table as router_table
 from mor.train import evaluate as evaluate_lib
 from mor.train import metrics as metrics_lib
 
@@ -215,7 +216,7 @@ def describe(model: config_lib.ModelConfig) -> str:
   size = f"D={model.d_model}, {model.num_layers} layers unrolled"
   if model.num_recursions == 1:
     return f"Transformer, {size}"
-  if model.router.name == "fixed":
+  if not router_table.make(model).routes:
     return f"Recursive Transformer, R={model.num_recursions} {model.sharing}, {size}"
   return (f"Mixture-of-Recursions, R={model.num_recursions} {model.router.name}, "
           f"{model.kv_plan} keys, {model.sharing}, {size}")

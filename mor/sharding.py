@@ -17,7 +17,6 @@ A parameter that has no row in `parameters.py`, nor in its router, raises.
 from collections.abc import Callable, Sequence
 import functools
 import math
-import re
 from typing import Any
 
 import jax
@@ -32,7 +31,6 @@ ROWS = ("data", "fsdp")  # axes that split the rows of a batch
 Rows = Sequence[parameters.Parameter]
 
 SPLIT_BY = {"vocab": "tensor", "heads": "tensor", "ffw": "tensor", "model": "fsdp"}  # logical axis -> axis of a mesh
-_ROUTER = re.compile(r"(^|/)((router|aux_router)/(hidden|out)|bias_R)$")
 
 
 def make_mesh(config: config_lib.MeshConfig, devices: list | None = None) -> Mesh:
@@ -74,7 +72,7 @@ def spec(path: str, ndim: int, rows: Rows = ()) -> P:
   Raises:
     ValueError: no row is at the path.
   """
-  if ndim == 0 or _ROUTER.search(path):
+  if ndim == 0:
     return P()
   axes = [SPLIT_BY.get(axis) for axis in parameters.find(path, rows).axes]
   return P(*(None,) * (ndim - len(axes)), *axes) if any(axes) else P()

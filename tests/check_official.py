@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor.model import transformer
+from mor.model.routers import base as router_base
+from mor.model.routers import table as router_table
 from mor.train import loss as loss_lib
 from tests.helpers import official
 
@@ -94,8 +96,9 @@ def _run(vector, compile):
     count = tokens_BT.size if vector.kind in ("expert", "token") else jnp.sum(has_target_BT)
     nll = loss_lib.cross_entropy(
         out.hidden_BTD, params["embedding"], target_BT, has_target_BT / count, _LOSS_BLOCK)
-    terms = loss_lib.auxiliary(config, out.sums, loss_lib.normalizers(out.sums))
-    total = nll + loss_lib.weighted(config.router, terms)
+    router = router_table.make(config)
+    terms = router.losses(out.sums, router_base.norms(out.sums))
+    total = nll + router.weigh(terms)
     losses = {"lm_loss": nll, "total_loss": total}
     losses |= {theirs: terms.get(ours, 0.0) for theirs, ours in _TERMS.items()}
     if not vector.has_z:

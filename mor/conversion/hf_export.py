@@ -33,8 +33,10 @@ from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
 from mor.model import schedule as schedule_lib
 from mor.model.kv import plans as kv_plans
+from mor.model.routers import table as router_table
 
 MODELING = pathlib.Path(__file__).with_name("modeling_mor.py")
+ROUTERS = ("fixed", "expert_choice", "token_choice")  # those that modeling_mor.py runs
 _SIZES = {  # Hugging Face's field -> ours
     "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_ff",
     "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
@@ -69,7 +71,10 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
     ValueError: the model or the variables cannot be written, or there is something
       in the directory.
   """
-  if model.router.name != "fixed" and model.router.arch == "random":
+  if model.router.name not in ROUTERS:
+    raise ValueError(f"router.name={model.router.name!r}: modeling_mor.py has no such router ({', '.join(ROUTERS)}); "
+                     "write it there in PyTorch, and its name into hf_export.ROUTERS")
+  if router_table.make(model).routes and model.router.arch == "random":
     raise ValueError("router.arch='random' draws its scores from JAX's generator, which PyTorch has not; "
                      "export a model whose router is learned")
   own = {"rotary_scaling": _rope_scaling(model), **{field: getattr(model, field) for field in _OWN}}
@@ -99,7 +104,7 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
     ValueError: as `write`, or the model is no plain Llama when unrolled.
   """
   schedule = schedule_lib.make(model)
-  if model.router.name != "fixed":
+  if router_table.make(model).routes:
     raise ValueError(f"router.name={model.router.name!r}: tokens leave at different depths, which no Llama does; "
                      "export with --target=hf")
   if any(slot < 0 for slot in kv_plans.PLANS[model.kv_plan](schedule).own):

@@ -31,7 +31,7 @@ import numpy as np
 from mor import model_config
 from mor import parameters
 from mor.model import schedule as schedule_lib
-from mor.model.routers import scores
+from mor.model.routers import table as router_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,20 +151,17 @@ def _llama_cpp_halves(model: model_config.ModelConfig) -> Iterator[Entry]:
 def _official(model: model_config.ModelConfig) -> Iterator[Entry]:
   yield from _top(model, "hf")
   schedule = schedule_lib.make(model)
-  if model.router.name == "fixed":
+  router = router_table.make(model)
+  if not router.routes:
     yield from _layers(model, "hf", _unrolled(model, "model.layers"))
     return
-  steps = _official_steps(model)
-  if model.router.name == "token_choice":
-    blocks = [f"{steps[0]}.block_list.{r}" for r in range(model.num_recursions)]
-  else:
-    blocks = [f"{step}.block" for step in steps]
+  steps, blocks = router.official_modules(schedule.prelude)
   after = schedule.prelude + len(steps)
   modules = ([f"model.layers.{i}" for i in range(schedule.prelude)]
              + [f"{block}.{j}" for block in blocks for j in range(schedule.depth)]
              + [f"model.layers.{after + i}" for i in range(schedule.coda)])
   yield from _layers(model, "hf", zip(modules, schedule.unrolled(), strict=True))
-  for row in router_rows(model):
+  for row in router.parameters:
     if row.count is None:
       yield _entry(f"{steps[0]}.{row.official}", row, model)
     else:
@@ -172,20 +169,12 @@ def _official(model: model_config.ModelConfig) -> Iterator[Entry]:
         yield _entry(f"{steps[i]}.{row.official}.weight", row, model, index=(i,))
 
 
-def _official_steps(model: model_config.ModelConfig) -> list[str]:
-  """Returns upstream's module of each recursion step; one for all with token-choice."""
-  edge = schedule_lib.make(model).prelude
-  if model.router.name == "token_choice":
-    return [f"model.layers.{edge}" if edge else "model.layers"]
-  return [f"model.layers.{edge + r}" for r in range(model.num_recursions)]
-
-
 def _exported(model: model_config.ModelConfig) -> Iterator[Entry]:
   schedule = schedule_lib.make(model)
   yield from _top(model, "hf")
   sizes = dict(zip(parameters.GROUPS, (schedule.prelude, schedule.num_stack_rows, schedule.coda)))
   yield from _layers(model, "hf", ((f"model.{group}.{i}", (group, i)) for group in sizes for i in range(sizes[group])))
-  for row in router_rows(model):
+  for row in router_table.make(model).parameters:
     if row.count is None:
       yield _entry(row.hf, row, model)
     else:
@@ -199,31 +188,6 @@ def _exported(model: model_config.ModelConfig) -> Iterator[Entry]:
 
 FORMS = {"hf": _hugging_face, "gguf": _llama_cpp, "gguf_halves": _llama_cpp_halves, "official_mor": _official,
          "mor": _exported}
-
-
-def router_rows(model: model_config.ModelConfig) -> tuple[parameters.Parameter, ...]:
-  """Returns the rows of the routers and of the bias of loss-free balancing."""
-  router, steps = model.router, model.num_recursions
-  if router.name == "fixed":
-    return ()
-  num, outputs = (steps, 1) if router.name == "expert_choice" else (1, steps)
-  hidden = scores.WIDTHS.get(router.arch, 0) * model.d_model
-  widths, rows = (("I", hidden or model.d_model), ("O", outputs)), []
-  names = {"router": "mor_router", "aux_router": "mlp_router"}  # ours, upstream's
-  for name in ("router", "aux_router") if router.sampling == "aux_router" else ("router",):
-    if router.arch == "random":
-      break
-    rows.append(parameters.Parameter(
-        f"{name}/out", "I", "O", (None, None), f"model.{name}.{{i}}.out", count=num, widths=widths,
-        official=f"{names[name]}.router.2" if hidden else f"{names[name]}.router"))
-    if hidden:
-      rows.append(parameters.Parameter(
-          f"{name}/hidden", "D", "I", (None, None), f"model.{name}.{{i}}.hidden", count=num, widths=widths,
-          official=f"{names[name]}.router.0"))
-  if router.balancing == "loss_free":
-    rows.append(parameters.Parameter(
-        "bias_R", "", "R", (None,), "model.balance_bias", official="router_bias", collection="balance"))
-  return tuple(rows)
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:

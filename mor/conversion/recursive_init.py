@@ -73,8 +73,9 @@ def convert(target: config_lib.ModelConfig, how: config_lib.InitConfig, seed: in
   if target.lora.ranks:
     params["lora"] = init.deltas(params["stack"])
   params |= _routers(target, seed)
-  balance = {"bias_R": np.zeros(target.num_recursions, np.float32)}
-  return {"params": params} | ({"balance": balance} if target.router.balancing == "loss_free" else {})
+  balance = {row.path: np.zeros(row.shape(target)[1], np.float32)
+             for row in router_table.make(target).parameters if row.collection == "balance"}
+  return {"params": params} | ({"balance": balance} if balance else {})
 
 
 def check(source: config_lib.ModelConfig, target: config_lib.ModelConfig) -> None:
@@ -85,7 +86,7 @@ def check(source: config_lib.ModelConfig, target: config_lib.ModelConfig) -> Non
         f"model.{name}={getattr(target, name)} (there {getattr(source, name)})" for name in differing)
                      + "; give the config these values")
   if _structure(source) != _structure(target):
-    if source.sharing != "vanilla" or source.router.name != "fixed":
+    if source.sharing != "vanilla" or router_table.make(source).routes:
       raise ValueError(f"the source is itself recursive: sharing {source.sharing!r}, {source.num_recursions} "
                        f"recursions, {source.num_layers} layers, router {source.router.name!r}; use the same, "
                        "or a plain source")
@@ -96,10 +97,9 @@ def check(source: config_lib.ModelConfig, target: config_lib.ModelConfig) -> Non
 
 def _structure(model: config_lib.ModelConfig) -> tuple:
   """What decides the parameter tree, beside the sizes."""
-  router = model.router
-  parameters = () if router.name == "fixed" else (router.name, router.arch, router.sampling == "aux_router")
-  return (model.sharing, model.num_layers, model.num_recursions, model.lora, parameters,
-          router.balancing == "loss_free")
+  router = router_table.make(model)
+  return (model.sharing, model.num_layers, model.num_recursions, model.lora, router.routes and type(router),
+          router.parameters)
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -206,7 +206,7 @@ METHODS = {
 
 def _routers(model: config_lib.ModelConfig, seed: int) -> dict:
   """Fresh routers; zero where the gate is on the change: then alpha = 1 / activation(0) starts as no gate."""
-  params = router_table.ROUTERS[model.router.name](model).init(jax.random.key(seed))
+  params = router_table.make(model).init(jax.random.key(seed))
   if model.router.gating == "residual":
     params = {name: {**tree, "out": tree["out"] * 0.0} for name, tree in params.items()}
   return jax.tree.map(np.asarray, params)

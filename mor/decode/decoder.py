@@ -39,7 +39,7 @@ class Decoder:
                after: tuple[int, ...] = ()):
     self.model = model
     self.tables = cache_lib.Tables(model, storage, after)
-    self.router = router or router_table.ROUTERS[model.router.name](model)
+    self.router = router or router_table.make(model)
     self.num_steps = self.tables.schedule.num_steps
     self._key = (model, storage, router, after)  # equal decoders share their compiled programs
 
@@ -134,7 +134,7 @@ class Decoder:
   def decide(self, weights: weights_lib.Weights, h_BD: jax.Array, entry_BD: jax.Array, alive_B: jax.Array,
              position_B: jax.Array, step_B: jax.Array, steps: tuple[int, ...]) -> router_base.Routing:
     """The causal decision of each row for its own step, one of `steps`."""
-    plan = self.router.enter(weights.router, entry_BD[:, None], alive_B[:, None], bias_R=weights.bias_R,
+    plan = self.router.enter(weights.router, entry_BD[:, None], alive_B[:, None], balance=weights.balance,
                              position_BT=position_B[:, None])
     routed = [self.router.decide(plan, h_BD[:, None], alive_B[:, None], r) for r in steps]
 

@@ -87,7 +87,7 @@ class _Chunk:
     """All steps: decide, run the stack, store, merge."""
     decoder, entry_BTD = self.decoder, h_BTD
     self.before = cache  # the chunk's own keys are fresh, not read back
-    plan = decoder.router.enter(weights.router, h_BTD, self.valid_BT, bias_R=weights.bias_R,
+    plan = decoder.router.enter(weights.router, h_BTD, self.valid_BT, balance=weights.balance,
                                 position_BT=self.position_BT)
     alive_BT, depth_BT, shared = self.valid_BT, jnp.zeros(self.shape, jnp.int32), {}
     for r in range(decoder.tables.schedule.num_steps):

@@ -26,6 +26,7 @@ from mor import parameters
 from mor.model import block
 from mor.model import schedule as schedule_lib
 from mor.model import transformer
+from mor.model.routers import table as router_table
 
 FORMATS = ("float32", "bfloat16", "int8")
 MERGED = {name: tuple(row for row in parameters.PROJECTIONS if row.merged == name)  # matrix -> the rows it is made of
@@ -87,7 +88,7 @@ class Weights:
     deltas: of each layer of a step, by the name of the matrix in `Layer`.
     final_norm_D: before the head.
     router: the routers' own parameters, float32.
-    bias_R: of loss-free balancing.
+    balance: state of the router that no gradient reaches, e.g. a bias.
   """
 
   head: Matrix
@@ -99,7 +100,7 @@ class Weights:
   deltas: tuple[Mapping[str, Delta], ...]
   final_norm_D: jax.Array
   router: Mapping[str, Any]
-  bias_R: jax.Array | None
+  balance: Mapping[str, jax.Array]
 
 
 def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_format: str, first: int = 0) -> Weights:
@@ -117,6 +118,7 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
   if weight_format not in FORMATS:
     raise ValueError(f"weight_format={weight_format!r}; use one of {', '.join(FORMATS)}")
   params, balance = variables["params"], variables.get("balance") or {}
+  rows = router_table.make(model).parameters
   embedding_VD = jnp.asarray(params["embedding"], jnp.float32)
   head_VD = jnp.asarray(transformer.head(params), jnp.float32)
 
@@ -131,8 +133,8 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
       **{group: _layers(model, params.get(group), weight_format) for group in ("prelude", "stack", "coda")},
       deltas=_deltas(model, params.get("lora"), weight_format),
       final_norm_D=jnp.asarray(params["final_norm"], jnp.float32),
-      router={name: params[name] for name in ("router", "aux_router") if name in params},
-      bias_R=balance.get("bias_R") if model.router.balancing == "loss_free" else None)
+      router={name: params[name] for name in dict.fromkeys(row.group for row in rows if row.collection == "params")},
+      balance={row.path: balance[row.path] for row in rows if row.path in balance})
 
 
 def project(x_MI: jax.Array, matrix: Matrix) -> jax.Array:

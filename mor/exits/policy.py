@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from mor import config as config_lib
 from mor.exits import confidence
 from mor.model import schedule as schedule_lib
+from mor.model.routers import table as router_table
 
 MODES = ("none", "trust", "verify")
 POLICIES = ("exact", "copied")
@@ -99,7 +100,7 @@ class Exits:
     valid = tuple(range(1, model.num_layers)) if plain else schedule.boundaries()
     if not set(self.after) <= set(valid):
       raise ValueError(f"exits.after={self.after}: this model has exits after layers {', '.join(map(str, valid))}")
-    if plain and model.router.name != "fixed":
+    if plain and router_table.make(model).routes:
       raise ValueError(f"exits in a model of one step with router.name={model.router.name!r}; use 'fixed', or several "
                        "recursion steps")
     if not plain and not schedule.cyclic:

@@ -69,10 +69,10 @@ class Recursion:
     self.config = config
     self.schedule = schedule_lib.make(config)
     self.plan = kv_plans.PLANS[config.kv_plan](self.schedule)
-    self.router = router_table.ROUTERS[config.router.name](config)
+    self.router = router_table.make(config)
 
   def run(self, params: dict, h_BTD: types.Activations, segment_BT: types.Segments, *, routing: str,
-          bias_R: jax.Array | None = None, train_step: jax.Array | None = None, bucket: int | None = None,
+          balance: Mapping[str, jax.Array] | None = None, train_step: jax.Array | None = None, bucket: int | None = None,
           key: jax.Array | None = None, exits: tuple[int, ...] = (),
           drop_UB: jax.Array | None = None) -> tuple[types.Activations, Trace]:
     """Runs all steps.
@@ -82,18 +82,18 @@ class Recursion:
       h_BTD: hidden states after the prelude.
       segment_BT: document of each position, 0 on padding.
       routing: "select" or "decide", static.
-      bias_R: token-choice's loss-free bias.
+      balance: state of the router that no gradient reaches.
       train_step: for capacity and balance warm-up; None once trained.
-      bucket: static part of `train_step`; see `ExpertChoice.widths`.
+      bucket: static part of `train_step`; see `routers/base.py`.
       key: for random scores.
       exits: unrolled layers after which the states are wanted.
       drop_UB: rows that an unrolled layer leaves as they are.
     """
     valid_BT = segment_BT != 0
-    plan = self.router.enter(params, h_BTD, valid_BT, bias_R=bias_R, train_step=train_step, key=key)
+    plan = self.router.enter(params, h_BTD, valid_BT, balance=balance, train_step=train_step, key=key)
     route = getattr(self.router, routing)
     seq_len = h_BTD.shape[1]
-    gathered = self.config.execution == "gathered" and (routing == "select" or self.router.decide == self.router.select)
+    gathered = self.config.execution == "gathered" and (routing == "select" or not self.router.looks_ahead)
     widths = self.router.widths(seq_len, bucket) if gathered else (seq_len,) * self.schedule.num_steps
     advance = _Pass(self, params["stack"], params.get("lora", {}), segment_BT, entry_BTD=h_BTD,
                     exits=exits if self.schedule.num_steps == 1 else (), drop_UB=drop_UB)

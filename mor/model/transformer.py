@@ -30,6 +30,7 @@ from mor.model import recursion as recursion_lib
 from mor.model import schedule as schedule_lib
 from mor.model import stacked
 from mor.model.kv import view as kv_view
+from mor.model.routers import table as router_table
 
 
 @struct.dataclass
@@ -70,8 +71,8 @@ class Transformer(nn.Module):
       routing: "select" is training's (expert-choice sees the whole sequence),
         "decide" is causal.
       train_step: current step, for warm-ups; None once trained.
-      bucket: static capacity bucket of `train_step`, see
-        `ExpertChoice.widths`.
+      bucket: static part of a warm-up that `train_step` is in, see
+        `routers/base.py`.
       key: for random routers and dropped layers.
       exits: unrolled layers after which the states are wanted, ascending: a plain
         model's any, a recursive one's ends of steps but the last.
@@ -84,7 +85,7 @@ class Transformer(nn.Module):
     h_BTD, segment_BT, params, recursion = self._enter(tokens_BT, segment_BT, drop_UB)
     with jax.named_scope("recursion"):
       h_BTD, trace = recursion.run(
-          params, h_BTD, segment_BT, routing=routing, bias_R=self._bias(), train_step=train_step, bucket=bucket, key=key,
+          params, h_BTD, segment_BT, routing=routing, balance=self._balance(), train_step=train_step, bucket=bucket, key=key,
           exits=exits, drop_UB=drop_UB)
     h_BTD = self._edge("coda", h_BTD, segment_BT, drop_UB)
     final_norm_D = self.param("final_norm", nn.initializers.ones_init(), (config.d_model,), jnp.float32)
@@ -94,17 +95,17 @@ class Transformer(nn.Module):
     return Output(norm(h_BTD), trace.keep_RBT, trace.score_RBT, trace.sums, tuple(norm(h) for h in trace.exits))
 
   @nn.compact
-  def depth_sums(self, tokens_BT: types.Tokens, segment_BT: types.Segments, *,
+  def entry_sums(self, tokens_BT: types.Tokens, segment_BT: types.Segments, *,
                  train_step: jax.Array | None = None) -> Mapping[str, jax.Array]:
-    """Token-choice's statistics alone, known before the recursion runs."""
+    """Returns the sums of the router's plan alone, which are known before the recursion runs."""
     h_BTD, segment_BT, params, recursion = self._enter(tokens_BT, segment_BT)
-    return recursion.router.enter(params, h_BTD, segment_BT != 0, bias_R=self._bias(), train_step=train_step).sums
+    return recursion.router.enter(params, h_BTD, segment_BT != 0, balance=self._balance(), train_step=train_step).sums
 
-  def _bias(self) -> jax.Array | None:
-    """Token-choice's loss-free bias."""
-    if self.config.router.balancing != "loss_free":
-      return None
-    return self.variable("balance", "bias_R", jnp.zeros, (self.config.num_recursions,), jnp.float32).value
+  def _balance(self) -> dict[str, jax.Array]:
+    """Returns the state of the router that no gradient reaches."""
+    rows = [row for row in router_table.make(self.config).parameters if row.collection == "balance"]
+    return {row.path: self.variable("balance", row.path, jnp.zeros, row.shape(self.config)[1], jnp.float32).value
+            for row in rows}
 
   def _enter(self, tokens_BT, segment_BT, drop_UB=None):
     """Embedding and prelude, and the segments that attention keeps apart.
@@ -171,7 +172,8 @@ def whole(config: config_lib.ModelConfig, params: dict) -> dict:
   Layers that run once are gathered as they run (`stacked.py`). Elsewhere: `params`.
   """
   layers_once = {"prelude", "coda"} | ({"stack"} if config.num_recursions == 1 else set())
-  return {name: group if name in layers_once else sharding.gathered(group, config.compute_dtype, name)
+  rows = router_table.make(config).parameters
+  return {name: group if name in layers_once else sharding.gathered(group, config.compute_dtype, name, rows)
           for name, group in params.items()}
 
 

@@ -25,6 +25,7 @@ from mor import config as config_lib
 from mor import distributed
 from mor import sharding
 from mor.model import transformer
+from mor.model.routers import table as router_table
 from mor.train import loss as loss_lib
 
 Batch = Mapping[str, np.ndarray]
@@ -33,7 +34,7 @@ Batch = Mapping[str, np.ndarray]
 def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Callable[..., dict[str, float]]:
   """Makes `evaluate(params, balance, batches) -> metrics`.
 
-  The metrics are, for the routing "causal" and, if the model has a router, "oracle":
+  The metrics are, for the routing "causal" and, if the router looks ahead, "oracle":
 
     nll_, bpb_          see the module
     load_..._r          fraction of tokens that step r processes, r from 1
@@ -67,8 +68,8 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
 
 
 def routings(model: config_lib.ModelConfig) -> dict[str, str]:
-  """Returns the routing that each figure is measured with, by the name of the figure."""
-  return {"causal": "decide"} if model.router.name == "fixed" else {"causal": "decide", "oracle": "select"}
+  """Returns the name of each figure and the routing behind it; the oracle's only where it can differ."""
+  return {"causal": "decide"} | ({"oracle": "select"} if router_table.make(model).looks_ahead else {})
 
 
 def compressed_bits_per_byte(text: str) -> dict[str, float]:
@@ -84,7 +85,8 @@ def _sums(config: config_lib.Config, mesh: Mesh, params: dict, balance: dict, nu
   """Returns what a batch adds to each sum over the held-out rows."""
   def count(*given):
     return sharding.total(_local_sums(config, *given))
-  return sharding.by_rows(mesh, count, in_specs=(sharding.row_specs(params), P(), P(), P(sharding.ROWS)),
+  specs = sharding.row_specs(params, router_table.make(config.model).parameters)
+  return sharding.by_rows(mesh, count, in_specs=(specs, P(), P(), P(sharding.ROWS)),
                           out_specs=P())(params, balance, num_bytes_V, batch)
 
 

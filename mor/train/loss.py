@@ -1,15 +1,11 @@
-"""Losses: blocked cross-entropy, and the routers' auxiliary terms.
+"""Losses of predictions: blocked cross-entropy, alone and beside a teacher's divergence.
 
 Every term is a sum over tokens divided by a count over the *whole* batch, so it
 does not depend on how the batch is cut into micro-batches or devices:
 
   nll       sum over targets / number of targets
-  sampling  sum_r  BCE over the candidates of step r / number of candidates
-  z         sum_r  logit^2 over candidates / number (token-choice: logsumexp^2)
-  balance   sum_i  (R * fraction_i) * mean p_i,  fraction_i of the whole batch
 
-Source: MoR paper §2.2.1 and Table 4. The official code divides the sampling
-loss by the micro-batch only, so its coefficient grows with accumulation.
+The routers' auxiliary losses are theirs (`model/routers/`), by the same rule.
 """
 
 import functools
@@ -182,33 +178,3 @@ def _distilled_backward(block, share, temperature, residuals, d_sums):
 
 
 distilled.defvjp(_distilled_forward, _distilled_backward)
-
-
-def normalizers(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """The counts that `auxiliary` divides by, from a whole batch's sums."""
-  norms = {name: sums[name] for name in ("candidates", "tokens")}
-  if "chosen_R" in sums:
-    norms["fraction"] = sums["chosen_R"] / jnp.maximum(sums["tokens"], 1.0)
-  return norms
-
-
-def auxiliary(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array],
-              norms: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Unscaled auxiliary losses of a micro-batch; they add up over micro-batches."""
-  terms = {}
-  per_step = lambda x: jnp.sum(x / jnp.maximum(norms["candidates"], 1.0))
-  if "sampling" in sums:
-    terms["sampling"] = per_step(sums["sampling"])
-  if "z" in sums:  # of every step, or once at the entrance
-    terms["z"] = per_step(sums["z"]) if sums["z"].ndim else sums["z"] / jnp.maximum(norms["tokens"], 1.0)
-  if "prob_R" in sums and config.router.balancing == "loss":
-    fraction_R = jax.lax.stop_gradient(norms["fraction"])
-    balance = jnp.sum(config.num_recursions * fraction_R * sums["prob_R"])
-    terms["balance"] = balance / jnp.maximum(norms["tokens"], 1.0)
-  return terms
-
-
-def weighted(config: config_lib.RouterConfig, terms: Mapping[str, jax.Array]) -> jax.Array:
-  """Sum of the auxiliary losses times their coefficients."""
-  coefs = {"sampling": config.sampling_coef, "z": config.z_loss_coef, "balance": config.balance_coef}
-  return sum((coefs[name] * term for name, term in terms.items()), jnp.zeros((), jnp.float32))

@@ -14,7 +14,8 @@ from mor import config as config_lib
 from mor import distributed
 from mor import sharding
 from mor.model import transformer
-from mor.model.routers import expert_choice
+from mor.model.routers import base as router_base
+from mor.model.routers import table as router_table
 from mor.train import exit_losses
 from mor.train import loss as loss_lib
 from mor.train import optim
@@ -28,7 +29,7 @@ class TrainState:
     step: updates done, int32 scalar.
     params: see `transformer.Transformer`.
     opt_state: optax's.
-    balance: token-choice's loss-free bias, if any.
+    balance: state of the router that no gradient reaches, e.g. a bias.
   """
 
   step: Any
@@ -50,8 +51,12 @@ def state_shapes(config: config_lib.Config) -> TrainState:
 
 
 def state_shardings(config: config_lib.Config, mesh: Mesh) -> TrainState:
-  """`NamedSharding` of every leaf of the state."""
-  return sharding.tree_shardings(mesh, state_shapes(config))
+  """Returns the `NamedSharding` of every leaf of the state."""
+  return sharding.tree_shardings(mesh, state_shapes(config), _router_rows(config.model))
+
+
+def _router_rows(model: config_lib.ModelConfig) -> sharding.Rows:
+  return router_table.make(model).parameters
 
 
 def _init(config: config_lib.Config) -> TrainState:
@@ -91,7 +96,8 @@ def load_teacher(config: config_lib.Config, mesh: Mesh) -> Teacher | None:
   if not workdir:
     return None
   try:
-    theirs, _, variables = checkpoint.load_variables(workdir, lambda _, shapes: sharding.tree_shardings(mesh, shapes))
+    theirs, _, variables = checkpoint.load_variables(
+        workdir, lambda their, shapes: sharding.tree_shardings(mesh, shapes, _router_rows(their.model)))
   except ValueError as error:
     raise ValueError(f"distill.teacher={workdir!r}: {error}") from error
   if theirs.model.vocab_size != config.model.vocab_size:
@@ -126,13 +132,12 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
   jitted = jax.jit(
       voted, static_argnums=3, donate_argnums=0, in_shardings=(shardings, placed, _teacher_shardings(mesh, teacher)),
       out_shardings=(shardings, replicated))
-  warmup, ready = config.model.router.capacity_warmup_steps, set()
+  router, ready = router_table.make(config.model), set()
 
   def train_step(state: TrainState, batch: Mapping[str, jax.Array], step: int | None = None):
     bucket = None
-    if warmup:
-      step = int(state.step) if step is None else step
-      bucket = min(expert_choice.WARMUP_BUCKETS, step * expert_choice.WARMUP_BUCKETS // warmup)
+    if router.num_buckets:
+      bucket = router.bucket(int(state.step) if step is None else step)
     with jax.set_mesh(mesh):
       if bucket not in ready:
         distributed.compile_together(jitted, state, batch, teacher, bucket)
@@ -144,22 +149,25 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
 
 
 def _teacher_shardings(mesh: Mesh, teacher: Teacher | None) -> Teacher | None:
-  return None if teacher is None else sharding.tree_shardings(mesh, teacher)
+  return None if teacher is None else sharding.tree_shardings(mesh, teacher, _router_rows(teacher.model))
 
 
 def update(config: config_lib.Config, mesh: Mesh, state: TrainState, batch: Mapping[str, jax.Array],
            teacher: Teacher | None, bucket: int | None) -> tuple[TrainState, dict[str, jax.Array]]:
   """The pure step."""
-  specs = sharding.row_specs(state.params)
+  router = router_table.make(config.model)
+  specs = sharding.row_specs(state.params, router.parameters)
+  taught = sharding.row_specs(teacher, _router_rows(teacher.model)) if teacher else None
   differentiate = sharding.by_rows(
       mesh, lambda *given: gradients(config, *given, bucket),
-      in_specs=(sharding.row_specs(state.replace(opt_state=())), P(sharding.ROWS), sharding.row_specs(teacher)),
+      in_specs=(sharding.row_specs(state.replace(opt_state=()), router.parameters), P(sharding.ROWS), taught),
       out_specs=(P(), P(), specs))
   terms, sums, grads = differentiate(state.replace(opt_state=()), batch, teacher)
   with jax.named_scope("optimizer"):
     updates, opt_state = optim.make(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-  new_state = TrainState(state.step + 1, params, opt_state, _balance(config.model, state, sums))
+  balance = router.update(state.balance, sums, state.step)
+  new_state = TrainState(state.step + 1, params, opt_state, balance)
   metrics = {
       **terms,
       "grad_norm": optax.tree.norm(grads),
@@ -190,7 +198,7 @@ def gradients(config: config_lib.Config, state: TrainState, batch: Mapping[str, 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, norms, 0))
     add = lambda total, xs: (jax.tree.map(jnp.add, total, one(xs[0], norms, xs[1])), None)
     ((terms, sums), grads), _ = jax.lax.scan(add, zeros, (micros, jnp.arange(parts)))
-  return *sharding.total((terms, sums)), sharding.total_gradients(grads)
+  return *sharding.total((terms, sums)), sharding.total_gradients(grads, _router_rows(config.model))
 
 
 def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch: Mapping[str, jax.Array],
@@ -229,58 +237,40 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
                                        weight_BT, block, config.distill.weight, config.distill.temperature)
     taught = {"kl": kl}
   if norms is None:
-    norms = loss_lib.normalizers(sharding.total(jax.lax.stop_gradient(dict(out.sums))))
-  aux = loss_lib.auxiliary(config.model, out.sums, norms)
+    norms = router_base.norms(sharding.total(jax.lax.stop_gradient(dict(out.sums))))
+  router = router_table.make(config.model)
+  aux = router.losses(out.sums, norms)
   main, early = exit_losses.add_losses(config, out, main, params, batch["target_BT"], weight_BT, state.step)
-  loss = main + loss_lib.weighted(config.model.router, aux)
+  loss = main + router.weigh(aux)
   terms = {"loss": loss, "nll": nll, **taught, **early, **{f"{name}_loss": term for name, term in aux.items()}}
   return loss, (terms, dict(out.sums))
 
 
-def _normalizers(config, state, micro) -> dict[str, jax.Array]:
-  """The whole batch's counts before its micro-batches run.
+def _normalizers(config, state, micros) -> dict[str, jax.Array]:
+  """Returns the whole batch's counts before its micro-batches run, as far as the router's losses need them."""
+  def entry_sums():
+    params = transformer.whole(config.model, state.params)
 
-  Expert-choice's follow from the rows' lengths; token-choice's need the prelude
-  and the router, a small part of the forward pass.
-  """
-  model = transformer.Transformer(config.model)
-  name = config.model.router.name
-  if name == "fixed":
-    return {}
-  count = lambda flags, **axes: sharding.total(jnp.sum(flags, dtype=jnp.float32, **axes))
-  valid_BT = micro["segment_BT"].reshape(-1, micro["segment_BT"].shape[-1]) != 0
-  tokens = count(valid_BT)
-  if name == "expert_choice":
-    kept_RB = expert_choice.ExpertChoice(config.model).kept(valid_BT, state.step)
-    kept_R = count(kept_RB, axis=1)
-    return {"candidates": jnp.concatenate([tokens[None], kept_R[:-1]]), "tokens": tokens}
-  params = transformer.whole(config.model, state.params)
-  sums = jax.lax.map(
-      lambda batch: model.apply({"params": params, "balance": state.balance}, batch["tokens_BT"],
-                                batch["segment_BT"], train_step=state.step, method="depth_sums"), micro)
-  chosen_R = sharding.total(jnp.sum(sums["chosen_R"], axis=0))
-  return {"tokens": tokens, "fraction": chosen_R / jnp.maximum(tokens, 1.0)}
+    def one(batch):
+      return transformer.Transformer(config.model).apply(
+          {"params": params, "balance": state.balance}, batch["tokens_BT"], batch["segment_BT"],
+          train_step=state.step, method="entry_sums")
+    return jax.tree.map(lambda sums: jnp.sum(sums, axis=0), jax.lax.map(one, micros))
 
-
-def _balance(config: config_lib.ModelConfig, state: TrainState, sums: Mapping[str, jax.Array]) -> dict:
-  """Loss-free balancing: the bias moves toward the underloaded depths."""
-  router = config.router
-  if router.balancing != "loss_free":
-    return state.balance
-  load_R = sums["chosen_R"] / jnp.maximum(sums["tokens"], 1.0)
-  bias_R = state.balance["bias_R"] + router.bias_update_rate * jnp.sign(jnp.mean(load_R) - load_R)
-  return {"bias_R": jnp.where(state.step < router.balance_warmup_steps, 0.0, bias_R)}
+  valid_BT = micros["segment_BT"].reshape(-1, micros["segment_BT"].shape[-1]) != 0
+  counts = router_table.make(config.model).counts(valid_BT, state.step, entry_sums)
+  return router_base.norms(sharding.total(dict(counts)))
 
 
 def router_metrics(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Routing statistics of a batch; {} without a router.
+  """Returns routing statistics of a batch; {} without a router.
 
   load_r: fraction of tokens that step r (from 1) processes. sampling_accuracy:
   fraction of candidates whose logit predicts the top-k. dead_tokens: fraction of
   positions that no row keeps to the last step. max_vio: largest load over the
   mean load, minus 1. entropy: of the depth distribution, nats.
   """
-  if config.router.name == "fixed":
+  if not router_table.make(config).routes:
     return {}
   tokens = jnp.maximum(sums["tokens"], 1.0)
   metrics = {f"load_{r + 1}": sums["kept"][r] / tokens for r in range(config.num_recursions)}

@@ -9,6 +9,7 @@ from mor.decode import decoder as decoder_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
 from mor.model.kv import plans as kv_plans
+from mor.model.routers import fixed
 from mor.model.routers import table as router_table
 from tests.helpers import decoding
 from tests.helpers import serving
@@ -26,7 +27,7 @@ class Balanced:
   bounded = False
 
   def __init__(self, config):
-    self.inner, self.num_steps = router_table.ROUTERS[config.router.name](config), config.num_recursions
+    self.inner, self.num_steps = router_table.make(config), config.num_recursions
     self._key = config
 
   def __eq__(self, other):
@@ -35,8 +36,8 @@ class Balanced:
   def __hash__(self):
     return hash(self._key)
 
-  def enter(self, params, h_BTD, valid_BT, *, bias_R=None, position_BT=None):
-    inner = self.inner.enter(params, h_BTD, valid_BT, bias_R=bias_R, position_BT=position_BT)
+  def enter(self, params, h_BTD, valid_BT, *, balance=None, position_BT=None):
+    inner = self.inner.enter(params, h_BTD, valid_BT, balance=balance, position_BT=position_BT)
     return inner, position_BT % self.num_steps
 
   def decide(self, plan, h_BTD, alive_BT, step):
@@ -80,8 +81,7 @@ def test_balanced_stack_stores_its_part_of_plain_recursion():
   plain = R * DEPTH * sum(LENGTHS)
   assert entries(stored("recursion_wise")[1])[1] / plain == pytest.approx((R + 1) / (2 * R))
   assert entries(stored("shared")[1])[1] / plain == pytest.approx(1 / R)
-  fixed = lambda config: router_table.ROUTERS["fixed"](config)
-  assert entries(stored("recursion_wise", router=fixed)[1])[1] == plain
+  assert entries(stored("recursion_wise", router=fixed.Fixed)[1])[1] == plain
 
 
 def pages_in_use(free):

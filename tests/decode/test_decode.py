@@ -11,11 +11,6 @@ from mor.model.routers import table as router_table
 from tests.helpers import decoding
 from tests.helpers import tiny
 
-ROUTERS = {
-    "fixed": tiny.FIXED,
-    "expert_choice": dict(name="expert_choice"),
-    "token_choice": tiny.TOKEN_CHOICE,
-}
 NARROW = dict(capacity=(0.7, 0.5, 0.3))
 STORAGES = list(decoding.STORAGES)
 
@@ -28,8 +23,9 @@ def build(plan="recursion_wise", **model):
 
 def check(config, storage):
   variables, tokens_BT, whole = decoding.expected(config)
-  if config.router.name != "fixed":
-    fewest = int(config.router.name == "token_choice" or config.capacity[0] == 1)
+  router = router_table.make(config)
+  if router.routes:
+    fewest = int(not router.looks_ahead or config.capacity[0] == 1)
     taken = set(np.unique(whole[1]))
     assert taken == set(range(fewest, config.num_recursions + 1)), "some depth was never taken"
   decoder = decoding.decoder(config, storage)
@@ -39,7 +35,7 @@ def check(config, storage):
 @pytest.mark.parametrize("router,plan,storage", tiny.crossed(router_table.ROUTERS, kv_plans.PLANS, STORAGES))
 def test_decoding_equals_forward(router, plan, storage):
   """Rows of a ragged batch: prefilled at once, in chunks, late, or not at all."""
-  check(build(plan, router=ROUTERS[router], num_layers=8), storage)
+  check(build(plan, router=tiny.router(router), num_layers=8), storage)
 
 
 @pytest.mark.parametrize("plan", kv_plans.PLANS)
@@ -120,7 +116,7 @@ def test_bfloat16_follows_float32(plan, storage):
 
 @pytest.mark.parametrize("plan", kv_plans.PLANS)
 def test_a_row_does_not_know_its_batch(plan):
-  config = build(plan, router=ROUTERS["expert_choice"])
+  config = build(plan, router=tiny.router("expert_choice"))
   variables, tokens_BT, whole = decoding.expected(config)
   decoder, row, chunks = decoding.decoder(config, "paged"), 0, decoding.CHUNKS["paged"]
   other_BT = decoding.tokens(config, seed=3)

@@ -36,7 +36,7 @@ def draw(config, seed: int = 1) -> dict[str, Any]:
   """Variables in which every part matters, and whose routers split the tokens."""
   params = jax.tree.map(jnp.asarray, parameters.draw(config, seed))
   if config.router.arch == "random":
-    del params["router"]
+    params.pop("router", None)
   if config.router.balancing != "loss_free":
     return {"params": params}
   return {"params": params, "balance": {"bias_R": jnp.linspace(0.3, -0.3, config.num_recursions)}}

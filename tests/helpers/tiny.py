@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 from mor import config as config_lib
+from mor.model.routers import table as router_table
 
-# Router fields that go together, to be merged over the defaults.
-TOKEN_CHOICE = dict(name="token_choice", activation="softmax", alpha=1.0, sampling="none", balancing="loss")
-FIXED = dict(name="fixed", sampling="none")
+def router(name: str, **fields: Any) -> dict[str, Any]:
+  """Returns the fields of a router of the table as the router says, and `fields`."""
+  return {"name": name, **router_table.ROUTERS[name].test_config, **fields}
+
+
+TOKEN_CHOICE, FIXED = router("token_choice"), router("fixed")
 VANILLA = dict(sharing="vanilla", num_recursions=1, router=FIXED)
 
 # Bytes plus special tokens fit in this vocabulary; model.vocab_size=61 does not
@@ -40,7 +44,9 @@ def config(*groups: dict[str, Any], **overrides: Any) -> config_lib.Config:
   fields = copy.deepcopy(config_lib.default().to_dict())
   for group in (_TINY, *groups, overrides):
     _merge(fields, group)
-  return config_lib.from_dict(fields)
+  made = config_lib.from_dict(fields)
+  router_table.make(made.model)  # refuses what the router refuses, as each entrance does
+  return made
 
 
 def batch(config: config_lib.Config, step: int = 0) -> dict[str, np.ndarray]:

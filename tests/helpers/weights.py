@@ -9,6 +9,7 @@ import numpy as np
 from mor import config as config_lib
 from mor import parameters
 from mor.model import schedule as schedule_lib
+from mor.model.routers import table as router_table
 
 
 def draw(config: config_lib.ModelConfig, seed: int = 1) -> dict:
@@ -30,15 +31,11 @@ def draw(config: config_lib.ModelConfig, seed: int = 1) -> dict:
   sizes = dict(prelude=schedule.prelude, stack=schedule.num_stack_rows, coda=schedule.coda)
   params = {name: group(n) for name, n in sizes.items() if n}
   params |= dict(embedding=normal(1, config.vocab_size, d), final_norm=1 + normal(25, d))
-  routers = [] if config.router.name == "fixed" else ["router"]
-  routers += ["aux_router"] if config.router.sampling == "aux_router" else []
-  expert, steps = config.router.name == "expert_choice", config.num_recursions
-  num, outs = (steps, 1) if expert else (1, steps)
-  for name in routers:
-    width = {"linear": 1, "mlp": 2, "wide_mlp": 4}.get(config.router.arch, 1) * d
-    params[name] = dict(out=normal(width, num, width, outs))
-    if width > d:
-      params[name]["hidden"] = normal(d, num, d, width)
+  steps = config.num_recursions
+  for row in router_table.make(config).parameters:
+    if row.collection == "params":
+      ins, outs = row.shape(config)
+      params.setdefault(row.group, {})[row.name] = normal(np.prod(ins), row.count, *ins, *outs)
   if not config.tie_embeddings:
     params["head"] = normal(1, config.vocab_size, d)
   for row in parameters.PROJECTIONS:

@@ -167,7 +167,6 @@ def test_json_round_trip_is_exact():
     (dict(), 3, (1.0, 2 / 3, 1 / 3)),
     (dict(), 2, (1.0, 0.5)),
     (dict(capacity=(0.9, 0.2)), 2, (0.9, 0.2)),
-    (tiny.FIXED | dict(capacity=(0.9, 0.2)), 2, (1.0, 1.0)),
 ])
 def test_capacity(router, r, capacity):
   made = tiny.config(model=dict(num_recursions=r, router=router))

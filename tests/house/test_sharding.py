@@ -10,6 +10,7 @@ from mor import config as config_lib
 from mor import parameters
 from mor import sharding
 from mor.aot import hlo
+from mor.model.routers import table as router_table
 from mor.train import step
 from tests.helpers import tiny
 
@@ -18,9 +19,10 @@ from tests.helpers import tiny
     tiny.FIXED, dict(arch="wide_mlp", sampling="aux_router"), dict(tiny.TOKEN_CHOICE, balancing="loss_free")])
 def test_every_leaf_of_the_state_has_one_row(router):
   """`spec` raises where a leaf has no row, or several."""
-  shapes = step.state_shapes(tiny.config(model=dict(router=router)))
+  config = tiny.config(model=dict(router=router))
+  shapes, rows = step.state_shapes(config), router_table.make(config.model).parameters
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-    assert len(sharding.spec(sharding.path_name(path), leaf.ndim)) in (0, leaf.ndim)
+    assert len(sharding.spec(sharding.path_name(path), leaf.ndim, rows)) in (0, leaf.ndim)
 
 
 def test_a_row_that_a_router_declares_is_split_as_it_says():

@@ -58,18 +58,6 @@ mor/model/kernels.py
 
 mor/model/recursion.py
 
-mor/model/routers/base.py
-
-mor/model/routers/expert_choice.py
-
-mor/model/routers/fixed.py
-
-mor/model/routers/prescribed.py
-
-mor/model/routers/scores.py
-
-mor/model/routers/token_choice.py
-
 mor/model/schedule.py
 
 mor/model/stacked.py
@@ -98,7 +86,6 @@ mor/train/step.py
 NOT_YET_CLASSES = """
 Rows
 
-Plan
 """
 
 

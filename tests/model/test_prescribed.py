@@ -20,9 +20,7 @@ from tests.helpers import tiny
 from tests.helpers import weights as test_weights
 
 ROUTERS = {
-    "fixed": tiny.FIXED,
-    "expert_choice": {},
-    "token_choice": tiny.TOKEN_CHOICE,
+    **{name: tiny.router(name) for name in table.ROUTERS},
     "every_step": tiny.TOKEN_CHOICE | dict(gating="every_step"),
 }
 EVEN = (1 / 3, 1 / 3, 1 / 3)
@@ -30,7 +28,7 @@ FORCED = {1: (1, 0, 0), 2: (0, 1, 0), 3: (0, 0, 1)}
 
 
 def make(config, probabilities, seed=0):
-  return prescribed.Prescribed(table.ROUTERS[config.router.name](config), probabilities, seed)
+  return prescribed.Prescribed(table.make(config), probabilities, seed)
 
 
 @pytest.mark.parametrize("probabilities", [EVEN, (0.5, 0.0, 0.5), (0.2, 0.5, 0.3)])
@@ -59,13 +57,13 @@ def test_depths_differ_between_rows_positions_and_seeds_alone():
   np.testing.assert_array_equal(depth_BT[4:5, 7:9], one_BT)
 
 
-def routings(router, config, bias_R=None):
+def routings(router, config, balance=None):
   """What a router says of a batch at each step."""
   params = {name: {k: jnp.asarray(v) for k, v in tree.items()}
             for name, tree in test_weights.draw(config).items() if name.endswith("router")}
   h_BTD = jax.random.normal(jax.random.key(3), (3, 12, 20))
   alive_BT = jnp.arange(12)[None, :] < jnp.array([[12], [7], [0]])
-  plan = router.enter(params, h_BTD, alive_BT, bias_R=bias_R, position_BT=jnp.tile(jnp.arange(12), (3, 1)))
+  plan = router.enter(params, h_BTD, alive_BT, balance=balance, position_BT=jnp.tile(jnp.arange(12), (3, 1)))
   found = []
   for step in range(3):
     found.append(router.decide(plan, h_BTD, alive_BT, step))
@@ -87,7 +85,7 @@ def test_gates_are_those_of_the_prescribed_depth(gating, depth):
   """A bias that outweighs every probability sends all tokens to one depth as well."""
   routing = tiny.TOKEN_CHOICE | dict(gating=gating, balancing="loss_free")
   config = tiny.config(model=dict(router=routing)).model
-  wanted = routings(table.ROUTERS["token_choice"](config), config, bias_R=9.0 * jnp.eye(3)[depth - 1])
+  wanted = routings(table.make(config), config, dict(bias_R=9.0 * jnp.eye(3)[depth - 1]))
   for ours, theirs in zip(routings(make(config, FORCED[depth]), config), wanted, strict=True):
     assert not ours.keeps_all  # it cannot be known before the draw
     chex.assert_trees_all_equal(ours.replace(keeps_all=theirs.keeps_all), theirs)
@@ -97,7 +95,7 @@ def test_gates_are_those_of_the_prescribed_depth(gating, depth):
 def test_the_inner_router_gates(name):
   config = tiny.config(model=dict(router=ROUTERS[name])).model
   for ours, inner in zip(routings(make(config, FORCED[3]), config),
-                         routings(table.ROUTERS[config.router.name](config), config)):
+                         routings(table.make(config), config)):
     same = inner.replace(keep_BT=ours.keep_BT, keeps_all=False)
     chex.assert_trees_all_equal(ours, same)
     assert jnp.all(inner.keep_BT <= ours.keep_BT)

@@ -11,22 +11,19 @@ import pytest
 from mor.model import recursion
 from mor.model import transformer
 from mor.model.kv import plans as kv_plans
+from mor.model.routers import base as router_base
 from mor.model.routers import table as router_table
 from mor.train import loss
 from tests.helpers import tiny
 from tests.helpers import weights
 
-ROUTERS = {
-    "fixed": tiny.FIXED,
-    "expert_choice": dict(name="expert_choice", capacity=(1.0, 0.7, 0.4)),
-    "token_choice": tiny.TOKEN_CHOICE,
-}
+CAPACITY = (1.0, 0.7, 0.4)
 EVERY = tiny.crossed(router_table.ROUTERS, kv_plans.PLANS)
 
 
 def build(router, plan, num_layers=5):
   """One layer a step, which compiles sooner; 8 layers are two a step."""
-  return tiny.config(model=dict(kv_plan=plan, router=ROUTERS[router], num_layers=num_layers)).model
+  return tiny.config(model=dict(kv_plan=plan, router=tiny.router(router, capacity=CAPACITY), num_layers=num_layers)).model
 
 
 def apply(config, params, tokens_BT, segment_BT=None, routing="select"):
@@ -53,7 +50,7 @@ def test_gathered_equals_masked(router, plan):
 
     def total(params):
       out = model.apply({"params": params}, batch["tokens_BT"], batch["segment_BT"])
-      terms = loss.auxiliary(config, out.sums, loss.normalizers(out.sums))
+      terms = router_table.make(config).losses(out.sums, router_base.norms(out.sums))
       nll_BT = loss.token_nll(transformer.head(params), out.hidden_BTD, batch["target_BT"], 16)
       return jnp.sum(nll_BT * batch["loss_mask_BT"]) / batch["loss_mask_BT"].sum() + sum(terms.values()), out.keep_RBT
 
@@ -62,7 +59,7 @@ def test_gathered_equals_masked(router, plan):
   (gathered, keep), gathered_grads = value_and_grad("gathered")
   (masked, masked_keep), masked_grads = value_and_grad("masked")
   np.testing.assert_array_equal(keep, masked_keep)
-  assert router == "fixed" or not keep[-1].all(), "nothing was dropped, so nothing was tested"
+  assert not router_table.ROUTERS[router].routes or not keep[-1].all(), "nothing was dropped, so nothing was tested"
   np.testing.assert_allclose(gathered, masked, rtol=1e-5)
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gathered_grads), jax.tree.leaves(masked_grads)):
     scale = max(1.0, float(jnp.abs(b).max()))
@@ -99,7 +96,7 @@ def test_changing_the_future_changes_no_past(router, plan):
   np.testing.assert_array_equal(a.keep_RBT[:, :, :cut], b.keep_RBT[:, :, :cut])
   np.testing.assert_allclose(a.hidden_BTD[:, :cut], b.hidden_BTD[:, :cut], rtol=0, atol=1e-6)
   assert float(jnp.abs(a.hidden_BTD[:, cut:] - b.hidden_BTD[:, cut:]).max()) > 0.1
-  if router == "expert_choice":  # the oracle does look ahead: the test can tell
+  if router_table.ROUTERS[router].looks_ahead:  # the oracle does look ahead: the test can tell
     a, b = (apply(config, params, t, routing="select") for t in (before_BT, after_BT))
     assert (a.keep_RBT[:, :, :cut] != b.keep_RBT[:, :, :cut]).any()
 
@@ -189,7 +186,7 @@ def test_compact_keeps_the_order_of_positions():
 
 def test_random_router_needs_no_parameters():
   for router in ("expert_choice", "token_choice"):
-    fields = dict(ROUTERS[router], arch="random", sampling="none", balancing="none")
+    fields = tiny.router(router, capacity=CAPACITY, arch="random", sampling="none", balancing="none")
     config = tiny.config(model=dict(router=fields)).model
     params = {k: v for k, v in weights.draw(config).items() if k != "router"}
     out = apply(config, params, distinct_tokens(config))

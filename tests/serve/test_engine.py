@@ -5,17 +5,11 @@ import pytest
 
 from mor.decode import decoder as decoder_lib
 from mor.model.kv import plans as kv_plans
+from mor.model.routers import fixed
 from mor.model.routers import table as router_table
 from tests.helpers import decoding
 from tests.helpers import serving
 from tests.helpers import tiny
-
-ROUTERS = {
-    "fixed": tiny.FIXED,
-    "expert_choice": dict(name="expert_choice"),
-    "token_choice": tiny.TOKEN_CHOICE,
-}
-
 
 def check(engine, requests, expected, order=0):
   done, _ = serving.serve(engine, requests, order)
@@ -45,7 +39,7 @@ def test_engine_equals_generate_in_any_order_and_beside_aborts():
 
 @pytest.mark.parametrize("router,plan", tiny.crossed(router_table.ROUTERS, kv_plans.PLANS))
 def test_every_router_and_plan(router, plan):
-  model, requests = serving.model(kv_plan=plan, router=ROUTERS[router]), serving.requests(20)
+  model, requests = serving.model(kv_plan=plan, router=tiny.router(router)), serving.requests(20)
   check(serving.engine(model), requests, serving.reference(model, requests))
 
 
@@ -153,4 +147,4 @@ def test_equal_engines_share_their_programs():
   first, second = (decoding.decoder(config, "paged") for _ in range(2))
   assert first == second and hash(first) == hash(second)
   assert first != decoding.decoder(config, "dense")
-  assert first != decoder_lib.Decoder(config, first.tables.storage, router_table.ROUTERS["fixed"](config))
+  assert first != decoder_lib.Decoder(config, first.tables.storage, fixed.Fixed(config))

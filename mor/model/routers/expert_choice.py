@@ -9,14 +9,20 @@ With candidates A the tokens kept by the step before (hierarchical filtering):
 Top-k sees the whole sequence, future included. To route causally at inference,
 a binary cross-entropy teaches the router (or a second router on detached
 states) to predict its own top-k: `decide` keeps a live token where that logit
-is >= 0; a step of capacity 1 keeps every live token.
+is >= 0; a step of capacity 1 keeps every live token. Auxiliary losses of a whole batch:
+
+  sampling  sum_r  BCE over the candidates of step r / number of candidates
+  z         sum_r  logit^2 over the candidates of step r / number of candidates
 
 Source: MoR paper §2.2.1; raymin0223/mixture_of_recursions
-model/mor_model/expert_choice_router.py (no causal mode there). `length` counts
-the row's tokens without padding, so padding never changes a row.
+model/mor_model/expert_choice_router.py (no causal mode there; its sampling loss is
+divided by the micro-batch only, so its coefficient grows with accumulation). `length`
+counts the row's tokens without padding, so padding never changes a row.
 """
 
+from collections.abc import Callable
 import math
+from typing import Any
 
 from flax import struct
 import jax
@@ -24,7 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mor import config as config_lib
+from mor import fields
+from mor import model_config
+from mor import parameters
 from mor import types
 from mor.model.routers import base
 from mor.model.routers import scores
@@ -33,7 +41,7 @@ WARMUP_BUCKETS = 4  # static widths compiled during a capacity warm-up
 
 
 @struct.dataclass
-class Plan:
+class ExpertPlan:
   """What the steps need: parameters, counts and randomness."""
 
   params: dict
@@ -53,7 +61,9 @@ def top(score_BT: jax.Array, alive_BT: types.Mask, kept_B: jax.Array) -> types.M
   bits_BT = jax.lax.bitcast_convert_type(score_BT, jnp.uint32)
   sign = jnp.uint32(1 << 31)
   order_BT = jnp.where(bits_BT >= sign, ~bits_BT, bits_BT | sign)  # ordered as the scores are
-  count_B = lambda chosen_BT: jnp.sum(chosen_BT, axis=1, dtype=kept_B.dtype)
+
+  def count_B(chosen_BT):
+    return jnp.sum(chosen_BT, axis=1, dtype=kept_B.dtype)
 
   def narrow(i, least_B):
     tried_B = least_B | (sign >> jnp.asarray(i, jnp.uint32))
@@ -65,30 +75,57 @@ def top(score_BT: jax.Array, alive_BT: types.Mask, kept_B: jax.Array) -> types.M
   return above_BT | (equal_BT & (jnp.cumsum(equal_BT, axis=1, dtype=kept_B.dtype) <= room_B[:, None]))
 
 
-class ExpertChoice:
+class ExpertChoice(base.Router):
   """See the module docstring."""
 
+  looks_ahead = True
   bounded = True
 
-  def __init__(self, config: config_lib.ModelConfig):
-    self.config = config
-    self.num_steps = config.num_recursions
+  def __init__(self, config: model_config.ModelConfig):
+    super().__init__(config)
+    self.num_buckets = WARMUP_BUCKETS if config.router.capacity_warmup_steps else 0
 
-  def init(self, key: jax.Array) -> dict:
+  @classmethod
+  def check(cls, config: model_config.ModelConfig) -> None:
+    """Raises ValueError where the fields of a model do not suit the router."""
+    super().check(config)
+    router = config.router
+    fields.require(router.activation != "softmax", f"router.activation={router.activation!r} with {router.name}",
+                   "use 'sigmoid', 'tanh' or 'none'")
+    fields.require(router.gating != "every_step", f"router.gating={router.gating!r} with {router.name}",
+                   "use 'weighted', 'additive' or 'residual'")
+    fields.require(router.balancing == "none", f"router.balancing={router.balancing!r} with {router.name}",
+                   "its load is fixed by capacity; use 'none'")
+
+  @property
+  def parameters(self) -> tuple[parameters.Parameter, ...]:
+    """Rows of a score network for each step, and of the second one that predicts its choice."""
+    rows = scores.rows(self.config, "router", "mor_router", self.num_steps, 1)
+    if self.config.router.sampling == "aux_router":
+      rows += scores.rows(self.config, "aux_router", "mlp_router", self.num_steps, 1)
+    return rows
+
+  def official_modules(self, edge: int) -> tuple[list[str], list[str]]:
+    """Returns a module of each step, and the layers in it."""
+    steps = [f"model.layers.{edge + r}" for r in range(self.num_steps)]
+    return steps, [f"{step}.block" for step in steps]
+
+  def init(self, key: jax.Array) -> dict[str, Any]:
+    """Returns the initial parameters by group."""
     main_key, aux_key = jax.random.split(key)
     params = {"router": scores.init(main_key, self.config, self.num_steps, 1)}
     if self.config.router.sampling == "aux_router":
       params["aux_router"] = scores.init(aux_key, self.config, self.num_steps, 1)
     return {name: tree for name, tree in params.items() if tree}
 
-  def enter(self, params, h_BTD, valid_BT, *, bias_R=None, train_step=None, key=None, position_BT=None) -> Plan:
+  def enter(self, params, h_BTD, valid_BT, *, balance=None, train_step=None, key=None, position_BT=None) -> ExpertPlan:
     """Counts what each step keeps of each row."""
-    del h_BTD, bias_R
-    return Plan(params.get("router", {}), params.get("aux_router", {}), self.kept(valid_BT, train_step),
+    del h_BTD, balance
+    return ExpertPlan(params.get("router", {}), params.get("aux_router", {}), self.kept(valid_BT, train_step),
                 jax.random.key(0) if key is None else key, position_BT)
 
   def kept(self, valid_BT: types.Mask, train_step: jax.Array | None) -> jax.Array:
-    """Tokens each step keeps of each row: max(1, int(capacity * length)), 0 of an empty row."""
+    """Returns the tokens that each step keeps of each row: max(1, int(capacity * length)), 0 of an empty row."""
     length_B = jnp.sum(valid_BT, axis=1)
     seq_len = valid_BT.shape[1]
     table_RS = np.array([[min(t, max(1, int(c * t))) for t in range(seq_len + 1)] for c in self.config.capacity])
@@ -106,14 +143,34 @@ class ExpertChoice:
     return kept_RB
 
   def widths(self, seq_len: int, bucket: int | None = None) -> tuple[int, ...]:
-    """Static gather widths; during a warm-up, the widest of the `bucket`."""
+    """Returns the static gather widths; during a warm-up, the widest of the `bucket`."""
     capacity = self.config.capacity
     if bucket is not None and bucket < WARMUP_BUCKETS:
       extra = 0.5 * (1.0 + math.cos(math.pi * bucket / WARMUP_BUCKETS))
       return tuple(min(seq_len, 1 + int((c + (1.0 - c) * extra) * seq_len)) for c in capacity)
     return tuple(max(1, int(c * seq_len)) for c in capacity)
 
-  def select(self, plan: Plan, h_BTD: types.Activations, alive_BT: types.Mask, step) -> base.Routing:
+  def bucket(self, train_step: int) -> int:
+    """Returns the quarter of the capacity warm-up that a step is in."""
+    return min(WARMUP_BUCKETS, train_step * WARMUP_BUCKETS // self.config.router.capacity_warmup_steps)
+
+  def counts(self, valid_BT: types.Mask, train_step: jax.Array, entry_sums: Callable[[], base.Sums]) -> base.Sums:
+    """Returns the candidates of each step: they follow from the rows' lengths."""
+    del entry_sums
+    tokens = base.count(valid_BT)
+    kept_R = jnp.sum(self.kept(valid_BT, train_step), axis=1, dtype=jnp.float32)
+    return {"candidates": jnp.concatenate([tokens[None], kept_R[:-1]]), "tokens": tokens}
+
+  def losses(self, sums: base.Sums, norms: base.Sums) -> dict[str, jax.Array]:
+    """Returns the losses of the module docstring, as far as the config asks for them."""
+    return {name: jnp.sum(sums[name] / jnp.maximum(norms["candidates"], 1.0)) for name in ("sampling", "z") if name in sums}
+
+  @property
+  def coefs(self) -> dict[str, float]:
+    """Weight of each auxiliary loss in the loss."""
+    return {"sampling": self.config.router.sampling_coef, "z": self.config.router.z_loss_coef}
+
+  def select(self, plan: ExpertPlan, h_BTD: types.Activations, alive_BT: types.Mask, step) -> base.Routing:
     """Keeps the best-scoring live tokens of each row; not causal."""
     logit_BT, score_BT = self._score(plan, h_BTD, step)
     with jax.named_scope("top_k"):
@@ -130,7 +187,7 @@ class ExpertChoice:
       sums["sampling"] = base.total(bce_BT, alive_BT)
     return self._routing(keep_BT, logit_BT, score_BT, sums, step)
 
-  def decide(self, plan: Plan, h_BTD: types.Activations, alive_BT: types.Mask, step) -> base.Routing:
+  def decide(self, plan: ExpertPlan, h_BTD: types.Activations, alive_BT: types.Mask, step) -> base.Routing:
     """Keeps the live tokens whose logit is >= 0; causal, one token at a time."""
     logit_BT, score_BT = self._score(plan, h_BTD, step)
     capacity_R = np.array(self.config.capacity)
@@ -151,7 +208,7 @@ class ExpertChoice:
     return logit_BT, scores.activate(router, logit_BT)
 
   def _predictor(self, plan, h_BTD, logit_BT, step):
-    """The logit that predicts the router's own choice."""
+    """Returns the logit that predicts the router's own choice."""
     if self.config.router.sampling == "aux_router":
       return scores.logits(plan.aux_params, step, jax.lax.stop_gradient(h_BTD))[:, :, 0]
     return logit_BT

@@ -12,28 +12,57 @@ import jax
 import jax.numpy as jnp
 
 from mor import config as config_lib
+from mor import parameters
 from mor import sharding
 
 WIDTHS = {"mlp": 2, "wide_mlp": 4}  # hidden width / model width
 
 
 def init(key: jax.Array, config: config_lib.ModelConfig, num_routers: int, num_outputs: int) -> dict:
-  """Parameters of `num_routers` score networks; normal, the model's `init_std`."""
+  """Returns the parameters of `num_routers` score networks; normal, the model's `init_std`."""
   arch = config.router.arch
   if arch == "random":
     return {}
   hidden_key, out_key = jax.random.split(key)
   d_model = config.d_model
   width = WIDTHS.get(arch, 1) * d_model
-  normal = lambda k, shape: config.init_std * jax.random.normal(k, shape, jnp.float32)
+
+  def normal(key, shape):
+    return config.init_std * jax.random.normal(key, shape, jnp.float32)
+
   params = {"out": normal(out_key, (num_routers, width, num_outputs))}
   if arch in WIDTHS:
     params["hidden"] = normal(hidden_key, (num_routers, d_model, width))
   return params
 
 
+def rows(config: config_lib.ModelConfig, group: str, official: str, num_routers: int,
+         num_outputs: int) -> tuple[parameters.Parameter, ...]:
+  """Returns the rows of the parameters that `init` makes.
+
+  Args:
+    config: config of the model.
+    group: name of the parameters' group, e.g. "router".
+    official: name of the network in the official code.
+    num_routers: number of score networks.
+    num_outputs: logits of each.
+  """
+  if config.router.arch == "random":
+    return ()
+  hidden = config.router.arch in WIDTHS
+  widths = (("I", WIDTHS.get(config.router.arch, 1) * config.d_model), ("O", num_outputs))
+  out = parameters.Parameter(
+      f"{group}/out", "I", "O", (None, None), f"model.{group}.{{i}}.out", count=num_routers, widths=widths,
+      official=f"{official}.router.2" if hidden else f"{official}.router")
+  if not hidden:
+    return (out,)
+  return out, parameters.Parameter(
+      f"{group}/hidden", "D", "I", (None, None), f"model.{group}.{{i}}.hidden", count=num_routers, widths=widths,
+      official=f"{official}.router.0")
+
+
 def logits(params: dict, index: jax.Array | int, h_BTD: jax.Array) -> jax.Array:
-  """Logits `[B, T, O]` of the network number `index`."""
+  """Returns the logits `[B, T, O]` of the network number `index`."""
   with jax.named_scope("router"):
     x_BTD = h_BTD.astype(jnp.float32)
     if "hidden" in params:
@@ -42,7 +71,7 @@ def logits(params: dict, index: jax.Array | int, h_BTD: jax.Array) -> jax.Array:
 
 
 def uniform(key: jax.Array, shape_BT: tuple[int, int], position_BT: jax.Array | None = None) -> jax.Array:
-  """Random scores that depend on row and position only, not on the shape.
+  """Returns random scores that depend on row and position only, not on the shape.
 
   With positions, as in decoding, each row is scored as the first of a batch is.
   """
@@ -57,7 +86,7 @@ def uniform(key: jax.Array, shape_BT: tuple[int, int], position_BT: jax.Array | 
 
 
 def activate(config: config_lib.RouterConfig, logits_BTO: jax.Array) -> jax.Array:
-  """alpha * activation(logits)."""
+  """Returns alpha * activation(logits)."""
   functions = {
       "sigmoid": jax.nn.sigmoid,
       "tanh": jnp.tanh,

@@ -7,24 +7,32 @@
 
 It is causal as it stands: `decide` is `select`. Balance comes from a loss on
 fraction * probability, or without a loss from a bias that a training step
-moves toward the underloaded depths.
+moves toward the underloaded depths. Auxiliary losses of a whole batch:
+
+  z         logsumexp(logits)^2 over tokens / number of tokens
+  balance   sum_i  (R * fraction_i) * mean p_i,  fraction_i of the whole batch
 
 Source: MoR paper §2.2.1, eq. 2.2; raymin0223/mixture_of_recursions
 model/mor_model/token_choice_router.py, which gates the exit only.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from flax import struct
 import jax
 import jax.numpy as jnp
 
-from mor import config as config_lib
+from mor import fields
+from mor import model_config
+from mor import parameters
 from mor import types
 from mor.model.routers import base
 from mor.model.routers import scores
 
 
 @struct.dataclass
-class Plan:
+class DepthPlan:
   """Every token's depth (0-based), its gate and its logits."""
 
   depth_BT: jax.Array
@@ -33,22 +41,46 @@ class Plan:
   sums: dict  # scalars and [R] arrays over the whole recursion
 
 
-class TokenChoice:
+class TokenChoice(base.Router):
   """See the module docstring."""
 
-  bounded = False
+  test_config = dict(activation="softmax", alpha=1.0, sampling="none", balancing="loss")
 
-  def __init__(self, config: config_lib.ModelConfig):
-    self.config = config
-    self.num_steps = config.num_recursions
+  @classmethod
+  def check(cls, config: model_config.ModelConfig) -> None:
+    """Raises ValueError where the fields of a model do not suit the router."""
+    super().check(config)
+    router = config.router
+    fields.require(router.activation in ("softmax", "sigmoid"),
+                   f"router.activation={router.activation!r} with {router.name}", "use 'softmax' or 'sigmoid'")
+    fields.require(router.sampling == "none", f"router.sampling={router.sampling!r} with {router.name}",
+                   "it is causal already; use 'none'")
+    fields.require(router.capacity_warmup_steps == 0,
+                   f"router.capacity_warmup_steps={router.capacity_warmup_steps} with {router.name}",
+                   "its capacity is only a buffer; use 0")
 
-  def init(self, key: jax.Array) -> dict:
+  @property
+  def parameters(self) -> tuple[parameters.Parameter, ...]:
+    """Rows of the one score network, and of the bias of loss-free balancing."""
+    rows = scores.rows(self.config, "router", "mor_router", 1, self.num_steps)
+    if self.config.router.balancing == "loss_free":
+      rows += (parameters.Parameter(
+          "bias_R", "", "R", (None,), "model.balance_bias", official="router_bias", collection="balance"),)
+    return rows
+
+  def official_modules(self, edge: int) -> tuple[list[str], list[str]]:
+    """Returns one module of all steps, which is no list without a prelude, and the layers in it."""
+    step = f"model.layers.{edge}" if edge else "model.layers"
+    return [step], [f"{step}.block_list.{r}" for r in range(self.num_steps)]
+
+  def init(self, key: jax.Array) -> dict[str, Any]:
+    """Returns the initial parameters by group."""
     params = scores.init(key, self.config, 1, self.num_steps)
     return {"router": params} if params else {}
 
-  def enter(self, params, h_BTD, valid_BT, *, bias_R=None, train_step=None, key=None, position_BT=None) -> Plan:
+  def enter(self, params, h_BTD, valid_BT, *, balance=None, train_step=None, key=None, position_BT=None) -> DepthPlan:
     """Picks every token's depth."""
-    router, steps = self.config.router, self.num_steps
+    router, steps, bias_R = self.config.router, self.num_steps, (balance or {}).get("bias_R")
     if router.arch == "random":
       key = jax.random.key(0) if key is None else key
       logits_BTR = jnp.stack(
@@ -60,10 +92,10 @@ class TokenChoice:
     depth_BT = jnp.argmax(jax.lax.stop_gradient(biased_BTR), axis=-1)
     if router.balance_warmup_steps and train_step is not None:
       depth_BT = jnp.where(train_step < router.balance_warmup_steps, steps - 1, depth_BT)
-    return Plan(depth_BT, _gate(prob_BTR, depth_BT), logits_BTR, self._sums(logits_BTR, prob_BTR, depth_BT, valid_BT))
+    return DepthPlan(depth_BT, _gate(prob_BTR, depth_BT), logits_BTR, self._sums(logits_BTR, prob_BTR, depth_BT, valid_BT))
 
-  def assign(self, plan: Plan, depth_BT: jax.Array) -> Plan:
-    """The plan with depths (0-based) that were chosen elsewhere, and their gates."""
+  def assign(self, plan: DepthPlan, depth_BT: jax.Array) -> DepthPlan:
+    """Returns the plan with depths (0-based) that were chosen elsewhere, and their gates."""
     return plan.replace(depth_BT=depth_BT, gate_BT=_gate(self._probabilities(plan.logits_BTR), depth_BT))
 
   def _probabilities(self, logits_BTR):
@@ -85,11 +117,46 @@ class TokenChoice:
     }
 
   def widths(self, seq_len: int, bucket: int | None = None) -> tuple[int, ...]:
-    """Gather buffers; a batch with a fuller step runs that step masked."""
+    """Returns the sizes of the gather buffers; a batch with a fuller step runs that step masked."""
     del bucket
     return tuple(max(1, int(c * seq_len)) for c in self.config.capacity)
 
-  def select(self, plan: Plan, h_BTD: types.Activations, alive_BT: types.Mask, step) -> base.Routing:
+  def fractions(self, seq_len: int) -> tuple[float, ...]:
+    """Returns the balanced load (R-r)/R, towards which balancing pushes."""
+    del seq_len
+    return tuple((self.num_steps - step) / self.num_steps for step in range(self.num_steps))
+
+  def counts(self, valid_BT: types.Mask, train_step: jax.Array, entry_sums: Callable[[], base.Sums]) -> base.Sums:
+    """Returns how many tokens choose each depth, which takes the prelude and the router."""
+    del train_step
+    return {"tokens": base.count(valid_BT), "chosen_R": entry_sums()["chosen_R"]}
+
+  def losses(self, sums: base.Sums, norms: base.Sums) -> dict[str, jax.Array]:
+    """Returns the losses of the module docstring, as far as the config asks for them."""
+    terms = {}
+    if "z" in sums:
+      terms["z"] = sums["z"] / jnp.maximum(norms["tokens"], 1.0)
+    if "prob_R" in sums and self.config.router.balancing == "loss":
+      fraction_R = jax.lax.stop_gradient(norms["fraction"])
+      balance = jnp.sum(self.num_steps * fraction_R * sums["prob_R"])
+      terms["balance"] = balance / jnp.maximum(norms["tokens"], 1.0)
+    return terms
+
+  @property
+  def coefs(self) -> dict[str, float]:
+    """Weight of each auxiliary loss in the loss."""
+    return {"z": self.config.router.z_loss_coef, "balance": self.config.router.balance_coef}
+
+  def update(self, balance: base.Sums, sums: base.Sums, train_step: jax.Array) -> base.Sums:
+    """Moves the bias of loss-free balancing toward the underloaded depths."""
+    router = self.config.router
+    if router.balancing != "loss_free":
+      return balance
+    load_R = sums["chosen_R"] / jnp.maximum(sums["tokens"], 1.0)
+    bias_R = balance["bias_R"] + router.bias_update_rate * jnp.sign(jnp.mean(load_R) - load_R)
+    return {"bias_R": jnp.where(train_step < router.balance_warmup_steps, 0.0, bias_R)}
+
+  def select(self, plan: DepthPlan, h_BTD: types.Activations, alive_BT: types.Mask, step) -> base.Routing:
     """Keeps the live tokens whose depth is at least `step`."""
     del h_BTD
     gating = self.config.router.gating
@@ -106,8 +173,6 @@ class TokenChoice:
       entry_BT = entry_BT * (1.0 - plan.gate_BT)
     return base.Routing(keep_BT=keep_BT, score_BT=jnp.take(plan.logits_BTR, step, axis=-1), gate_BT=gate_BT,
                         entry_BT=entry_BT, keeps_all=isinstance(step, int) and step == 0)
-
-  decide = select
 
 
 def _gate(prob_BTR: jax.Array, depth_BT: jax.Array) -> jax.Array:
