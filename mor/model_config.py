@@ -48,7 +48,6 @@ class RouterConfig:
     if self.arch == "random":
       _require(self.sampling == "none", f"router.sampling={self.sampling!r} with arch 'random'",
                "random scores cannot be predicted; use 'none'")
-      _require(self.balancing == "none", f"router.balancing={self.balancing!r} with arch 'random'", "use 'none'")
     _require(self.temperature > 0, f"router.temperature={self.temperature}", "use a value > 0")
     _require(all(0 < c <= 1 for c in self.capacity), f"router.capacity={self.capacity}", "use fractions in (0, 1]")
     _require(all(a >= b for a, b in zip(self.capacity, self.capacity[1:])), f"router.capacity={self.capacity}",

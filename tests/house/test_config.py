@@ -51,6 +51,7 @@ BAD = [  # overrides, words of the message: what, value, remedy
     (_token(activation="tanh"), ["router.activation='tanh'", "'softmax'"]),
     (_token(sampling="aux_loss"), ["router.sampling='aux_loss'", "'none'"]),
     (_token(capacity_warmup_steps=3), ["capacity_warmup_steps=3", "use 0"]),
+    (_token(arch="random"), ["router.balancing='loss'", "'random'", "'none'"]),
     (_router(arch="random"), ["router.sampling='aux_loss'", "'random'", "'none'"]),
     (_router(temperature=0.0), ["router.temperature=0.0", "> 0"]),
     (_router(z_loss_coef=-1.0), ["router.z_loss_coef=-1.0", ">= 0"]),

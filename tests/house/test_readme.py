@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 from absl import flags
 import chex
@@ -13,17 +15,19 @@ import numpy as np
 import pytest
 
 import mor
+from mor import costs
 from mor import experiments
 from mor import main
+from mor import sharding
+from mor.conversion import hf_export
 from mor.data import tokenizer as tokenizer_lib
-from mor.decode import decoder as decoder_lib
-from mor.decode import storage as storage_lib
-from mor.decode import weights as weights_lib
 from mor.model import transformer
 from mor.model.routers import table
-from mor.serve import generate as generate_lib
 from mor.serve import model as model_lib
 from mor.serve import request as request_lib
+from mor.train import step as step_lib
+from tests.helpers import alternate
+from tests.helpers import serving
 from tests.helpers import tiny
 from tests.helpers import weights as test_weights
 
@@ -141,16 +145,21 @@ def test_flags_and_modes_exist():
   assert len(modes) >= 5 and modes <= set(main.MODES)
 
 
-def test_router_of_the_docs(monkeypatch):
-  source = block("docs/extending.md", "class ")
-  namespace = {}
-  exec(source, namespace)
-  monkeypatch.setitem(table.ROUTERS, "fixed", namespace["Alternate"])
-  config = tiny.config(model=dict(router=tiny.FIXED))
-  batch = jax.tree.map(jnp.asarray, tiny.batch(config))
+@pytest.fixture
+def docs_router(monkeypatch):
+  """The fields of the router of docs/extending.md, which is in the table under its own name."""
+  monkeypatch.setitem(table.ROUTERS, alternate.NAME, alternate.load())
+  return tiny.router(alternate.NAME)
 
-  variables = jax.jit(transformer.Transformer(config.model).init)(
-      jax.random.key(0), batch["tokens_BT"])
+
+def wanted_depth(position):
+  return 1 if position % 2 else 2 if position % 4 else 3
+
+
+def test_router_of_the_docs_routes(docs_router):
+  config = tiny.config(model=dict(router=docs_router))
+  batch = jax.tree.map(jnp.asarray, tiny.batch(config))
+  variables = jax.jit(transformer.Transformer(config.model).init)(jax.random.key(0), batch["tokens_BT"])
   hidden = {}
   for execution in ("gathered", "masked"):
     model = transformer.Transformer(dataclasses.replace(config.model, execution=execution))
@@ -162,11 +171,53 @@ def test_router_of_the_docs(monkeypatch):
       np.testing.assert_array_equal(keep_BT, wanted_BT)
   chex.assert_trees_all_close(hidden["gathered"], hidden["masked"], atol=1e-5)
 
-  decoder = decoder_lib.Decoder(
-      config.model, storage_lib.Dense(24, 2, 6, "float32"), router=namespace["Alternate"](config.model))
-  done, = generate_lib.generate(decoder, weights_lib.prepare(config.model, variables, "float32"),
-                                [request_lib.make([5, 6, 7, 8], max_tokens=6)], context=24)
-  assert done.depths == [1, 3, 1, 2, 1, 3]  # of positions 3 to 8
+
+def test_router_of_the_docs_trains_in_micro_batches(docs_router):
+  def losses(accumulation):
+    config = tiny.config(model=dict(router=docs_router, num_layers=5), optim=dict(eps=1e-3),
+                         train=dict(accumulation=accumulation))
+    mesh = sharding.make_mesh(config.mesh)
+    state, train_step = step_lib.init_state(config, mesh), step_lib.make_train_step(config, mesh)
+    found = []
+    for i in range(3):
+      state, metrics = train_step(state, sharding.put_batch(mesh, tiny.batch(config, i)), i)
+      found.append([float(metrics[name]) for name in ("loss", "grad_norm", "load_2", "load_3")])
+    return found
+  np.testing.assert_allclose(losses(2), losses(1), rtol=1e-5)
+
+
+def test_router_of_the_docs_serves(docs_router):
+  model, requests = serving.model(router=docs_router), serving.requests(6)
+  answers = serving.reference(model, requests)
+  done, _ = serving.serve(serving.engine(model), requests)
+  assert len(done) == len(requests)
+  for place, answer in done.items():
+    serving.assert_same(answer, answers[place], requests[place])
+    first = len(requests[place][0]) - 1  # the position that draws the first new token
+    assert answer.depths == [wanted_depth(first + i) for i in range(len(answer.depths))]
+
+
+def test_router_of_the_docs_has_costs_and_no_export(docs_router, tmp_path):
+  config = tiny.config(model=dict(router=docs_router))
+  assert costs.step_fractions(config.model, 12) == (1.0, 0.5, 0.25)
+  figures, plain = costs.report(config), costs.report(tiny.config(model=dict(router=tiny.FIXED)))
+  assert figures["params_non_embedding"] == plain["params_non_embedding"]
+  assert figures["kv_bytes_per_token"] == plain["kv_bytes_per_token"] * (2 + 2 * 1.75) / (2 + 2 * 3)
+  variables = {"params": test_weights.draw(config.model)}
+  with pytest.raises(ValueError, match="router.name='alternate': modeling_mor.py has no such router .* write it there"):
+    hf_export.write(tmp_path / "out", config.model, variables, tokenizer=None, chat_template=None, context=12,
+                    dtype="float32", special_ids={})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["model/test_transformer.py", "decode/test_decode.py", "serve/test_engine.py",
+                                   "model/test_prescribed.py model/test_routers.py"])
+def test_every_suite_runs_the_router_of_the_docs(suite):
+  """The suites are parametrised over the table, so that none knows the router."""
+  command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.helpers.alternate", "-p", "no:cacheprovider", "-k", "alternate",
+             "-m", "slow or not slow", *(f"tests/{path}" for path in suite.split())]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0 and re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout[-2000:]
 
 
 @each_page

@@ -58,6 +58,8 @@ class TokenChoice(base.Router):
     fields.require(router.capacity_warmup_steps == 0,
                    f"router.capacity_warmup_steps={router.capacity_warmup_steps} with {router.name}",
                    "its capacity is only a buffer; use 0")
+    fields.require(router.arch != "random" or router.balancing == "none",
+                   f"router.balancing={router.balancing!r} with arch 'random'", "use 'none'")
 
   @property
   def parameters(self) -> tuple[parameters.Parameter, ...]:
