@@ -10,11 +10,12 @@ from mor import model_config
 from mor import types
 
 
-def rms_norm(x_BTD: types.Activations, scale_D: jax.Array, eps: float) -> types.Activations:
+def rms_norm(x_BTD: types.Activations | types.Queries, scale_D: jax.Array,
+             eps: float) -> types.Activations | types.Queries:
   """Returns x / rms(x) * scale over the last axis, the mean of squares in float32.
 
   Args:
-    x_BTD: hidden states, or any array of rank 2 or more.
+    x_BTD: hidden states, or the heads [B, T, N, H] of queries or keys.
     scale_D: weight of each number.
     eps: added to the mean of squares.
   """
