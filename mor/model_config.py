@@ -126,6 +126,8 @@ class ModelConfig:
   rope_scaling: RopeScalingConfig = _field(RopeScalingConfig(), added=True)
   norm_eps: float = _field(1e-5, "term added to the mean square in RMSNorm")
   init_std: float = _field(0.02, "standard deviation of initial weights")
+  qk_norm: bool = _field(
+      False, "whether each head of queries and keys is normalised before it rotates (Qwen3)", added=True)
   tie_embeddings: bool = _field(True, "whether the output head is the embedding", added=True)
   cross_documents: bool = _field(False, "whether packed documents attend to each other (paper)")
   compute_dtype: Literal["float32", "bfloat16"] = _field("float32", "dtype of matmuls; parameters stay float32")

@@ -36,6 +36,10 @@ def _has_head(model: model_config.ModelConfig) -> bool:
   return not model.tie_embeddings
 
 
+def _has_qk_norm(model: model_config.ModelConfig) -> bool:
+  return model.qk_norm
+
+
 @dataclasses.dataclass(frozen=True)
 class Parameter:
   """One parameter.
@@ -110,23 +114,25 @@ class Parameter:
     return path == self.path or path.endswith(f"/{self.path}")
 
 
-_D, _DNH, _NHD = (None,), ("model", "heads", None), ("heads", None, "model")
+_WHOLE, _DNH, _NHD = (None,), ("model", "heads", None), ("heads", None, "model")
 LAYER = (
-    Parameter("attention_norm", "", "D", _D, "input_layernorm", "attn_norm"),
+    Parameter("attention_norm", "", "D", _WHOLE, "input_layernorm", "attn_norm"),
     Parameter("attention/q", "D", "NH", _DNH, "self_attn.q_proj", "attn_q", interleaved=True, merged="qkv",
               norm="attention_norm"),
     Parameter("attention/k", "D", "KH", _DNH, "self_attn.k_proj", "attn_k", interleaved=True, merged="qkv",
               norm="attention_norm"),
     Parameter("attention/v", "D", "KH", _DNH, "self_attn.v_proj", "attn_v", merged="qkv", norm="attention_norm"),
     Parameter("attention/o", "NH", "D", _NHD, "self_attn.o_proj", "attn_output", merged="o"),
-    Parameter("ffw_norm", "", "D", _D, "post_attention_layernorm", "ffn_norm"),
+    Parameter("attention/q_norm", "", "H", _WHOLE, "self_attn.q_norm", "attn_q_norm", when=_has_qk_norm),
+    Parameter("attention/k_norm", "", "H", _WHOLE, "self_attn.k_norm", "attn_k_norm", when=_has_qk_norm),
+    Parameter("ffw_norm", "", "D", _WHOLE, "post_attention_layernorm", "ffn_norm"),
     Parameter("ffw/gate", "D", "F", ("model", "ffw"), "mlp.gate_proj", "ffn_gate", merged="gate_up", norm="ffw_norm"),
     Parameter("ffw/up", "D", "F", ("model", "ffw"), "mlp.up_proj", "ffn_up", merged="gate_up", norm="ffw_norm"),
     Parameter("ffw/down", "F", "D", ("ffw", "model"), "mlp.down_proj", "ffn_down", merged="down"),
 )
 TOP = (
     Parameter("embedding", "", "VD", ("vocab", "model"), "model.embed_tokens", "token_embd"),
-    Parameter("final_norm", "", "D", _D, "model.norm", "output_norm"),
+    Parameter("final_norm", "", "D", _WHOLE, "model.norm", "output_norm"),
     Parameter("head", "", "VD", ("vocab", "model"), "lm_head", "output", when=_has_head),
 )
 PROJECTIONS = tuple(row for row in LAYER if row.ins)  # each may have a low-rank delta

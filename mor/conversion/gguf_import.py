@@ -26,6 +26,7 @@ from mor.conversion import pretrained
 
 FAMILIES = {  # architecture -> form of its names (`layout.FORMS`), and fields of our config that it fixes
     "llama": ("gguf", {}),
+    "qwen3": ("gguf_halves", dict(qk_norm=True)),
 }
 _ALTERING = {  # key -> values with which it alters nothing
     "rope.scaling.type": ("none",),
@@ -49,6 +50,8 @@ _PARTS = {  # name -> what splits text before BPE
     "smollm": [dict(type="Digits", individual_digits=True), _BYTES | dict(use_regex=True)],
     "llama-bpe": [dict(type="Split", pattern=dict(Regex=_LLAMA3), behavior="Isolated", invert=False),
                   _BYTES | dict(use_regex=False)],
+    "qwen2": [dict(type="Split", pattern=dict(Regex=_LLAMA3.replace("{1,3}", "")), behavior="Isolated", invert=False),
+              _BYTES | dict(use_regex=False)],
 }
 _WHOLE_WORDS = ("llama-bpe",)  # a word that is a token is one, whatever the merges say; and bos is on by default
 _IDS = dict(bos="bos", eos="eos", pad="padding", unk="unknown")
@@ -65,8 +68,8 @@ def read(path: pathlib.Path) -> pretrained.Source:
   metadata, tensors, model = _begin(path)
   form, _ = FAMILIES[metadata.family]
   return pretrained.Source(
-      model=model, variables=pretrained.assemble(tensors, model, form), context=metadata.of_family("context_length", int),
-      **_tokenizer(metadata.take, str(path)))
+      model=model, variables=pretrained.assemble(tensors, model, form),
+      context=metadata.of_family("context_length", int), **_tokenizer(metadata.take, str(path)))
 
 
 def describe(path: pathlib.Path) -> model_config.ModelConfig:

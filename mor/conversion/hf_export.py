@@ -2,7 +2,8 @@
 
   write(folder, model, variables, …)         MorForCausalLM, with trust_remote_code=True
   read(folder)                               and back
-  write_llama(folder, model, variables, …)   LlamaForCausalLM, of a model without routing
+  write_llama(folder, model, variables, …)   LlamaForCausalLM, of a model without routing; with
+                                             `qk_norm` Qwen3ForCausalLM
 
 A folder appears whole or not at all. In bfloat16 every tensor is rounded once,
 but for the routers, whose choices are made in float32.
@@ -77,7 +78,8 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
   if router_table.make(model).routes and model.router.arch == "random":
     raise ValueError("router.arch='random' draws its scores from JAX's generator, which PyTorch has not; "
                      "export a model whose router is learned")
-  own = {"rotary_scaling": _rope_scaling(model), **{field: getattr(model, field) for field in _OWN}}
+  own = {"rotary_scaling": _rope_scaling(model), **{field: getattr(model, field) for field in _OWN},
+         **({"qk_norm": True} if model.qk_norm else {})}
   config = {
       "architectures": ["MorForCausalLM"], "model_type": "mor",
       "auto_map": {"AutoConfig": "modeling_mor.MorConfig", "AutoModelForCausalLM": "modeling_mor.MorForCausalLM"},
@@ -96,7 +98,7 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
 def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, variables: Mapping[str, Any], *,
                 tokenizer: str | None, chat_template: str | None, context: int, dtype: str,
                 special_ids: Mapping[str, Sequence[int]]) -> None:
-  """Writes a folder of a plain Llama: every unrolled layer its own tensors, with LoRA folded in.
+  """Writes a folder of a plain Llama (with `qk_norm` Qwen3): every unrolled layer its own tensors, LoRA folded in.
 
   Args: see `write`.
 
@@ -110,11 +112,12 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
   if any(slot < 0 for slot in kv_plans.PLANS[model.kv_plan](schedule).own):
     raise ValueError(f"model.kv_plan={model.kv_plan!r}: later steps have no keys of their own, as each layer of a "
                      "Llama has; export with --target=hf")
-  if model.d_model % model.num_heads:
+  if model.d_model % model.num_heads and not model.qk_norm:
     raise ValueError(f"model.d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which "
                      "transformers asks of a Llama; export with --target=hf")
-  config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, "rope_scaling": _rope_scaling(model),
+  kind = ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False} if model.qk_norm
+          else {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False})
+  config = {**kind, "hidden_act": "silu", "attention_bias": False, "rope_scaling": _rope_scaling(model),
             **_shared_fields(model, context, dtype, special_ids)}
   layout.check(variables, model)
   deltas = _folded(model, variables)
@@ -194,6 +197,7 @@ def read_fields(path: pathlib.Path) -> dict[str, Any]:
   scaling = ({ours: said[theirs] for theirs, ours in ROPE_SCALING.items()} if said
              else dataclasses.asdict(pretrained.NO_SCALING))
   return {**{ours: config[theirs] for theirs, ours in _SIZES.items()}, **{field: config[field] for field in _OWN},
+          "qk_norm": config.get("qk_norm", False),  # an export without it says nothing
           "rope_scaling": scaling, "lora": ranks, "router": config["router"]}
 
 

@@ -1,7 +1,8 @@
 """Reads a Hugging Face folder: of the Llama family, or one of our own exports.
 
 Source: transformers models/llama/configuration_llama.py for names and defaults,
-models/mistral for Mistral, which without a sliding window computes the same.
+models/mistral for Mistral, which without a sliding window computes the same;
+models/qwen3 for Qwen3, which also norms queries and keys.
 """
 
 from collections.abc import Mapping
@@ -19,16 +20,19 @@ _LLAMA = dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=204
 DEFAULTS = {  # model_type -> what a config.json need not say
     "llama": _LLAMA,
     "mistral": _LLAMA | dict(max_position_embeddings=131072, sliding_window=4096),
+    "qwen3": _LLAMA | dict(max_position_embeddings=32768, head_dim=128, use_sliding_window=False),
 }
+_FIXED = {"qwen3": dict(qk_norm=True)}  # model_type -> fields of ours that it fixes
 _PLAIN = {  # field -> values that leave a plain Llama; anything else computes something else
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
+    "use_sliding_window": (None, False),
     "sliding_window": (None,),
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1.0),
 }
-_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
 _SPECIAL = ("bos", "eos", "pad", "unk")
 
 
@@ -82,6 +86,8 @@ def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
   if not isinstance(kind, str) or kind not in DEFAULTS:
     raise ValueError(f"{where}: model_type {kind!r} is unsupported; use one of {', '.join(DEFAULTS)}")
   config = DEFAULTS[kind] | config
+  if config.get("use_sliding_window") is False:
+    config["sliding_window"] = None  # whatever width is said, no layer has it
   for name, plain in _PLAIN.items():
     if config.get(name, plain[0]) not in plain:
       raise ValueError(f"{where}: {name}={config[name]!r} is unsupported; only {name}={plain[0]!r} is a plain Llama")
@@ -94,7 +100,7 @@ def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
       rope_scaling=_rope_scaling(config, where),
       norm_eps=_number(config, "rms_norm_eps", float, where),
       init_std=_number(config, "initializer_range", float, where) or _LLAMA["initializer_range"],
-      tie_embeddings=_flag(config, "tie_word_embeddings", where))
+      tie_embeddings=_flag(config, "tie_word_embeddings", where), **_FIXED.get(kind, {}))
 
 
 def context(config: Mapping[str, Any], where: pathlib.Path) -> int:

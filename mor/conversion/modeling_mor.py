@@ -43,6 +43,7 @@ class MorConfig(PreTrainedConfig):
     kv_plan: recursion_wise (a step sees the keys of its own tokens), shared (the
       first step's keys) or hybrid (the first step's, overlaid by its own).
     lora: rank of each projection's delta, by name, e.g. {"q_proj": 8}.
+    qk_norm: True norms each head of queries and keys before it rotates, as Qwen3 does.
     rotary_scaling: Llama 3's factor, low_freq_factor, high_freq_factor and
       original_max_position_embeddings, or None.
     router: name (fixed, expert_choice, token_choice), arch, activation, alpha,
@@ -56,7 +57,7 @@ class MorConfig(PreTrainedConfig):
   num_attention_heads, num_key_value_heads, head_dim, max_position_embeddings = 8, 8, 64, 2048
   rope_theta, rms_norm_eps, initializer_range, use_cache, tie_word_embeddings = 10000.0, 1e-5, 0.02, True, True
   sharing, num_recursions, kv_plan, lora, router = "vanilla", 1, "recursion_wise", {}, {"name": "fixed"}
-  rotary_scaling = None
+  rotary_scaling, qk_norm = None, False
 
   def edge(self):
     """Unshared layers at each end."""
@@ -222,17 +223,24 @@ class MorLayer(nn.Module):
         nn.RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(2))
     for part, widths in config.widths().items():
       self.add_module(part, nn.ModuleDict({name: linear(*width) for name, width in widths.items()}))
+    if config.qk_norm:
+      self.self_attn.update({name: nn.RMSNorm(config.head_dim, config.rms_norm_eps) for name in ("q_norm", "k_norm")})
 
   def forward(self, x_MD, view, own, base=None, deltas=None):
     def project(part, name, x):
       y, delta = getattr(self, part)[name](x), getattr(deltas, part, {})
       return y + delta[name]["b"](delta[name]["a"](x)) if name in delta else y
 
-    heads = lambda name: project("self_attn", name, normed_MD).unflatten(-1, (-1, self.head_dim))
+    def heads(name):
+      x_MNH = project("self_attn", f"{name}_proj", normed_MD).unflatten(-1, (-1, self.head_dim))
+      if f"{name}_norm" in self.self_attn:
+        x_MNH = self.self_attn[f"{name}_norm"](x_MNH)
+      return x_MNH if name == "v" else rotate(x_MNH, view.rotation_M1H)
+
     normed_MD = self.input_layernorm(x_MD)
     if own is not None:
-      own.write(view, rotate(heads("k_proj"), view.rotation_M1H), heads("v_proj"))
-    out_MNH = view.attend(rotate(heads("q_proj"), view.rotation_M1H), own, base)
+      own.write(view, heads("k"), heads("v"))
+    out_MNH = view.attend(heads("q"), own, base)
     x_MD = x_MD + project("self_attn", "o_proj", out_MNH.flatten(1))
     normed_MD = self.post_attention_layernorm(x_MD)
     act_MF = F.silu(project("mlp", "gate_proj", normed_MD)) * project("mlp", "up_proj", normed_MD)

@@ -1,6 +1,6 @@
 """One pre-norm decoder layer: x + attention(norm(x)), then x + swiglu(norm(x)).
 
-  enter   norm, project, rotate: queries, keys and values
+  enter   norm, project, with `qk_norm` norm each head, rotate: queries, keys and values
   attend  softmax attention of the queries, as their view says
   leave   output projection and residual; norm, SwiGLU and residual
 
@@ -11,7 +11,7 @@ in several formats) and `exits/` (keys and values alone, of tokens that left).
 
   project(x, "q", "k") -> the arrays of both projections of x, heads split
 
-Source: transformers models/llama.
+Source: transformers models/llama, models/qwen3 (the norm of queries and keys).
 """
 
 from collections.abc import Callable, Mapping
@@ -106,8 +106,12 @@ def enter(config: config_lib.ModelConfig, norms: Mapping[str, Any], x_BTD: types
     project: projection by the matrices of the layer.
     names: letters of the arrays wanted, in order: q, k, v.
   """
-  heads = project(layers.rms_norm(x_BTD, norms["attention_norm"], config.norm_eps), *names)
-  return tuple(y if name == "v" else layers.rotate(y, rotation_BT1H) for name, y in zip(names, heads, strict=True))
+  heads = []
+  for name, y_BTNH in zip(names, project(layers.rms_norm(x_BTD, norms["attention_norm"], config.norm_eps), *names)):
+    if config.qk_norm and name != "v":
+      y_BTNH = layers.rms_norm(y_BTNH, norms["attention"][f"{name}_norm"], config.norm_eps)
+    heads.append(y_BTNH if name == "v" else layers.rotate(y_BTNH, rotation_BT1H))
+  return tuple(heads)
 
 
 def attend(q_BTNH: types.Queries, kv: kv_view.KV, view: kv_view.KVView) -> types.Queries:

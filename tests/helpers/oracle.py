@@ -197,8 +197,12 @@ class _Row:
 
   def key_value(self, weights, i, v):
     key_KH = np.einsum("D,DKH->KH", v, weights["k"])
-    return (np.stack([_rotate(k, i, self.config.rope_theta) for k in key_KH]),
+    return (np.stack([_rotate(self.normed(weights, "k", k), i, self.config.rope_theta) for k in key_KH]),
             np.einsum("D,DKH->KH", v, weights["v"]))
+
+  def normed(self, weights, name, head_H):
+    """A head of queries or keys, normalised where the model says so."""
+    return _rms_norm(head_H, weights[f"{name}_norm"], self.config.norm_eps) if self.config.qk_norm else head_H
 
   def attend(self, weights, i, v, store):
     """Attention of the query at position i over the visible part of a store."""
@@ -208,7 +212,7 @@ class _Row:
     group = self.config.num_heads // self.config.num_kv_heads
     out_D = np.zeros_like(v)
     for n in range(self.config.num_heads):
-      query_H = _rotate(v @ weights["q"][:, n], i, self.config.rope_theta)
+      query_H = _rotate(self.normed(weights, "q", v @ weights["q"][:, n]), i, self.config.rope_theta)
       key_SH = np.stack([store[j][0][n // group] for j in visible])
       value_SH = np.stack([store[j][1][n // group] for j in visible])
       weight_S = _softmax(key_SH @ query_H / math.sqrt(self.config.head_dim))
