@@ -1,4 +1,4 @@
-"""The defaults as they are: `--config=configs/base.py`; `mor/config.py` lists every field."""
+"""The defaults as they are: `--config=base`; `mor/config.py` lists every field."""
 
 from mor import config
 

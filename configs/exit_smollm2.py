@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, post-trained for early exit: `--config=configs/exit_smollm2.py:MODEL`.
+"""SmolLM2-135M-Instruct, post-trained for early exit: `--config=exit_smollm2:MODEL`.
 
 MODEL  full        30 layers, exits after 10 and 20
        r3          10 layers three times, an exit after the first loop
@@ -9,9 +9,9 @@ An exit learns the end's distribution (exit.kl=1, detached), at the weight of th
 The start is converted; see configs/uptrain_smollm2.py:
 
   M="python -m mor.main --source=gguf:SmolLM2-135M-Instruct.Q4_1.gguf --mode=convert"
-  $M --config=configs/uptrain_smollm2.py:full --workdir=runs/smollm2
-  $M --config=configs/exit_smollm2.py:full --workdir=runs/smollm2-exit
-  python -m mor.main --config=configs/exit_smollm2.py:full --workdir=runs/smollm2-exit
+  $M --config=uptrain_smollm2:full --workdir=runs/smollm2
+  $M --config=exit_smollm2:full --workdir=runs/smollm2-exit
+  python -m mor.main --config=exit_smollm2:full --workdir=runs/smollm2-exit
 
 Hardware of full and r3: 2 CPU cores, 128 steps of 4 x 256 tokens, 20 to 30 minutes and 5 GB.
 
@@ -25,7 +25,7 @@ tokens in all:
     --context=192 --weight_format=bfloat16 --prompt_file=runs/exit-texts/openings-$i.jsonl \\
     > runs/exit-texts/answers-$i.jsonl; done
   python -m benchmarks.exit_texts --answers=runs/exit-texts --out=runs/exit-texts
-  C="--config=configs/exit_smollm2.py:full-gpu --workdir=runs/smollm2-exit-full"
+  C="--config=exit_smollm2:full-gpu --workdir=runs/smollm2-exit-full"
   python -m mor.main --mode=convert --source=mor:runs/smollm2 $C
   python -m mor.main $C
 

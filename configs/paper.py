@@ -1,4 +1,4 @@
-"""The paper's models as one family: `--config=configs/paper.py:MODEL-SIZE[-rR]`.
+"""The paper's models as one family: `--config=paper:MODEL-SIZE[-rR]`.
 
 MODEL  vanilla, recursive, mor (expert-choice), mor_token (token-choice) or
        mor_share (expert-choice, recursive KV sharing)
@@ -9,7 +9,7 @@ validation NLL of mor-360m-r2 is 2.7511, r3 2.7925, r4 2.8204, of vanilla-360m
 2.7824. Its data is not shipped: FineWeb-Edu as .jsonl.gz and the SmolLM
 tokenizer (49152 entries) are yours to place at the two paths set below.
 
-python -m mor.main --config=configs/paper.py:mor-360m-r3 --workdir=WORKDIR \\
+python -m mor.main --config=paper:mor-360m-r3 --workdir=WORKDIR \\
   --config.data.source='DIR/*.jsonl.gz' --config.data.tokenizer=DIR/tokenizer.json
 
 Where the paper is silent: the learning rate and warm-up are those of 360M, and

@@ -1,4 +1,4 @@
-"""Any Llama as it is: `--config=configs/pretrained.py:SOURCE`, SOURCE as in --source.
+"""Any Llama as it is: `--config=pretrained:SOURCE`, SOURCE as in --source.
 
 SOURCE is hf:FOLDER or gguf:FILE, of which only the sizes are read here. The model is
 plain; to make it recursive, give for example --config.model.sharing=cycle
@@ -6,7 +6,7 @@ plain; to make it recursive, give for example --config.model.sharing=cycle
 
 Hardware: what the model needs. Expected: the source's own predictions, until trained.
 
-python -m mor.main --mode=convert --source=SOURCE --config=configs/pretrained.py:SOURCE \\
+python -m mor.main --mode=convert --source=SOURCE --config=pretrained:SOURCE \\
   --workdir=WORKDIR --config.data.tokenizer=WORKDIR/tokenizer.json
 """
 

@@ -9,7 +9,7 @@ Hardware: 2 CPU cores. Time: about 5 minutes, within the ten that
 Expected: held-out causal bits per byte <= 1.75, equal to oracle routing's to
 0.001 (gzip -9 of the same text: 2.69, xz -9: 2.20).
 
-python -m mor.main --config=configs/quickstart.py --workdir=WORKDIR
+python -m mor.main --config=quickstart --workdir=WORKDIR
 """
 
 import ml_collections

@@ -7,7 +7,7 @@ that differ from `get_config`. Texts are looked for in $MOR_DATA (default
 
 Hardware: 2 CPU cores. Time: about 35 minutes. Expected: see the committed table.
 
-python -m mor.main --mode=study --config=configs/study_cpu.py --workdir=runs/study_cpu
+python -m mor.main --mode=study --config=study_cpu --workdir=runs/study_cpu
 """
 
 from typing import Any

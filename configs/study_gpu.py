@@ -8,7 +8,7 @@ reference costs 0.85 GFLOP a token in training, so 4000 steps (262M tokens, abou
 2.8 epochs) are 2.2e17 FLOPs: 15 to 20 minutes on an H100 or H200 at 20 % of
 its peak. Eight members with cooldown branches and evaluations: about 3 hours.
 
-python -m mor.main --mode=study --config=configs/study_gpu.py --workdir=runs/study_gpu
+python -m mor.main --mode=study --config=study_gpu --workdir=runs/study_gpu
 """
 
 from typing import Any

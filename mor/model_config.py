@@ -1,4 +1,4 @@
-"""The knobs of a model: router, low-rank deltas, and the decoder itself; see `config.py`."""
+"""Fields of a model: router, low-rank deltas, and the decoder itself; `config.py` explains rows."""
 
 import dataclasses
 from typing import Literal
@@ -75,7 +75,7 @@ class LoraConfig:
 
   @property
   def ranks(self) -> dict[str, int]:
-    """Those above 0, by projection."""
+    """Ranks above 0, by projection."""
     return {name: rank for name, rank in dataclasses.asdict(self).items() if rank}
 
 

@@ -105,7 +105,9 @@ def test_paper_recipe(name, layers, r, steps, warmup):
 
 
 def test_paper_routers():
-  make = lambda name: config.from_config_dict(paper.get_config(name)).model
+  def make(name):
+    return config.from_config_dict(paper.get_config(name)).model
+
   expert, token = make("mor-360m-r3").router, make("mor_token-360m-r3").router
   assert (expert.name, expert.arch, expert.activation, expert.alpha) == (
       "expert_choice", "linear", "sigmoid", 0.1)
