@@ -163,7 +163,7 @@ class Tables:
       self.schedule = self.schedule.cut(after)
       self.plan = kv_plans.recursion_wise(self.schedule)
     else:
-      self.plan = kv_plans.PLANS[model.kv_plan](self.schedule)
+      self.plan = kv_plans.make(model.kv_plan, self.schedule)
     self.num_edges = self.schedule.prelude + self.schedule.coda
     self.rules = self._rules()
     self.num_rows = 1 + max(row for rule in self.rules for row in rule.own_R)

@@ -68,7 +68,7 @@ class Recursion:
   def __init__(self, config: config_lib.ModelConfig):
     self.config = config
     self.schedule = schedule_lib.make(config)
-    self.plan = kv_plans.PLANS[config.kv_plan](self.schedule)
+    self.plan = kv_plans.make(config.kv_plan, self.schedule)
     self.router = router_table.make(config)
 
   def run(self, params: dict, h_BTD: types.Activations, segment_BT: types.Segments, *, routing: str,

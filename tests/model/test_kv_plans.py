@@ -7,6 +7,8 @@ has its own slots from 0.
 
 import pytest
 
+from mor.decode import cache
+from mor.model import recursion
 from mor.model import schedule
 from mor.model.kv import plans
 from tests.helpers import tiny
@@ -82,3 +84,31 @@ def test_one_recursion_owns_all_its_keys(name):
   plan = plans.PLANS[name](schedule.make(tiny.config(model=tiny.VANILLA).model))
   assert plan.own == tuple(range(8))
   assert plan.base == (-1,) * 8
+
+
+@pytest.mark.parametrize("own, base, shares, message", [
+    ((0, -1), (-1, -1), True, "layer 1 .* sees no key; give it"),
+    ((0, 1), (1, -1), True, "layer 0 .* no earlier layer writes slot 1"),
+    ((0, 1), (-1, 1), True, "layer 1 .* no earlier layer writes slot 1"),
+    ((0, 0), (-1, -1), False, "layer 1 .* an earlier layer writes slot 0; give it slot 1"),
+    ((0, -1), (-1, 0), False, "layer 1 .* shares=False.*use shares=True"),
+])
+def test_a_plan_that_means_nothing_raises_when_it_is_made(own, base, shares, message):
+  with pytest.raises(ValueError, match=message):
+    plans.KVPlan(own, base, shares)
+
+
+@pytest.mark.parametrize("own, base, message", [
+    ((0, 1, -1, 2, -1, 3), (-1, -1, 0, -1, 0, -1), r"step 1 have own=\(-1, 2\).*scanned"),
+    ((0, 1, -1, -1, -1, -1), (-1, -1, 1, 0, 1, 0), r"step 1 have base=\(1, 0\).*use \(0, 1\)"),
+    ((0, 1, 2, 3, -1, -1), (-1, -1, 0, 1, 0, 1), "all after the first must be alike"),
+    ((0, 1), (-1, -1), "KV plan of 2 layers for a recursion of 6"),
+])
+def test_a_plan_that_no_pass_can_express_raises_when_the_model_is_built(own, base, message, monkeypatch):
+  """Two scanned layers, three steps; in training and in decoding."""
+  monkeypatch.setitem(plans.PLANS, "shared", lambda made: plans.KVPlan(own, base, True))
+  model = tiny.config(model=dict(kv_plan="shared")).model
+  with pytest.raises(ValueError, match=message):
+    recursion.Recursion(model)
+  with pytest.raises(ValueError, match=message):
+    cache.Tables(model, None)

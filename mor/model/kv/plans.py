@@ -14,7 +14,8 @@ any, and beneath them those of its base.
   hybrid          the keys of the first use, overlaid by those of the step itself, in
                   a copy: the next step overlays the first use again
 
-A new plan is a function from a schedule to a `KVPlan`, and a line in `PLANS`.
+A new plan is a function from a schedule to a `KVPlan`, and a line in `PLANS`. What a
+pass cannot express raises when the plan is made.
 
 Source: MoR paper §2.2.2 and Table 15 (dagger row); raymin0223/mixture_of_recursions
 model/kv_caches/cache_utils.py (`RecursiveDynamicCache`, `update_cache`), which
@@ -34,10 +35,65 @@ class KVPlan:
   base: tuple[int, ...]
   shares: bool
 
+  def __post_init__(self):
+    written: set[int] = set()
+    for layer, (own, base) in enumerate(zip(self.own, self.base, strict=True)):
+      where = f"KV plan: layer {layer} of the recursion has own={own}, base={base}"
+      if own < 0 and base < 0:
+        raise ValueError(f"{where}, so it sees no key; give it a slot of its own or a base")
+      if base >= 0 and base not in written:
+        raise ValueError(f"{where}, but no earlier layer writes slot {base}; read one of {sorted(written)}")
+      if own in written:
+        raise ValueError(f"{where}, but an earlier layer writes slot {own}; give it slot {1 + max(written)}")
+      if base >= 0 and not self.shares:
+        raise ValueError(f"{where}, but shares=False, so the first step may have no key of a token; use shares=True")
+      written |= {own} - {-1}
+
   @property
   def num_slots(self) -> int:
     """Number of slots that some layer writes to."""
     return 1 + max(self.own)
+
+
+def make(name: str, schedule: schedule_lib.LayerSchedule) -> KVPlan:
+  """Returns the plan of a name, once the passes over this schedule can run it.
+
+  Raises:
+    ValueError: the plan asks for what a pass cannot express.
+  """
+  plan = PLANS[name](schedule)
+  check(plan, schedule)
+  return plan
+
+
+def check(plan: KVPlan, schedule: schedule_lib.LayerSchedule) -> None:
+  """Raises ValueError unless the passes over this schedule can run the plan.
+
+  If every step runs the whole stack in order, its layers are scanned: they follow one
+  rule, all their bases are the layers of the first step, and later steps are alike.
+  """
+  depth, num_layers = schedule.depth, sum(len(row) for row in schedule.rows)
+  if len(plan.own) != num_layers:
+    raise ValueError(f"KV plan of {len(plan.own)} layers for a recursion of {num_layers}; give each one own and one "
+                     "base")
+  if not schedule.cyclic:
+    return
+  rules = []
+  for step in range(schedule.num_steps):
+    place = slice(step * depth, (step + 1) * depth)
+    own, base = plan.own[place], plan.base[place]
+    kinds = {(o >= 0, b >= 0) for o, b in zip(own, base)}
+    if len(kinds) > 1:
+      raise ValueError(f"KV plan: the layers of step {step} have own={own}, base={base}, but they are scanned, so all "
+                       "or none must write, and all or none must read a base")
+    if base[0] >= 0 and base != plan.own[:depth]:
+      raise ValueError(f"KV plan: the layers of step {step} have base={base}, but a scanned layer can read the same "
+                       f"layer of step 0 alone; use {plan.own[:depth]}")
+    rules.append(kinds.pop())
+  alike = rules[1 if plan.shares else 0:]
+  if len(set(alike)) > 1:
+    raise ValueError(f"KV plan: the steps have (writes, reads a base) {rules}, but they are scanned, so all "
+                     f"{'after the first ' if plan.shares else ''}must be alike")
 
 
 def recursion_wise(schedule: schedule_lib.LayerSchedule) -> KVPlan:
