@@ -107,7 +107,7 @@ def _local_sums(config, params, balance, num_bytes_V, batch):
     sums[f"nll_{name}"] = jnp.sum(jnp.where(mask_BT, nll_BT, 0.0))
     sums[f"kept_{name}"] = jnp.sum(keep[name], axis=(1, 2))
     for n, exit_BTD in zip(exits, out.exits):
-      exit_nll_BT, same_BT = loss_lib.compared(
+      exit_nll_BT, same_BT = loss_lib.compare_exit(
           transformer.head(params), exit_BTD, out.hidden_BTD, batch["target_BT"], loss_block)
       sums[f"nll_exit_{n}"] = jnp.sum(jnp.where(mask_BT, exit_nll_BT, 0.0))
       sums[f"agreement_exit_{n}"] = jnp.sum(same_BT & mask_BT)

@@ -81,8 +81,8 @@ def add_losses(config: config_lib.Config, out: transformer.Output, main: jax.Arr
   factors = loss_factors(settings, config.model.num_layers, step, config.train.steps)
   total, terms = factors[-1] * main, {}
   for factor, layer in zip(factors, settings.layers):
-    loss, nll, _ = loss_lib.distilled((states[layer], head_VD), last, target_BT, weight_BT, config.train.loss_block,
-                                     settings.kl, 1.0)
+    loss, nll, _ = loss_lib.distill((states[layer], head_VD), last, target_BT, weight_BT, config.train.loss_block,
+                                   settings.kl, 1.0)
     total += factor * loss
     terms[f"exit_{layer}_nll"] = nll
   if settings.hidden != "none":

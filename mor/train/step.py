@@ -233,8 +233,8 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
     hidden_BTD = transformer.Transformer(teacher.model).apply(
         {"params": theirs, "balance": teacher.balance}, batch["tokens_BT"], batch["segment_BT"],
         routing="decide").hidden_BTD
-    main, nll, kl = loss_lib.distilled(student, (hidden_BTD, transformer.head(theirs)), batch["target_BT"],
-                                       weight_BT, block, config.distill.weight, config.distill.temperature)
+    main, nll, kl = loss_lib.distill(student, (hidden_BTD, transformer.head(theirs)), batch["target_BT"],
+                                     weight_BT, block, config.distill.weight, config.distill.temperature)
     taught = {"kl": kl}
   if norms is None:
     norms = router_base.norms(sharding.total(jax.lax.stop_gradient(dict(out.sums))))

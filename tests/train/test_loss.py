@@ -92,7 +92,7 @@ def test_distillation_is_the_weighted_divergence_and_its_gradient(share, tempera
     kl_BT = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
     return jnp.sum(((1 - share) * nll_BT + share * temperature**2 * kl_BT) * weight_BT)
 
-  blocked = lambda student, teacher: loss.distilled(student, teacher, target_BT, weight_BT, 9, share, temperature)[0]
+  blocked = lambda student, teacher: loss.distill(student, teacher, target_BT, weight_BT, 9, share, temperature)[0]
   want, want_grads = jax.value_and_grad(plain)(student, teacher)
   got, got_grads = jax.value_and_grad(blocked)(student, teacher)
   np.testing.assert_allclose(got, want, rtol=1e-5)
