@@ -1,20 +1,18 @@
-"""Losses of predictions: blocked cross-entropy, alone and beside a teacher's divergence.
+"""Losses of predictions: blocked cross-entropy, alone or with a divergence from a teacher.
 
-Every term is a sum over tokens divided by a count over the *whole* batch, so it
-does not depend on how the batch is cut into micro-batches or devices:
+Every loss is a sum over tokens divided by a count over the *whole* batch, so it does not
+depend on the split of the batch into micro-batches or devices:
 
   nll       sum over targets / number of targets
 
-The routers' auxiliary losses are theirs (`model/routers/`), by the same rule.
+The same rule holds for the auxiliary losses of the routers (`model/routers/`).
 """
 
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from mor import config as config_lib
 from mor import types
 
 

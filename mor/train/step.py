@@ -23,13 +23,13 @@ from mor.train import optim
 
 @struct.dataclass
 class TrainState:
-  """All that a step changes: arrays, or their shapes or shardings.
+  """The state that a step changes: arrays, or their shapes or shardings.
 
   Attributes:
-    step: updates done, int32 scalar.
-    params: see `transformer.Transformer`.
-    opt_state: optax's.
-    balance: state of the router that no gradient reaches, e.g. a bias.
+    step: number of finished updates, int32 scalar.
+    params: parameters, see `transformer.Transformer`.
+    opt_state: state of the optimizer.
+    balance: state of the router without a gradient, e.g. a bias.
   """
 
   step: Any
@@ -39,14 +39,14 @@ class TrainState:
 
 
 def init_state(config: config_lib.Config, mesh: Mesh) -> TrainState:
-  """The state at step 0, made on its devices; a function of `config.seed`."""
+  """Makes the state at step 0 on its devices; it is a function of `config.seed`."""
   shardings = state_shardings(config, mesh)
   with jax.set_mesh(mesh):
     return jax.jit(lambda: _init(config), out_shardings=shardings)()
 
 
 def state_shapes(config: config_lib.Config) -> TrainState:
-  """`ShapeDtypeStruct`s of the state."""
+  """Returns the `ShapeDtypeStruct` of every leaf of the state."""
   return jax.eval_shape(lambda: _init(config))
 
 
@@ -65,7 +65,7 @@ def _init(config: config_lib.Config) -> TrainState:
 
 
 def start(config: config_lib.Config, variables: Mapping[str, Any]) -> TrainState:
-  """The state at step 0 of given variables."""
+  """Makes the state at step 0 from given variables."""
   params = variables["params"]
   balance = dict(variables.get("balance", {}))
   return TrainState(jnp.zeros((), jnp.int32), params, optim.make(config).init(params), balance)
@@ -73,7 +73,7 @@ def start(config: config_lib.Config, variables: Mapping[str, Any]) -> TrainState
 
 @struct.dataclass
 class Teacher:
-  """A model to learn from: `train_step` runs it on every batch and leaves it as it is."""
+  """The teacher of a distillation: `train_step` runs it on every batch and does not change it."""
 
   params: dict
   balance: dict
@@ -81,15 +81,15 @@ class Teacher:
 
   @property
   def num_bytes(self) -> int:
-    """Of its parameters, over all devices."""
+    """Bytes of the parameters, over all devices."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
 
 def load_teacher(config: config_lib.Config, mesh: Mesh) -> Teacher | None:
-  """The newest checkpoint of `distill.teacher`, None without one.
+  """Loads the newest checkpoint of `distill.teacher`; returns None if the config has no teacher.
 
   Raises:
-    ValueError: no checkpoint, or of a model with another vocabulary.
+    ValueError: there is no checkpoint, or its model has another vocabulary.
     OSError: the checkpoint is damaged.
   """
   workdir = config.distill.teacher
@@ -107,14 +107,13 @@ def load_teacher(config: config_lib.Config, mesh: Mesh) -> Teacher | None:
 
 
 def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | None = None) -> Callable:
-  """`train_step(state, batch, step=None) -> (state, metrics)`.
+  """Makes `train_step(state, batch, step=None) -> (state, metrics)`, which donates the state.
 
-  `step` is the host's copy of `state.step`; it is needed only during a capacity
-  warm-up, where it picks the static widths, and read from the device if absent.
-  The state is donated.
+  The argument `step` is the copy of `state.step` on the host. It is needed only during a
+  capacity warm-up, to choose the static widths. If it is absent, it is read from the device.
 
   Raises:
-    ValueError: the rows of a micro-batch do not divide among the devices.
+    ValueError: the number of rows of a micro-batch is not a multiple of the devices.
   """
   rows, parts = config.data.batch_size // config.train.accumulation, sharding.num_row_shards(mesh)
   if rows % parts:
@@ -123,15 +122,15 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
   shardings = state_shardings(config, mesh)
   replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P(sharding.ROWS))
 
-  def voted(state, batch, teacher, bucket):
+  def update_and_vote(state, batch, teacher, bucket):
     rows = {name: value for name, value in batch.items() if name != "votes"}
     new_state, metrics = update(config, mesh, state, rows, teacher, bucket)
     return new_state, metrics | ({"stop": jnp.any(batch["votes"])} if "votes" in batch else {})  # see train/signals.py
 
   placed = None if jax.process_count() > 1 else by_row  # several processes always place their rows
   jitted = jax.jit(
-      voted, static_argnums=3, donate_argnums=0, in_shardings=(shardings, placed, _teacher_shardings(mesh, teacher)),
-      out_shardings=(shardings, replicated))
+      update_and_vote, static_argnums=3, donate_argnums=0,
+      in_shardings=(shardings, placed, _teacher_shardings(mesh, teacher)), out_shardings=(shardings, replicated))
   router, ready = router_table.make(config.model), set()
 
   def train_step(state: TrainState, batch: Mapping[str, jax.Array], step: int | None = None):
@@ -154,12 +153,12 @@ def _teacher_shardings(mesh: Mesh, teacher: Teacher | None) -> Teacher | None:
 
 def update(config: config_lib.Config, mesh: Mesh, state: TrainState, batch: Mapping[str, jax.Array],
            teacher: Teacher | None, bucket: int | None) -> tuple[TrainState, dict[str, jax.Array]]:
-  """The pure step."""
+  """Computes a step: gradients, new state, metrics."""
   router = router_table.make(config.model)
   specs = sharding.row_specs(state.params, router.parameters)
   taught = sharding.row_specs(teacher, _router_rows(teacher.model)) if teacher else None
   differentiate = sharding.by_rows(
-      mesh, lambda *given: gradients(config, *given, bucket),
+      mesh, lambda *given: compute_gradients(config, *given, bucket),
       in_specs=(sharding.row_specs(state.replace(opt_state=()), router.parameters), P(sharding.ROWS), taught),
       out_specs=(P(), P(), specs))
   terms, sums, grads = differentiate(state.replace(opt_state=()), batch, teacher)
@@ -177,26 +176,31 @@ def update(config: config_lib.Config, mesh: Mesh, state: TrainState, batch: Mapp
   return new_state, metrics
 
 
-def gradients(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax.Array], teacher: Teacher | None,
-              bucket: int | None) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict]:
-  """A batch's losses, its routers' sums, and gradients; for `sharding.by_rows`."""
+def compute_gradients(config: config_lib.Config, state: TrainState, batch: Mapping[str, jax.Array],
+                      teacher: Teacher | None,
+                      bucket: int | None) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict]:
+  """Computes losses, sums of the router and gradients of a batch, inside `sharding.by_rows`."""
   parts = config.train.accumulation
   targets = sharding.total(jnp.sum(batch["loss_mask_BT"], dtype=jnp.float32))
   grad_fn = jax.value_and_grad(micro_loss, argnums=1, has_aux=True)
 
-  def one(micro, norms, part):
+  def differentiate(micro, norms, part):
     (_, aux), grads = grad_fn(config, state.params, state, micro, teacher, targets, norms, bucket, part)
     return aux, grads
 
   if parts == 1:
-    (terms, sums), grads = one(batch, None, 0)
+    (terms, sums), grads = differentiate(batch, None, 0)
   else:
-    # Rows a, a + parts, …: every device keeps its own rows.
+    # Micro-batch a has rows a, a + parts, …, so every device keeps its own rows.
     micros = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), dict(batch))
     norms = _normalizers(config, state, micros)
     first = jax.tree.map(lambda x: x[0], micros)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, norms, 0))
-    add = lambda total, xs: (jax.tree.map(jnp.add, total, one(xs[0], norms, xs[1])), None)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, first, norms, 0))
+
+    def add(total, xs):
+      micro, part = xs
+      return jax.tree.map(jnp.add, total, differentiate(micro, norms, part)), None
+
     ((terms, sums), grads), _ = jax.lax.scan(add, zeros, (micros, jnp.arange(parts)))
   return *sharding.total((terms, sums)), sharding.total_gradients(grads, _router_rows(config.model))
 
@@ -204,16 +208,16 @@ def gradients(config: config_lib.Config, state: TrainState, batch: Mapping[str, 
 def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch: Mapping[str, jax.Array],
                teacher: Teacher | None, targets: jax.Array, norms: Mapping[str, jax.Array] | None,
                bucket: int | None, part):
-  """Loss of a micro-batch, as its share of the whole batch's.
+  """Computes the loss of a micro-batch, as its share of the loss of the whole batch.
 
   Args:
     config: the experiment.
-    params: differentiated.
+    params: parameters, to differentiate by.
     state: step and balance.
     batch: rows of the micro-batch.
-    teacher: whose predictions to learn, if any.
+    teacher: model whose predictions are learned, or None.
     targets: number of targets of the whole batch.
-    norms: counts of the whole batch; None where the micro-batch is the batch.
+    norms: counts of the whole batch; None if the micro-batch is the whole batch.
     bucket: see `Transformer`.
     part: index of the micro-batch.
   """
@@ -247,7 +251,7 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
 
 
 def _normalizers(config, state, micros) -> dict[str, jax.Array]:
-  """Returns the whole batch's counts before its micro-batches run, as far as the router's losses need them."""
+  """Counts the whole batch before its micro-batches run, as far as the losses of the router need it."""
   def entry_sums():
     params = transformer.whole(config.model, state.params)
 

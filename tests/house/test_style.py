@@ -78,10 +78,6 @@ mor/serve/request.py
 
 mor/serve/scheduler.py
 
-mor/train/loss.py
-
-mor/train/step.py
-
 """
 NOT_YET_CLASSES = """
 Rows
