@@ -153,22 +153,22 @@ def _manual_axes(axes: tuple[str, ...] = ROWS) -> tuple[str, ...]:
   return tuple(axis for axis in axes if axis in mesh.manual_axes and mesh.shape[axis] > 1)
 
 
-def total(tree: Any) -> Any:
+def sum_over_devices(tree: Any) -> Any:
   """Sums each leaf over the devices inside `by_rows`; outside, returns the leaves."""
   axes = _manual_axes()
   return jax.lax.psum(tree, axes) if axes else tree
 
 
-def most(count: jax.Array) -> jax.Array:
+def max_over_devices(count: jax.Array) -> jax.Array:
   """Returns the maximum over the devices inside `by_rows`, so that all take the same branch of a condition."""
   axes = _manual_axes()
   return jax.lax.pmax(jax.lax.stop_gradient(count), axes) if axes else count
 
 
-def total_gradients(grads: Any, rows: Rows = ()) -> Any:
+def sum_gradients(grads: Any, rows: Rows = ()) -> Any:
   """Sums the gradients over the devices inside `by_rows`; each device keeps its shard.
 
-  `gathered` has already summed the gradients of parameters that `fsdp` splits.
+  `gather_parameters` has already summed the gradients of parameters that `fsdp` splits.
   """
   def one(path, grad):
     axes = _manual_axes(("data",) if "fsdp" in spec(path_name(path), grad.ndim, rows) else ROWS)
@@ -182,7 +182,7 @@ def first_row(num_rows: int) -> jax.Array | int:
   return num_rows * jax.lax.axis_index(axes) if axes else 0
 
 
-def gathered(params: Any, dtype: str, group: str, rows: Rows = ()) -> Any:
+def gather_parameters(params: Any, dtype: str, group: str, rows: Rows = ()) -> Any:
   """Gathers the parameters that `fsdp` splits, inside `by_rows`; outside, returns them unchanged.
 
   They are sent in `dtype`. Their gradients are summed in the dtype of the parameters.

@@ -181,7 +181,7 @@ class _Pass:
     gathered = lambda: self._gathered(step, lora, state_BTD, routed, store, width)
     if self.recursion.router.bounded:
       return gathered()
-    fullest = sharding.most(jnp.max(jnp.sum(routed.keep_BT, axis=1)))
+    fullest = sharding.max_over_devices(jnp.max(jnp.sum(routed.keep_BT, axis=1)))
     return jax.lax.cond(fullest > width, lambda: self._full(step, lora, state_BTD, routed, store, whole), gathered)
 
   def _full(self, step, lora, state_BTD, routed, store, whole):

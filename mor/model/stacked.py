@@ -57,7 +57,7 @@ def layer_fn(config: config_lib.ModelConfig, own: bool):
   """One layer as a function of its parameters, rematerialised as configured."""
   def apply(params, x_BTD, view, base, lora):
     if params["attention"]["q"].shape[0] != config.d_model:  # a device's part
-      params = sharding.gathered(params, config.compute_dtype, "layer")
+      params = sharding.gather_parameters(params, config.compute_dtype, "layer")
     y_BTD, fresh = block_lib.run(config, params, sharding.along_sequence(x_BTD), view, base, own, lora)
     return sharding.along_sequence(y_BTD), fresh
   if config.remat == "none":

@@ -173,7 +173,7 @@ def whole(config: config_lib.ModelConfig, params: dict) -> dict:
   """
   layers_once = {"prelude", "coda"} | ({"stack"} if config.num_recursions == 1 else set())
   rows = router_table.make(config).parameters
-  return {name: group if name in layers_once else sharding.gathered(group, config.compute_dtype, name, rows)
+  return {name: group if name in layers_once else sharding.gather_parameters(group, config.compute_dtype, name, rows)
           for name, group in params.items()}
 
 

@@ -84,7 +84,7 @@ def _sums(config: config_lib.Config, mesh: Mesh, params: dict, balance: dict, nu
           batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Returns what a batch adds to each sum over the held-out rows."""
   def count(*given):
-    return sharding.total(_local_sums(config, *given))
+    return sharding.sum_over_devices(_local_sums(config, *given))
   specs = sharding.row_specs(params, router_table.make(config.model).parameters)
   return sharding.by_rows(mesh, count, in_specs=(specs, P(), P(), P(sharding.ROWS)),
                           out_specs=P())(params, balance, num_bytes_V, batch)

@@ -181,7 +181,7 @@ def compute_gradients(config: config_lib.Config, state: TrainState, batch: Mappi
                       bucket: int | None) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict]:
   """Computes losses, sums of the router and gradients of a batch, inside `sharding.by_rows`."""
   parts = config.train.accumulation
-  targets = sharding.total(jnp.sum(batch["loss_mask_BT"], dtype=jnp.float32))
+  targets = sharding.sum_over_devices(jnp.sum(batch["loss_mask_BT"], dtype=jnp.float32))
   grad_fn = jax.value_and_grad(micro_loss, argnums=1, has_aux=True)
 
   def differentiate(micro, norms, part):
@@ -202,7 +202,7 @@ def compute_gradients(config: config_lib.Config, state: TrainState, batch: Mappi
       return jax.tree.map(jnp.add, total, differentiate(micro, norms, part)), None
 
     ((terms, sums), grads), _ = jax.lax.scan(add, zeros, (micros, jnp.arange(parts)))
-  return *sharding.total((terms, sums)), sharding.total_gradients(grads, _router_rows(config.model))
+  return *sharding.sum_over_devices((terms, sums)), sharding.sum_gradients(grads, _router_rows(config.model))
 
 
 def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch: Mapping[str, jax.Array],
@@ -241,7 +241,7 @@ def micro_loss(config: config_lib.Config, params: dict, state: TrainState, batch
                                      weight_BT, block, config.distill.weight, config.distill.temperature)
     taught = {"kl": kl}
   if norms is None:
-    norms = router_base.norms(sharding.total(jax.lax.stop_gradient(dict(out.sums))))
+    norms = router_base.norms(sharding.sum_over_devices(jax.lax.stop_gradient(dict(out.sums))))
   router = router_table.make(config.model)
   aux = router.losses(out.sums, norms)
   main, early = exit_losses.add_losses(config, out, main, params, batch["target_BT"], weight_BT, state.step)
@@ -263,7 +263,7 @@ def _normalizers(config, state, micros) -> dict[str, jax.Array]:
 
   valid_BT = micros["segment_BT"].reshape(-1, micros["segment_BT"].shape[-1]) != 0
   counts = router_table.make(config.model).counts(valid_BT, state.step, entry_sums)
-  return router_base.norms(sharding.total(dict(counts)))
+  return router_base.norms(sharding.sum_over_devices(dict(counts)))
 
 
 def router_metrics(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
