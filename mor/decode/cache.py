@@ -127,7 +127,7 @@ class Tokens:
   alone: bool = struct.field(pytree_node=False, default=False)
 
   def before(self, on_M: jax.Array) -> jax.Array:
-    """How many of a token's sequence are `on` and come before it."""
+    """Counts the tokens of the same sequence that are `on` and come before each token."""
     if self.alone:
       return jnp.zeros_like(self.position_M)
     same_MM = self.slot_M[:, None] == self.slot_M[None, :]
@@ -136,7 +136,7 @@ class Tokens:
 
 
 def one_each(position_B: jax.Array, step_B: jax.Array, run_B: jax.Array) -> Tokens:
-  """One token of every sequence."""
+  """Returns one token of every sequence."""
   return Tokens(jnp.arange(position_B.shape[0]), position_B, step_B, run_B, alone=True)
 
 
@@ -184,7 +184,7 @@ class Tables:
     return tuple(rules)
 
   def make_cache(self, num_sequences: int, num_pages: int, num_edge_pages: int, pages_per_row: int) -> Cache:
-    """An empty cache; every page number is 0 until something assigns it."""
+    """Returns an empty cache; every page number is 0 until a page is reserved."""
     size = pages_per_row * self.storage.page_size
     return Cache(
         edge=tuple(self.storage.make(num_edge_pages) for _ in range(self.num_edges)),
@@ -198,7 +198,7 @@ class Tables:
         edge_free=make_free(num_edge_pages))
 
   def reserve_edge(self, cache: Cache, run_B: jax.Array) -> tuple[Cache, jax.Array]:
-    """Room in the edges for one more token of each row of `run_B`; True where there is."""
+    """Reserves room in the edges for one more token of each sequence of `run_B`; returns True where there is room."""
     if not self.num_edges:
       return cache, run_B
     count_B = run_B.astype(jnp.int32)
@@ -210,7 +210,7 @@ class Tables:
 
   def reserve_stack(self, cache: Cache, step_B: jax.Array, run_B: jax.Array,
                     count_B: jax.Array | int = 1) -> tuple[Cache, jax.Array]:
-    """Room for `count_B` entries of each row's step; True where there is, or where none is stored."""
+    """Reserves room for `count_B` entries of each sequence's step; returns True where there is, or none is stored."""
     own_B, stores_B = self.stores(step_B)
     batch_B = jnp.arange(own_B.shape[0])
     free, page_BP, ok_B = reserve_pages(
@@ -219,7 +219,7 @@ class Tables:
     return cache.replace(free=free, page_BRP=cache.page_BRP.at[batch_B, own_B].set(page_BP)), ok_B & run_B
 
   def reserve_rows(self, cache: Cache, writes_BR: jax.Array, run_B: jax.Array) -> tuple[Cache, jax.Array]:
-    """Room for one entry in each row of `writes_BR`, in all of a sequence's or in none; True where there is."""
+    """Reserves room for one entry in each KV row of `writes_BR`, all of a sequence's or none; returns True where there is."""
     num, rows, pages = cache.page_BRP.shape
     full_BR = cache.length_BR % self.storage.page_size == 0
     at_BRP = jnp.arange(pages)[None, None, :] == (cache.length_BR // self.storage.page_size)[:, :, None]
@@ -262,23 +262,23 @@ class Tables:
         hidden_BRS=cache.hidden_BRS & ~forgotten_BS[:, None, :])
 
   def stores(self, step_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The table row in which each row's step stores, and whether it stores at all."""
+    """Returns the KV row in which each sequence's step stores, and whether it stores at all."""
     own_R = np.max([rule.own_R for rule in self.rules], axis=0)
     own_B = jnp.asarray(own_R, jnp.int32).at[step_B].get(mode="clip")
     return jnp.maximum(own_B, 0), own_B >= 0
 
   def rows(self, own_R: tuple[int, ...], base_R: tuple[int, ...], cache: Cache, tokens: Tokens,
-           index_M: jax.Array) -> tuple[storage_lib.Rows, ...]:
-    """What each token sees at its step: its own row's entries, a base's, or both.
+           index_M: jax.Array) -> tuple[storage_lib.SeenEntries, ...]:
+    """Returns what each token sees at its step: the entries of its own KV row, of a base, or of both.
 
-    Of its own row the entries up to its own, `index_M`; of a base, which holds every
+    Of its own row it sees the entries up to its own, `index_M`; of a base, which holds every
     token, those up to its position. Later ones belong to tokens that are ahead of it.
     """
     own_M, base_M = (jnp.asarray(x, jnp.int32).at[tokens.step_M].get(mode="clip") for x in (own_R, base_R))
     both_M = (own_M >= 0) & (base_M >= 0)
 
     def row(row_M, length_M, on_M, hidden=None):
-      return storage_lib.Rows(cache.page_BRP[tokens.slot_M, jnp.maximum(row_M, 0)],
+      return storage_lib.SeenEntries(cache.page_BRP[tokens.slot_M, jnp.maximum(row_M, 0)],
                               jnp.where(on_M & tokens.run_M, length_M, 0), hidden)
 
     if not self.overlays:
@@ -291,7 +291,7 @@ class Tables:
 
   def place(self, page_BP: jax.Array, index_B: jax.Array, write_B: jax.Array,
             buffer: storage_lib.Buffer) -> tuple[jax.Array, jax.Array]:
-    """Page and offset of entry `index_B` of each row; past the end where nothing is written."""
+    """Returns page and offset of entry `index_B` of each KV row; past the end where nothing is written."""
     size = self.storage.page_size
     page_B = jnp.take_along_axis(page_BP, (index_B // size)[:, None], axis=1, mode="clip")[:, 0]
     return jnp.where(write_B, page_B, buffer.k.shape[0]), index_B % size

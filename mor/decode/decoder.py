@@ -1,10 +1,10 @@
-"""One decoded token: the same layers, routers and KV plans, a token at a time.
+"""The model over a few tokens and a cache: the same layers, routers and KV plans as in training.
 
   start   embed, prelude, the router's entrance, its decision for step 0
   pass    the shared stack once, every row at its own recursion step
   finish  coda, norm, head
 
-`generate` and the engine call these three in different orders. Rows of a batch
+`generate` and the engine call these three in different orders. Sequences of a batch
 never meet: each reads and writes its own pages.
 """
 
@@ -52,7 +52,7 @@ class Decoder:
   def layer(self, weights: weights_lib.Layer, x_1MD: jax.Array, rotation: Any, attend: Callable,
             deltas: Mapping[str, weights_lib.Delta] | None = None, step: jax.Array | int = 0,
             narrow: control.Narrow | None = None) -> jax.Array:
-    """One decoder layer over M tokens; `attend(q_MNH, k_MKH, v_MKH)` does the rest.
+    """Runs one decoder layer over M tokens; `attend(q_MNH, k_MKH, v_MKH)` does the rest.
 
     Args:
       weights: of the layer.
@@ -84,18 +84,16 @@ class Decoder:
     return k_1MKH[0], v_1MKH[0]
 
   def rotation(self, position_M: jax.Array) -> Any:
-    """Of flat tokens."""
+    """Returns the rotation of flat tokens at their positions."""
     return layers.rotation(position_M[None], self.model)
 
-  # The passes of one token.
-
   def embed(self, weights: weights_lib.Weights, token_B: jax.Array) -> jax.Array:
-    """Hidden states before the prelude."""
+    """Returns hidden states before the prelude."""
     return storage_lib.decode(weights.lookup_VD.at[token_B].get(mode="clip")).astype(jnp.float32)
 
   def edge(self, group: str, weights: weights_lib.Weights, cache: cache_lib.Cache, h_MD: jax.Array,
            tokens: cache_lib.Tokens) -> tuple[cache_lib.Cache, jax.Array]:
-    """Prelude or coda, for the tokens that run; the others' results mean nothing.
+    """Runs prelude or coda for the tokens that run; the other tokens' results mean nothing.
 
     The page that holds a token's position must have been reserved.
     """
@@ -105,7 +103,7 @@ class Decoder:
     first = 0 if group == "prelude" else self.tables.schedule.prelude
     page_MP = cache.edge_page_BP[tokens.slot_M]
     page_M, offset_M = self.tables.place(page_MP, tokens.position_M, tokens.run_M, cache.edge[first])
-    rows = storage_lib.Rows(page_MP, jnp.where(tokens.run_M, tokens.position_M + 1, 0))
+    rows = storage_lib.SeenEntries(page_MP, jnp.where(tokens.run_M, tokens.position_M + 1, 0))
     order_M = jnp.argsort(-rows.length_M)  # alike together; see `Paged`
     x_1MD, position_M, page_M, offset_M, rows = jax.tree.map(
         lambda a: a[order_M], (h_MD, tokens.position_M, page_M, offset_M, rows))
@@ -133,7 +131,7 @@ class Decoder:
 
   def decide(self, weights: weights_lib.Weights, h_BD: jax.Array, entry_BD: jax.Array, alive_B: jax.Array,
              position_B: jax.Array, step_B: jax.Array, steps: tuple[int, ...]) -> router_base.Routing:
-    """The causal decision of each row for its own step, one of `steps`."""
+    """Returns the router's causal decision of each token for its own step, one of `steps`."""
     plan = self.router.enter(weights.router, entry_BD[:, None], alive_B[:, None], balance=weights.balance,
                              position_BT=position_B[:, None])
     routed = [self.router.decide(plan, h_BD[:, None], alive_B[:, None], r) for r in steps]
@@ -149,12 +147,12 @@ class Decoder:
         carry=routed[0].carry, change=routed[0].change)
 
   def runs(self, keep_B: jax.Array, alive_B: jax.Array, step_B: jax.Array) -> jax.Array:
-    """Rows that the stack processes: the kept ones, and where keys are shared every token in step 0."""
+    """Marks tokens that the stack processes: the kept ones, and every token in step 0 if its keys are shared."""
     return keep_B | (alive_B & (step_B == 0)) if self.tables.plan.shares else keep_B
 
   def run_pass(self, weights: weights_lib.Weights, cache: cache_lib.Cache, h_MD: jax.Array, tokens: cache_lib.Tokens,
                static_step: int | None = None, sparse: bool = False) -> tuple[cache_lib.Cache, jax.Array]:
-    """The stack once for the tokens that run, each at its step; the others' results mean nothing.
+    """Runs the stack once for the tokens that run, each at its step; the other tokens' results mean nothing.
 
     Args:
       weights: of the model.
@@ -204,7 +202,7 @@ class Decoder:
 
   def merge(self, h_BD: jax.Array, y_BD: jax.Array, entry_BD: jax.Array,
             routed: router_base.Routing) -> jax.Array:
-    """The state after a pass, where the router kept the token; see `routers/base.py`."""
+    """Returns the state after a pass, if the router kept the token; see `routers/base.py`."""
     new_BD = y_BD - h_BD if routed.change else y_BD
     if routed.gate_BT is not None:
       new_BD = new_BD * routed.gate_BT
@@ -215,7 +213,7 @@ class Decoder:
     return jnp.where(routed.keep_BT, new_BD, h_BD)
 
   def head(self, weights: weights_lib.Weights, h_MD: jax.Array) -> jax.Array:
-    """Logits `[M, V]` after the coda."""
+    """Returns logits `[M, V]` after the coda."""
     normed_MD = layers.rms_norm(h_MD[None], weights.final_norm_D, self.model.norm_eps)[0]
     with jax.named_scope("head"):
       return weights_lib.project(normed_MD, weights.head)

@@ -69,12 +69,12 @@ class _Chunk:
     return cache.replace(edge_free=free, edge_page_BP=page_BP, edge_length_B=cache.edge_length_B + self.length_B)
 
   def edge(self, group: str, weights, cache, h_BTD):
-    """Prelude or coda over the whole chunk."""
+    """Runs prelude or coda over the whole chunk."""
     if not getattr(weights, group):
       return cache, h_BTD
     first = 0 if group == "prelude" else self.decoder.tables.schedule.prelude
     buffers, place = list(cache.edge), self._place(cache.edge_page_BP, self.position_BT, self.valid_BT, cache.edge[0])
-    rows = storage_lib.Rows(cache.edge_page_BP, self.start_B)
+    rows = storage_lib.SeenEntries(cache.edge_page_BP, self.start_B)
     for i, layer in enumerate(getattr(weights, group), start=first):
       def attend(q, fresh, i=i):
         out = self._attend(q, fresh, self.valid_BT, [(buffers[i], rows)])
@@ -84,7 +84,7 @@ class _Chunk:
     return cache.replace(edge=tuple(buffers)), h_BTD
 
   def recursion(self, weights, cache, h_BTD):
-    """All steps: decide, run the stack, store, merge."""
+    """Runs all steps: decide, run the stack, store, merge."""
     decoder, entry_BTD = self.decoder, h_BTD
     self.before = cache  # the chunk's own keys are fresh, not read back
     plan = decoder.router.enter(weights.router, h_BTD, self.valid_BT, balance=weights.balance,
@@ -94,16 +94,16 @@ class _Chunk:
       routed = decoder.router.decide(plan, h_BTD, alive_BT, r)
       run_BT = alive_BT if r == 0 and decoder.tables.plan.shares else routed.keep_BT
       cache, y_BTD = self._step(weights, cache, h_BTD, run_BT, r, shared)
-      flat = lambda x: None if x is None else x.reshape(-1, x.shape[2] if x.ndim > 2 else 1)
-      routed_M = routed.replace(keep_BT=flat(routed.keep_BT), gate_BT=flat(routed.gate_BT),
-                                entry_BT=flat(routed.entry_BT))
-      h_BTD = decoder.merge(flat(h_BTD), flat(y_BTD), flat(entry_BTD), routed_M).reshape(h_BTD.shape)
+      routed_M = routed.replace(keep_BT=_flatten(routed.keep_BT), gate_BT=_flatten(routed.gate_BT),
+                                entry_BT=_flatten(routed.entry_BT))
+      h_MD = decoder.merge(_flatten(h_BTD), _flatten(y_BTD), _flatten(entry_BTD), routed_M)
+      h_BTD = h_MD.reshape(h_BTD.shape)
       alive_BT = routed.keep_BT
       depth_BT += alive_BT.astype(jnp.int32)
     return cache, h_BTD, depth_BT
 
   def _step(self, weights, cache, h_BTD, run_BT, r: int, shared: dict):
-    """The stack once; `shared` keeps the fresh keys of layers that later ones read."""
+    """Runs the stack once; `shared` keeps the fresh keys of layers that later ones read."""
     decoder = self.decoder
     own_rows = {rule.own_R[r] for rule in decoder.tables.rules} - {-1}
     place = None
@@ -149,10 +149,10 @@ class _Chunk:
     return cache, self._place(page_BP, index_BT, run_BT, cache.stack[0])
 
   def _context(self, row: int, hidden_BS):
-    return storage_lib.Rows(self.before.page_BRP[:, row], self.before.length_BR[:, row], hidden_BS)
+    return storage_lib.SeenEntries(self.before.page_BRP[:, row], self.before.length_BR[:, row], hidden_BS)
 
   def _overlay(self, base, fresh, run_BT):
-    """The first step's keys, with this step's own where it processed the token."""
+    """Returns the first step's keys, with this step's own where it processed the token."""
     if fresh is None:
       return base
     keep_BT11 = run_BT[:, :, None, None]
@@ -161,8 +161,10 @@ class _Chunk:
   def _layer(self, weights, h_BTD, attend, deltas=None, step=0):
     batch, seq_len = self.shape
 
+    def split(x):
+      return x.reshape(batch, seq_len, *x.shape[1:])
+
     def flat_attend(q_MNH, k_MKH, v_MKH):
-      split = lambda x: x.reshape(batch, seq_len, *x.shape[1:])
       return attend(split(q_MNH), kv_view.KV(split(k_MKH), split(v_MKH))).reshape(q_MNH.shape)
 
     h_1MD = self.decoder.layer(weights, h_BTD.reshape(1, batch * seq_len, -1), self.rotation, flat_attend, deltas,
@@ -170,7 +172,7 @@ class _Chunk:
     return h_1MD.reshape(h_BTD.shape)
 
   def _attend(self, q_BTNH, fresh, seen_BT, context: list[tuple[Any, Any]]):
-    """Queries over stored entries and the chunk's own keys."""
+    """Attends over stored entries and the chunk's own keys."""
     segment_BT = self.valid_BT.astype(jnp.int32)
     mask_BTS = kv_view.visible(self.position_BT, jnp.ones_like(segment_BT), self.position_BT, seen_BT.astype(jnp.int32))
     k, v, mask = [], [], []
@@ -179,10 +181,9 @@ class _Chunk:
       k.append(k_BSKH)
       v.append(v_BSKH)
       mask.append(jnp.broadcast_to(seen_BS[:, None, :], (*self.shape, seen_BS.shape[1])))
-    join = lambda parts: jnp.concatenate(parts, axis=1)
+    k_BSKH, v_BSKH = (jnp.concatenate(parts, axis=1) for parts in ([*k, fresh.k_BSKH], [*v, fresh.v_BSKH]))
     with jax.named_scope("attend"):
-      return kernels.xla(q_BTNH, join([*k, fresh.k_BSKH]), join([*v, fresh.v_BSKH]),
-                         jnp.concatenate([*mask, mask_BTS], axis=2))
+      return kernels.xla(q_BTNH, k_BSKH, v_BSKH, jnp.concatenate([*mask, mask_BTS], axis=2))
 
   def _place(self, page_BP, index_BT, write_BT, buffer):
     size = self.storage.page_size
@@ -190,8 +191,13 @@ class _Chunk:
     return jnp.where(write_BT, page_BT, buffer.k.shape[0]).reshape(-1), (index_BT % size).reshape(-1)
 
   def _write(self, buffer, place, fresh):
-    flat = lambda x: x.reshape(-1, *x.shape[2:])
-    return self.storage.write(buffer, *place, flat(fresh.k_BSKH), flat(fresh.v_BSKH))
+    k_MKH, v_MKH = (x.reshape(-1, *x.shape[2:]) for x in (fresh.k_BSKH, fresh.v_BSKH))
+    return self.storage.write(buffer, *place, k_MKH, v_MKH)
+
+
+def _flatten(x):
+  """Returns `[B, T]` or `[B, T, D]` arrays as those of B * T flat tokens."""
+  return None if x is None else x.reshape(-1, x.shape[2] if x.ndim > 2 else 1)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "context"), donate_argnums=2)

@@ -65,8 +65,8 @@ class Sampling:
 
 
 @struct.dataclass
-class Rows:
-  """`Sampling` of B rows, on the device."""
+class SamplingRows:
+  """`Sampling` of B requests, on the device."""
 
   temperature_B: jax.Array
   top_k_B: jax.Array
@@ -76,14 +76,17 @@ class Rows:
   seed_B: jax.Array
 
 
-def rows(settings: list[Sampling]) -> Rows:
+def rows(settings: list[Sampling]) -> SamplingRows:
   """Stacks settings."""
-  column = lambda name, dtype: jnp.asarray([getattr(s, name) for s in settings], dtype)
-  return Rows(column("temperature", jnp.float32), column("top_k", jnp.int32), column("top_p", jnp.float32),
-              column("min_p", jnp.float32), column("repetition_penalty", jnp.float32), column("seed", jnp.uint32))
+  def column(name, dtype):
+    return jnp.asarray([getattr(s, name) for s in settings], dtype)
+
+  return SamplingRows(
+      column("temperature", jnp.float32), column("top_k", jnp.int32), column("top_p", jnp.float32),
+      column("min_p", jnp.float32), column("repetition_penalty", jnp.float32), column("seed", jnp.uint32))
 
 
-def sample(logits_MV: jax.Array, rows_M: Rows, seen_MV: jax.Array, index_M: jax.Array,
+def sample(logits_MV: jax.Array, rows_M: SamplingRows, seen_MV: jax.Array, index_M: jax.Array,
            vocab_size: int) -> jax.Array:
   """Draws the next token of every row.
 
@@ -107,9 +110,9 @@ def sample(logits_MV: jax.Array, rows_M: Rows, seen_MV: jax.Array, index_M: jax.
 
 
 def most_likely(logits_MV):
-  """The first greatest logit of each row: `[M]`; 7x faster than `argmax` on XLA:CPU, which does not vectorise it.
+  """Returns the first greatest logit of each row, `[M]`; 7x faster than `argmax` on XLA:CPU, which does not vectorise it.
 
-  Read once, for the greatest of each block; the rest is done in one block a row.
+  The logits are read once, for the greatest of each block; the rest is done in one block a row.
   """
   num, size = logits_MV.shape
   block = math.gcd(size, 256)
@@ -128,14 +131,14 @@ def _first_greatest(x_MN):
 
 
 def mask(logits_MV: jax.Array, vocab_size: int) -> jax.Array:
-  """Logits of the tokenizer's tokens: a model's vocabulary may be rounded up beyond it."""
+  """Takes tokens out that the tokenizer does not have: a model's vocabulary may be rounded up beyond it."""
   if vocab_size == logits_MV.shape[1]:
     return logits_MV
   return jnp.where(jnp.arange(logits_MV.shape[1])[None, :] < vocab_size, logits_MV, -jnp.inf)
 
 
 def log_probability(logits_MV: jax.Array, token_M: jax.Array, vocab_size: int) -> jax.Array:
-  """Of each row's token, under the model's own distribution."""
+  """Returns the log-probability of each row's token, under the model's own distribution."""
   logits_MV = mask(logits_MV, vocab_size)
   chosen_M = jnp.take_along_axis(logits_MV, token_M[:, None], axis=1)[:, 0]
   return chosen_M - jax.nn.logsumexp(logits_MV, axis=-1)
@@ -151,7 +154,7 @@ def _draw(logits_MV, rows_M, index_M):
 
 
 def _weigh(logits_MV, rows_M):
-  """Of each token, relative to the likeliest one of its row; 0 where a filter drops it."""
+  """Returns each token's weight relative to the likeliest of its row; 0 if a filter drops it."""
   tempered_MV = logits_MV / jnp.maximum(rows_M.temperature_B, 1e-6)[:, None]
   weight_MV = jnp.exp(tempered_MV - jnp.max(tempered_MV, axis=-1, keepdims=True))
   filtered = (rows_M.top_k_B > 0) | (rows_M.top_p_B < 1) | (rows_M.min_p_B > 0)
@@ -159,7 +162,7 @@ def _weigh(logits_MV, rows_M):
 
 
 def _uniform(rows_M, index_M, stream: int | None = None):
-  """A number of [0, 1) of each request's token; streams are independent."""
+  """Draws a number of [0, 1) for each request's token; streams are independent."""
   def draw(seed, index):
     key = jax.random.fold_in(jax.random.key(seed), index)
     return jax.random.uniform(key if stream is None else jax.random.fold_in(key, stream))
@@ -167,13 +170,13 @@ def _uniform(rows_M, index_M, stream: int | None = None):
 
 
 def _invert(weight_MV, uniform_M):
-  """The token at which the cumulative weight passes a share of the whole."""
+  """Returns the token at which the cumulative weight passes a share of the whole."""
   cumulative_MV = jnp.cumsum(weight_MV, axis=-1)
   reached_MV = (cumulative_MV > uniform_M[:, None] * cumulative_MV[:, -1:]) & (weight_MV > 0)
   return jnp.argmax(reached_MV, axis=-1).astype(jnp.int32)
 
 
-def confirm(logits_MV: jax.Array, draft_MV: jax.Array, token_M: jax.Array, rows_M: Rows, seen_MV: jax.Array,
+def confirm(logits_MV: jax.Array, draft_MV: jax.Array, token_M: jax.Array, rows_M: SamplingRows, seen_MV: jax.Array,
             index_M: jax.Array, vocab_size: int) -> jax.Array:
   """Keeps drawn tokens, or replaces them, so that what comes is drawn from the logits' distribution.
 
@@ -190,8 +193,8 @@ def confirm(logits_MV: jax.Array, draft_MV: jax.Array, token_M: jax.Array, rows_
   Source: Leviathan et al. 2023, section 2.3; Chen et al. 2023.
   """
   p_MV, q_MV = (_probabilities(x_MV, rows_M, seen_MV, vocab_size) for x_MV in (logits_MV, draft_MV))
-  chance = lambda x_MV: jnp.take_along_axis(x_MV, token_M[:, None], axis=1)[:, 0]
-  kept_M = _uniform(rows_M, index_M, 1) * chance(q_MV) < chance(p_MV)
+  p_M1, q_M1 = (jnp.take_along_axis(x_MV, token_M[:, None], axis=1) for x_MV in (p_MV, q_MV))
+  kept_M = _uniform(rows_M, index_M, 1) * q_M1[:, 0] < p_M1[:, 0]
   rest_MV = jnp.maximum(p_MV - q_MV, 0.0)
   rest_MV = jnp.where(jnp.sum(rest_MV, axis=-1, keepdims=True) > 0, rest_MV, p_MV)  # p = q, up to rounding
   return jnp.where(kept_M, token_M, _invert(rest_MV, _uniform(rows_M, index_M, 2)))
@@ -205,7 +208,7 @@ def _probabilities(logits_MV, rows_M, seen_MV, vocab_size):
 
 
 def _filter(weight_MV, rows_M):
-  """Weights, relative to the likeliest token's, that pass all filters; others are 0."""
+  """Returns the weights, relative to the likeliest token's, that pass all filters; others are 0."""
   top_k_M = jnp.where(rows_M.top_k_B > 0, rows_M.top_k_B, weight_MV.shape[1])
   least_M = _threshold(weight_MV, lambda kept_MV: jnp.sum(kept_MV, axis=-1) >= top_k_M)
   weight_MV = jnp.where(weight_MV >= least_M[:, None], weight_MV, 0.0)
@@ -217,7 +220,7 @@ def _filter(weight_MV, rows_M):
 
 
 def _threshold(weight_MV, enough):
-  """The greatest t of each row for which the weights >= t are `enough`, 0 where none is.
+  """Returns the greatest t of each row for which the weights >= t are `enough`, 0 if none is.
 
   Non-negative floats order as their bits do.
   """

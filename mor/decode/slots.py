@@ -91,7 +91,7 @@ class Slots:
   routed: router_base.Routing
   index_B: jax.Array
   left_B: jax.Array
-  rows: sampling_lib.Rows
+  rows: sampling_lib.SamplingRows
   seen_BV: jax.Array
   stop_BE: jax.Array
   logprob_B: jax.Array
@@ -195,7 +195,7 @@ class Admission:
   index: jax.Array
   left: jax.Array
   logprob: jax.Array
-  rows_1: sampling_lib.Rows
+  rows_1: sampling_lib.SamplingRows
   stop_1E: jax.Array
   seen_S: jax.Array  # tokens of the request, padded with the vocabulary's size
 

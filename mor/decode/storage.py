@@ -46,7 +46,7 @@ class Buffer:
 
 
 @struct.dataclass
-class Rows:
+class SeenEntries:
   """Which entries each of M queries sees.
 
   Attributes:
@@ -61,14 +61,14 @@ class Rows:
 
 
 def encode(x: jax.Array, like: jax.Array) -> jax.Array:
-  """Numbers in the storage's format."""
+  """Returns numbers in the storage's format."""
   if like.dtype == jnp.uint16:
     return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
   return x.astype(like.dtype)
 
 
 def decode(x: jax.Array) -> jax.Array:
-  """Numbers of the storage's format, as bfloat16 or float32."""
+  """Returns numbers of the storage's format as bfloat16 or float32."""
   return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
@@ -92,9 +92,9 @@ class Dense:
     v = buffer.v.at[page_M, offset_M].set(encode(v_MKH, buffer.v), mode="drop")
     return Buffer(k, v)
 
-  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, Rows]], cuts: Sequence[int] = (),
+  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, SeenEntries]], cuts: Sequence[int] = (),
              num: jax.Array | None = None) -> jax.Array:
-    """Softmax attention over all entries of the rows, hidden ones masked."""
+    """Attends over all entries of the rows, hidden ones masked."""
     pages = [self.read(buffer, row) for buffer, row in parts]
     k_MSKH, v_MSKH, seen_MS = (jnp.concatenate(parts, axis=1) for parts in zip(*pages))
     q_MKGH = q_MNH.reshape(q_MNH.shape[0], self.num_kv_heads, -1, self.head_dim)
@@ -102,8 +102,8 @@ class Dense:
     weight_MKGS = jax.nn.softmax(jnp.where(seen_MS[:, None, None, :], score_MKGS, _LOW), axis=-1)
     return jnp.einsum("MKGS,MSKH->MKGH", weight_MKGS, v_MSKH).reshape(q_MNH.shape)
 
-  def read(self, buffer: Buffer, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whole rows: keys and values `[M, S, K, H]` in float32, and which entries are seen."""
+  def read(self, buffer: Buffer, rows: SeenEntries) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns whole rows: keys and values `[M, S, K, H]` in float32, and which entries are seen."""
     return _read(self, buffer, rows)
 
 
@@ -138,9 +138,9 @@ class Paged:
 
     return Buffer(put(buffer.k, k_MKH), put(buffer.v, v_MKH))
 
-  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, Rows]], cuts: Sequence[int] = (),
+  def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, SeenEntries]], cuts: Sequence[int] = (),
              num: jax.Array | None = None) -> jax.Array:
-    """Softmax attention that reads the pages in use only.
+    """Attends over the pages in use only, with an online softmax.
 
     Args:
       q_MNH: queries, those that see much first.
@@ -154,7 +154,9 @@ class Paged:
       starts += range(starts[-1] + _GROUP, size, _GROUP)
 
     def group(start, size):
-      take = lambda a: jax.lax.dynamic_slice_in_dim(a, start, size)
+      def take(a):
+        return jax.lax.dynamic_slice_in_dim(a, start, size)
+
       return self._attend(take(q_MNH), [(buffer, jax.tree.map(take, rows)) for buffer, rows in parts])
 
     out = [group(start, min(end, start + _GROUP) - start) for start, end in zip(starts, [*starts[1:], size])]
@@ -169,8 +171,8 @@ class Paged:
     out_MNH = jnp.concatenate([*out, jnp.zeros((size - last, *q_MNH.shape[1:]), out[0].dtype)])
     return jax.lax.fori_loop(1, (num - first + _GROUP - 1) // _GROUP, more, out_MNH)
 
-  def read(self, buffer: Buffer, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whole rows: keys and values `[M, S, K, H]` in float32, and which entries are seen."""
+  def read(self, buffer: Buffer, rows: SeenEntries) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns whole rows: keys and values `[M, S, K, H]` in float32, and which entries are seen."""
     return _read(self, buffer, rows)
 
   def _attend(self, q_MNH, parts):
@@ -201,22 +203,40 @@ class Paged:
     return split(out / jnp.maximum(sum_MN, 1e-30)[:, :, None])
 
   def _products(self, q_MNH):
-    """scores(k), values(weights, v), and split: the zero sum (None) or a sum -> `[M, N, H]`."""
+    """Returns scores(k), values(weights, v), and split: the zero sum (None) or a sum -> `[M, N, H]`."""
     num, num_heads = q_MNH.shape[:2]
     k_heads, group, width = self.num_kv_heads, num_heads // self.num_kv_heads, self.head_dim
-    dot = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+    def dot(spec, a, b):
+      return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
     if k_heads > _MERGED:
       q_MKGH = q_MNH.reshape(num, k_heads, group, width)
-      by_head = lambda x: x.reshape(num, self.page_size, k_heads, width)
-      scores = lambda k: dot("MKGH,MEKH->MKGE", q_MKGH, by_head(k)).reshape(num, num_heads, -1)
-      values = lambda w, v: dot("MKGE,MEKH->MKGH", w.reshape(num, k_heads, group, -1), by_head(v)).reshape(
-          num, num_heads, width)
-      return scores, values, lambda x: jnp.zeros((num, num_heads, width), jnp.float32) if x is None else x
+
+      def by_head(x):
+        return x.reshape(num, self.page_size, k_heads, width)
+
+      def scores_by_head(k):
+        return dot("MKGH,MEKH->MKGE", q_MKGH, by_head(k)).reshape(num, num_heads, -1)
+
+      def values_by_head(w, v):
+        return dot("MKGE,MEKH->MKGH", w.reshape(num, k_heads, group, -1), by_head(v)).reshape(num, num_heads, width)
+
+      def start_or_keep(x):
+        return jnp.zeros((num, num_heads, width), jnp.float32) if x is None else x
+
+      return scores_by_head, values_by_head, start_or_keep
     own_KK = jnp.eye(k_heads, dtype=q_MNH.dtype)
     q_MNX = jnp.einsum("MKGH,KJ->MKGJH", q_MNH.reshape(num, k_heads, group, width), own_KK).reshape(num, num_heads, -1)
-    flat = lambda x: x.reshape(num, self.page_size, k_heads * width)
-    scores = lambda k: dot("MNX,MEX->MNE", q_MNX, flat(k))
-    values = lambda w, v: dot("MNE,MEX->MNX", w, flat(v))
+
+    def flat(x):
+      return x.reshape(num, self.page_size, k_heads * width)
+
+    def scores(k):
+      return dot("MNX,MEX->MNE", q_MNX, flat(k))
+
+    def values(w, v):
+      return dot("MNE,MEX->MNX", w, flat(v))
 
     def split(x):
       if x is None:

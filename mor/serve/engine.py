@@ -144,7 +144,7 @@ class Engine:
     return self.submit_request(self.model.request(prompt, **options))
 
   def submit_request(self, request: request_lib.Request) -> int:
-    """`submit` of a ready request."""
+    """Queues a ready request; returns its number."""
     request.check(self.model.config.vocab_size, self.context)
     request = exit_host.resolve(self.exits, request, self.calibrator)
     follower = request_lib.Follower(request, self.model.tokenizer)
@@ -162,7 +162,7 @@ class Engine:
     return self.take(number)
 
   def take(self, number: int) -> request_lib.Completion:
-    """A request's completion so far; a finished request is forgotten then."""
+    """Returns a request's completion so far; a finished request is forgotten then."""
     job = self._find(number)
     if job.finished:
       del self._jobs[number]
@@ -209,7 +209,7 @@ class Engine:
     return [self.take(n) for n in numbers]
 
   def metrics(self) -> dict[str, float]:
-    """Figures since the engine was made; see `meter.py`."""
+    """Returns figures since the engine was made; see `meter.py`."""
     return self.meter.figures()
 
   def _find(self, number: int) -> scheduler_lib.Job:
@@ -246,7 +246,7 @@ class Engine:
       jax.block_until_ready(self.slots.phase_B)
 
   def _prefill(self) -> None:
-    """Prompts into their slots, oldest first, by chunks; all of them where nobody decodes yet."""
+    """Prefills prompts by chunks, the oldest first, and all of them if no slot decodes yet."""
     held = self.scheduler.held
     budget = self._chunk if any(job.started for job in held) else sum(len(job.tokens) for job in held)
     for job in held:
@@ -323,7 +323,7 @@ class Engine:
     return events
 
   def _learn(self, flight, out, num) -> None:
-    """From a dispatch: whether drafts pay, and what the exits' confidence is worth."""
+    """Learns from a dispatch whether drafts pay, and what the exits' confidence is worth."""
     now = time.monotonic()
     if self._mark is not None and num:  # the first one compiles
       seconds = now - max(self._mark, flight.began)

@@ -114,7 +114,7 @@ def _prefill(decoder, weights, cache, tokens_BT, length_B):
 
 def advance(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: cache_lib.Cache, token_B: jax.Array,
             position_B: jax.Array, live_B: jax.Array) -> tuple[cache_lib.Cache, jax.Array, jax.Array]:
-  """One token of every live row through the whole model.
+  """Runs one token of every live row through the whole model.
 
   Returns:
     The cache, logits `[B, V]` and the depth of each token.

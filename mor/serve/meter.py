@@ -39,7 +39,7 @@ class Meter:
 
   @contextlib.contextmanager
   def busy(self) -> Iterator[None]:
-    """Around the engine's own work."""
+    """Counts the seconds of the engine's own work inside the `with` block."""
     start = time.monotonic()
     try:
       yield
@@ -53,14 +53,14 @@ class Meter:
     self._counts["prompt_tokens"] += tokens
 
   def token(self, number: int) -> None:
-    """A new token of a request is known."""
+    """Counts a new token of a request."""
     if number not in self._first:
       self._first[number] = time.monotonic()
       self._ttft.append(self._first[number] - self._submitted[number])
     self._tokens[number] = self._tokens.get(number, 0) + 1
 
   def finished(self, number: int) -> None:
-    """A request has ended, one way or the other."""
+    """Counts a request that has ended, one way or the other."""
     self._counts["requests"] += 1
     first, tokens = self._first.pop(number, None), self._tokens.pop(number, 0)
     if tokens > 1:
@@ -71,7 +71,7 @@ class Meter:
     self._counts["preemptions"] += 1
 
   def harvested(self, out: Any, num_ticks: int) -> None:
-    """Results of a dispatch, as numpy arrays."""
+    """Counts the results of a dispatch, numpy arrays."""
     ticks, new, emitted_KBW = out.ticks, out.ticks.new, out.ticks.new.token_BW[:num_ticks] >= 0
     counts = dict(ticks=num_ticks, tokens=emitted_KBW.sum(), ran=ticks.ran_B[:num_ticks].sum(),
                   stalled=ticks.stalled_B[:num_ticks].sum(), crowded=ticks.crowded_B[:num_ticks].sum(),
@@ -86,9 +86,12 @@ class Meter:
       self._edge_peak = max(self._edge_peak, 1 - int(out.edge_free) / self._pool.num_edge_pages)
 
   def figures(self) -> dict[str, float]:
-    """All of them; see the module docstring."""
+    """Returns all figures; see the module docstring."""
     counts = self._counts
-    ratio = lambda a, b: a / b if b else 0.0
+
+    def ratio(a, b):
+      return a / b if b else 0.0
+
     figures = {
         "requests": counts["requests"], "prompt_tokens": counts["prompt_tokens"], "output_tokens": counts["tokens"],
         "seconds": self._seconds, "output_throughput": ratio(counts["tokens"], self._seconds),

@@ -73,7 +73,7 @@ class Request:
       raise ValueError(f"threshold={self.threshold!r} with exit='none'; use exit='trust' or 'verify', or leave it out")
 
   def limit(self, context: int) -> int:
-    """New tokens at most: the last one need not be read, so it may lie past the context."""
+    """Returns the greatest number of new tokens: the last one need not be read, so it may lie past the context."""
     return min(self.max_tokens, context - len(self.prompt) + 1)
 
 
@@ -168,7 +168,7 @@ class Follower:
     return min(found, default=None)
 
   def _release(self) -> str:
-    """The text that no later token can change."""
+    """Returns the new text that no later token can change."""
     end = len(self._decoded)
     if not self.completion.finish:
       whole = self._decoded.rstrip("\N{REPLACEMENT CHARACTER}")  # perhaps the beginning of a character
@@ -180,7 +180,7 @@ class Follower:
 
 
 def make(prompt: Sequence[int], **fields: Any) -> Request:
-  """A request from keyword arguments of `Request` and `Sampling` together."""
+  """Returns a request made of keyword arguments of `Request` and `Sampling` together."""
   names = {field.name for field in dataclasses.fields(sampling_lib.Sampling)}
   known = names | {field.name for field in dataclasses.fields(Request)} - {"prompt", "sampling"}
   unknown = sorted(set(fields) - known)
@@ -199,7 +199,7 @@ def _is_int(x: Any) -> bool:
 
 
 def _overlap(text: str, stop: str) -> int:
-  """Where a beginning of `stop` at the end of `text` starts; the text's end without one."""
+  """Returns where a beginning of `stop` at the end of `text` starts; the text's end without one."""
   for size in range(min(len(stop) - 1, len(text)), 0, -1):
     if text.endswith(stop[:size]):
       return len(text) - size

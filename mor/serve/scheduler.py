@@ -67,7 +67,9 @@ class Pool:
 
   def growth(self, ticks: int) -> tuple[int, int]:
     """Pages that a sequence may take in some ticks: at most an entry a tick in the edges."""
-    pages = lambda entries: -(-entries // self.page_size) + 1
+    def pages(entries):
+      return -(-entries // self.page_size) + 1
+
     entries = ticks * self.entries
     return min(entries, self.num_rows * pages(entries)), min(ticks, pages(ticks)) if self.num_edge_pages else 0
 
@@ -114,7 +116,7 @@ class Scheduler:
     return job
 
   def youngest(self) -> Job | None:
-    """The request to preempt; None where only one holds pages."""
+    """Returns the request to preempt; None if only one holds pages."""
     return self._order[-1] if len(self._order) > 1 else None
 
   def preempt(self, job: Job) -> int:
@@ -157,7 +159,7 @@ class Scheduler:
     return not self.queue and not self._order
 
   def _has_room(self, job: Job) -> bool:
-    """Whether the pool holds a prompt beside what the rows before it take until it is stored."""
+    """Returns True if the pool holds a prompt beside what the rows before it take until it is stored."""
     if self.pressed:
       return False
     unstored = len(job.tokens) + sum(len(other.tokens) - other.stored for other in self._order if not other.started)

@@ -16,7 +16,7 @@ def draw(logits_MV, settings, index_M=None, seen_MV=None, vocab_size=None):
   """Next tokens of rows, as NumPy."""
   logits_MV = jnp.asarray(logits_MV, jnp.float32)
   num, width = logits_MV.shape
-  rows = settings if isinstance(settings, sampling.Rows) else sampling.rows(settings)
+  rows = settings if isinstance(settings, sampling.SamplingRows) else sampling.rows(settings)
   seen_MV = jnp.zeros((num, width), bool) if seen_MV is None else jnp.asarray(seen_MV)
   index_M = jnp.zeros(num, jnp.int32) if index_M is None else jnp.asarray(index_M, jnp.int32)
   return np.asarray(sample(logits_MV, rows, seen_MV, index_M, vocab_size or width))

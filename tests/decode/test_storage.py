@@ -40,7 +40,7 @@ class Filled:
 
   def rows(self, length_M=LENGTH_M, hidden_MS=None):
     hidden_MS = None if hidden_MS is None else jnp.asarray(hidden_MS)
-    return self.buffer, storage_lib.Rows(jnp.asarray(self.page_MP), jnp.asarray(length_M), hidden_MS)
+    return self.buffer, storage_lib.SeenEntries(jnp.asarray(self.page_MP), jnp.asarray(length_M), hidden_MS)
 
   def seen(self, m, length_M=LENGTH_M, hidden_MS=None):
     index = [j for j in range(length_M[m]) if hidden_MS is None or not hidden_MS[m, j]]

@@ -104,7 +104,7 @@ def entries(decoder: Any, cache: Any, slot: int) -> dict[tuple, np.ndarray]:
   """A sequence's keys and values, by (edge layer) or (row, layer of a step)."""
   storage, found = decoder.tables.storage, {}
   def read(buffer, page_P, length):
-    rows = storage_lib.Rows(page_P[None], length[None])
+    rows = storage_lib.SeenEntries(page_P[None], length[None])
     k_SKH, v_SKH = (np.asarray(x[0, :int(length)]) for x in storage.read(buffer, rows)[:2])
     return np.stack([k_SKH, v_SKH])
   for i, buffer in enumerate(cache.edge):

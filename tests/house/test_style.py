@@ -38,16 +38,6 @@ mor/conversion/recursive_init.py
 
 mor/conversion/tensors.py
 
-mor/decode/cache.py
-
-mor/decode/decoder.py
-
-mor/decode/prefill.py
-
-mor/decode/sampling.py
-
-mor/decode/storage.py
-
 mor/exits/calibration.py
 
 mor/exits/confidence.py
@@ -66,22 +56,10 @@ mor/model/transformer.py
 
 mor/serve/cli.py
 
-mor/serve/engine.py
-
-mor/serve/generate.py
-
-mor/serve/meter.py
-
 mor/serve/model.py
-
-mor/serve/request.py
-
-mor/serve/scheduler.py
 
 """
 NOT_YET_CLASSES = """
-Rows
-
 """
 
 
