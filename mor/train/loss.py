@@ -67,8 +67,8 @@ def compare_exit(head_VD: types.Embedding, exit_BTD: types.Activations, hidden_B
   def run_block(xs):
     exit_BTD, hidden_BTD, target_BT = xs
     logits_BTV, last_BTV = _logits(exit_BTD, head_VD), _logits(hidden_BTD, head_VD)
-    agree_BT = jnp.argmax(logits_BTV, axis=-1) == jnp.argmax(last_BTV, axis=-1)
-    return _nll_and_lse(logits_BTV, target_BT)[0], agree_BT
+    nll_BT, _ = _nll_and_lse(logits_BTV, target_BT)
+    return nll_BT, jnp.argmax(logits_BTV, axis=-1) == jnp.argmax(last_BTV, axis=-1)
 
   blocks = tuple(_blocks(x, length) for x in (exit_BTD, hidden_BTD, target_BT))
   return jax.tree.map(_unblock, jax.lax.map(run_block, blocks))
