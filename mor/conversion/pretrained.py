@@ -72,7 +72,7 @@ class Source:
 
 
 def parse_tokenizer(text: str) -> tokenizers.Tokenizer:
-  """The tokenizer that a .json describes.
+  """Returns the tokenizer that a .json describes.
 
   Raises:
     ValueError: it describes none.
@@ -84,7 +84,7 @@ def parse_tokenizer(text: str) -> tokenizers.Tokenizer:
 
 
 def build(where: pathlib.Path, **said: Any) -> model_config.ModelConfig:
-  """The model that a file's fields tell; one that shares nothing unless they say more.
+  """Returns the model that the fields of a file tell; it shares nothing unless they say more.
 
   Raises:
     ValueError: they do not fit together.
@@ -98,7 +98,7 @@ def build(where: pathlib.Path, **said: Any) -> model_config.ModelConfig:
 
 
 def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form: str) -> dict[str, Any]:
-  """Our variables from a file's tensors, float32.
+  """Returns our variables from the tensors of a file, float32.
 
   A parameter that several layers share may come once per use, all equal, or
   once: writers of safetensors keep one. A head may come though it is tied, if
@@ -143,7 +143,7 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
 
 def _check(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, entries: Iterable[layout.Entry],
            form: str) -> None:
-  """Names and shapes."""
+  """Raises ValueError unless names and shapes are those of the model."""
   missing: dict[tuple[str, tuple[int, ...]], str] = {}
   for entry in entries:
     missing.setdefault((entry.path, entry.index), entry.key)
@@ -180,14 +180,14 @@ def _head(form: str) -> str:
 
 
 def _some(keys: Iterable[str]) -> str:
-  """A few names and how many more."""
+  """Returns a few names, and how many more there are."""
   keys = list(keys)
   shown = ", ".join(repr(key) for key in keys[:_SHOWN])
   return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"
 
 
 def special(where: str | pathlib.Path, ids: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """Ids by name, without those that are not given or, in old files, -1; "eos" may have several.
+  """Returns ids by name, without those that are not given or, in old files, -1; "eos" may have several.
 
   Raises:
     ValueError: one is no id.

@@ -43,10 +43,10 @@ class Tensors(Protocol):
   shapes: Mapping[str, tuple[int, ...]]
 
   def file(self, key: str) -> str:
-    """The file that holds a tensor."""
+    """Returns the name of the file that holds a tensor."""
 
   def read(self, key: str) -> np.ndarray:
-    """The tensor as float32.
+    """Returns the tensor as float32.
 
     Raises:
       ValueError: its numbers are of a kind that float32 does not hold exactly.
@@ -72,7 +72,7 @@ def open_path(path: pathlib.Path) -> Tensors:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object of a JSON file.
+  """Returns the object of a JSON file.
 
   Raises:
     ValueError: not JSON, or not an object.
@@ -184,7 +184,7 @@ class _Shards:
 
 
 def _inside(folder: pathlib.Path, index: pathlib.Path, name: str) -> pathlib.Path:
-  """The path of a shard, which may not lead out of the folder.
+  """Returns the path of a shard, which may not lead out of the folder.
 
   The hub's cache is let through: snapshots/REVISION/FILE links to blobs/HASH.
   """
@@ -200,7 +200,7 @@ def _inside(folder: pathlib.Path, index: pathlib.Path, name: str) -> pathlib.Pat
 
 
 def _lie(path: pathlib.Path) -> str:
-  """Where a safetensors header is wrong; "" if that is not found.
+  """Returns the fault of a safetensors header; "" if none is found.
 
   The library finds the fault; this names the tensor.
   """

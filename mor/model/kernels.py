@@ -34,7 +34,7 @@ _CUDNN_HEAD_DIM = 128  # older GPUs than Hopper take no more
 
 
 def platform() -> str:
-  """What the program is being lowered for: "cpu", "gpu", "tpu".
+  """Returns the platform that the program is lowered for: "cpu", "gpu", "tpu".
 
   That of the devices of the mesh in `jax.set_mesh`, so that compiling ahead of
   time for machines that are not here is right under it; without a mesh, the
@@ -46,7 +46,7 @@ def platform() -> str:
 
 
 def choose(config: config_lib.ModelConfig, in_order: bool) -> str:
-  """The kernel of a pass: "xla", "splash" or "cudnn", decided while tracing.
+  """Returns the kernel of a pass: "xla", "splash" or "cudnn", decided while tracing.
 
   Args:
     config: its `attention` names one, or is "auto".
@@ -85,7 +85,7 @@ def xla(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys, mask_BTS:
 
 def splash(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys,
            segment_BS: types.Segments) -> types.Queries:
-  """Causal attention within segments; on a CPU interpreted, for tests.
+  """Attends causally within segments; on a CPU interpreted, for tests.
 
   The sequence is padded to whole blocks by tokens of segment 0. As those of
   segment 0 see each other, no query is without a key (splash's gradient would be
@@ -98,9 +98,9 @@ def splash(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys,
 
   def attend(q_BTNH, k_BSKH, v_BSKH, segment_BS):
     q_BTNH = (q_BTNH.astype(jnp.float32) * q_BTNH.shape[-1]**-0.5).astype(q_BTNH.dtype)
-    heads_first = lambda x_BTNH: jnp.swapaxes(_pad(x_BTNH, length), 1, 2)
     row = _splash(q_BTNH.shape[2], block, length)
-    out_BNTH = jax.vmap(row)(*map(heads_first, (q_BTNH, k_BSKH, v_BSKH)), _pad(segment_BS, length))
+    heads_first = (jnp.swapaxes(_pad(x_BTNH, length), 1, 2) for x_BTNH in (q_BTNH, k_BSKH, v_BSKH))
+    out_BNTH = jax.vmap(row)(*heads_first, _pad(segment_BS, length))
     return jnp.swapaxes(out_BNTH, 1, 2)[:, :q_BTNH.shape[1]]
 
   with jax.named_scope("splash"):
@@ -109,11 +109,12 @@ def splash(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys,
 
 def cudnn(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys, mask_BTS: types.AttentionMask | None,
           implementation: str = "cudnn") -> types.Queries:
-  """Attention under any mask, or without one causal by place, which skips the later blocks.
+  """Attends under any mask; without one causally by place, which skips the later blocks.
 
   Odd lengths are padded, as cuDNN's gradient takes even ones.
   """
-  even = lambda x: _pad(x, x.shape[1] + x.shape[1] % 2)
+  def even(x):
+    return _pad(x, x.shape[1] + x.shape[1] % 2)
 
   def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     seen = dict(is_causal=True)  # padded keys come last
@@ -128,19 +129,19 @@ def cudnn(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys, mask_BT
 
 
 def _blocks(seq_len: int) -> tuple[int, int]:
-  """Side of a block, and the length that whole blocks of it cover: the fewest, of equal sides."""
+  """Returns the side of a block, and the length that whole blocks of it cover: the fewest, of equal sides."""
   count = -(-seq_len // _MOST_BLOCK)
   block = -(-seq_len // (count * _LANES)) * _LANES
   return block, count * block
 
 
 def _pad(x, length: int):
-  """Zeros after the second axis, up to `length`."""
+  """Pads the second axis with zeros, up to `length`."""
   return jnp.pad(x, [(0, length - x.shape[1]) if axis == 1 else (0, 0) for axis in range(x.ndim)])
 
 
 def _splash(num_heads: int, block: int, length: int) -> Callable:
-  """The kernel of one row. Imported here: others need neither the time that takes, nor that jax still has it."""
+  """Returns the kernel of one row. The import stands here, because it takes time that other kernels do not need."""
   from jax.experimental.pallas.ops.tpu import splash_attention
 
   sides = splash_attention.BlockSizes(
@@ -153,7 +154,7 @@ def _splash(num_heads: int, block: int, length: int) -> Callable:
 
 
 def _on_each_device(attend: Callable, q_BTNH, k_BSKH, v_BSKH, by_row) -> types.Queries:
-  """`attend` on the rows and heads of each device of the mesh, if there is one."""
+  """Runs `attend` on the batch rows and heads of each device of the mesh, if there is one."""
   mesh = jax.sharding.get_abstract_mesh()
   free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
   if all(mesh.shape[name] == 1 for name in free):

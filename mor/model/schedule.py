@@ -63,17 +63,17 @@ class LayerSchedule:
     return all(row == tuple(range(self.depth)) for row in self.rows)
 
   def boundaries(self) -> tuple[int, ...]:
-    """Unrolled layers after each step but the last."""
+    """Returns the number of unrolled layers after each step but the last."""
     return tuple(self.prelude + n for n in itertools.accumulate(len(row) for row in self.rows[:-1]))
 
   def cut(self, after: tuple[int, ...]) -> "LayerSchedule":
-    """One step's layers as several, the first of which ends after `after[0]` unrolled layers."""
+    """Returns one step cut into several, the first of which ends after `after[0]` unrolled layers."""
     (row,), ends = self.rows, tuple(n - self.prelude for n in after)
     starts, ends = (0, *ends), (*ends, len(row))
     return dataclasses.replace(self, rows=tuple(row[i:j] for i, j in zip(starts, ends)))
 
   def unrolled(self) -> tuple[tuple[str, int], ...]:
-    """(group, row) of every unrolled layer; groups: prelude, stack, coda."""
+    """Returns (group, index of the parameter set) of every unrolled layer; groups: prelude, stack, coda."""
     return (tuple(("prelude", i) for i in range(self.prelude))
             + tuple(("stack", i) for row in self.rows for i in row)
             + tuple(("coda", i) for i in range(self.coda)))
@@ -104,6 +104,6 @@ SCHEMES = {  # name -> (unshared layers at each end, rows of the inner layers)
 
 
 def make(config: config_lib.ModelConfig) -> LayerSchedule:
-  """The schedule of a validated model config."""
+  """Returns the schedule of a validated model config."""
   edge, rows = SCHEMES[config.sharing]
   return LayerSchedule(edge, edge, rows(config.num_layers - 2 * edge, config.num_recursions))

@@ -28,9 +28,9 @@ def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activa
                base: kv_view.KV | None = None, own: bool = True, keep: bool = False,
                lora: Mapping[str, Any] | None = None,
                drop_LB: jax.Array | None = None) -> tuple[types.Activations, kv_view.KV | None]:
-  """A scan over layers stacked on the leading axis of `params` (of `base`, of `lora`).
+  """Scans layers stacked on the leading axis of `params`, and of `base` and `lora`.
 
-  Where `drop_LB`, a layer leaves a row as it is.
+  A layer leaves a batch row as it is if `drop_LB` says so.
 
   Returns:
     Hidden states, and with `keep` the layers' fresh keys, stacked.
@@ -54,7 +54,7 @@ def run_layers(config: config_lib.ModelConfig, params: dict, x_BTD: types.Activa
 
 
 def layer_fn(config: config_lib.ModelConfig, own: bool):
-  """One layer as a function of its parameters, rematerialised as configured."""
+  """Returns one layer as a function of its parameters, rematerialised as configured."""
   def apply(params, x_BTD, view, base, lora):
     if params["attention"]["q"].shape[0] != config.d_model:  # a device's part
       params = sharding.gather_parameters(params, config.compute_dtype, "layer")

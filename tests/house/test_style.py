@@ -32,11 +32,7 @@ mor/conversion/modeling_mor.py
 
 mor/conversion/official_import.py
 
-mor/conversion/pretrained.py
-
 mor/conversion/recursive_init.py
-
-mor/conversion/tensors.py
 
 mor/exits/calibration.py
 
@@ -44,13 +40,7 @@ mor/exits/confidence.py
 
 mor/main.py
 
-mor/model/kernels.py
-
 mor/model/recursion.py
-
-mor/model/schedule.py
-
-mor/model/stacked.py
 
 mor/model/transformer.py
 
