@@ -34,7 +34,7 @@ Batch = Mapping[str, np.ndarray]
 def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Callable[..., dict[str, float]]:
   """Makes `evaluate(params, balance, batches) -> metrics`.
 
-  The metrics are, for the routing "causal" and, if the router looks ahead, "oracle":
+  The metrics are, for the routing "causal" and, if the model routes, "oracle":
 
     nll_, bpb_          see the module
     load_..._r          fraction of tokens that step r processes, r from 1
@@ -68,8 +68,8 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
 
 
 def routings(model: config_lib.ModelConfig) -> dict[str, str]:
-  """Returns the name of each figure and the routing behind it; the oracle's only where it can differ."""
-  return {"causal": "decide"} | ({"oracle": "select"} if router_table.make(model).looks_ahead else {})
+  """Returns the name of each figure and the routing behind it; a model that routes nothing has one figure."""
+  return {"causal": "decide"} | ({"oracle": "select"} if router_table.make(model).routes else {})
 
 
 def compressed_bits_per_byte(text: str) -> dict[str, float]:
