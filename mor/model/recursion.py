@@ -1,15 +1,15 @@
-"""The recursion: route, run the shared stack on the kept tokens, merge, R times.
+"""The recursion: at each of R steps, routes, runs the shared stack on the kept tokens, and merges.
 
   for r in 0 .. R-1:
     routing = router(h)                      which tokens, and how they enter
     y = stack(h[kept])                       the same parameters at every step
     h[kept] = [carry] h + entry h_0 + gate y     see `routers/base.py`
 
-Two executions of one routing, equal by test. `gathered` takes the kept tokens
-to a buffer of static width, so that FLOPs, time and memory are really saved;
+A routing has two executions, which a test holds equal. `gathered` copies the kept
+tokens to a buffer of static width, so that FLOPs, time and memory are saved. Its
 indices ascend, and a query sees keys by their original positions. `masked` runs
-the full width and hides the other tokens' keys: the reference, and the path
-where counts depend on the data (causal routing of a whole sequence).
+the full width and hides the keys of the other tokens. It is the reference, and
+runs when counts depend on the data (causal routing of a whole sequence).
 
 Full-width steps have equal shapes and run in one `jax.lax.scan`; steps of
 different widths are unrolled over R.
@@ -38,7 +38,14 @@ from mor.model.routers import table as router_table
 
 @struct.dataclass
 class Trace:
-  """What the routers did: per step, kept tokens, raw logits, summed statistics; and states at exits."""
+  """Record of the routing of a forward pass.
+
+  Attributes:
+    keep_RBT: True where step r processed the token.
+    score_RBT: raw router logits.
+    sums: statistics and auxiliary losses, summed over tokens.
+    exits: hidden states after the layers of `run`'s argument `exits`.
+  """
 
   keep_RBT: jax.Array
   score_RBT: jax.Array
@@ -47,13 +54,13 @@ class Trace:
 
 
 def take(x: jax.Array, index_BC: jax.Array) -> jax.Array:
-  """Rows `x[b, index[b, c]]`; an index past the end gives the last one."""
+  """Returns `x[b, index[b, c]]` for every b and c; an index past the end takes the last position."""
   index_BC = jnp.minimum(index_BC, x.shape[1] - 1)
   return jax.vmap(lambda row, index: row[index])(x, index_BC)
 
 
 def compact(keep_BT: types.Mask, width: int) -> jax.Array:
-  """Ascending positions `[B, width]` of the kept tokens; T where there are fewer."""
+  """Returns the positions `[B, width]` of the kept tokens, ascending, filled up with T."""
   seq_len = keep_BT.shape[1]
 
   def row(keep_T):
@@ -62,8 +69,16 @@ def compact(keep_BT: types.Mask, width: int) -> jax.Array:
   return jax.vmap(row)(keep_BT)
 
 
+def _count(keep_RBT: jax.Array, valid_BT: types.Mask) -> dict[str, jax.Array]:
+  """Counts tokens: all, kept by each step, candidates of each step, and kept by the last step at each position."""
+  tokens = router_base.count(valid_BT)
+  kept_R = jnp.sum(keep_RBT, axis=(1, 2), dtype=jnp.float32)
+  return {"tokens": tokens, "kept": kept_R, "candidates": jnp.concatenate([tokens[None], kept_R[:-1]]),
+          "last_T": jnp.sum(keep_RBT[-1], axis=0, dtype=jnp.float32)}
+
+
 class Recursion:
-  """The static tables of one model's recursion, and the pass over them."""
+  """The static tables of the recursion of a model, and the forward pass through all steps."""
 
   def __init__(self, config: config_lib.ModelConfig):
     self.config = config
@@ -78,16 +93,19 @@ class Recursion:
     """Runs all steps.
 
     Args:
-      params: `stack` and, where the model has them, `router`, `aux_router`, `lora`.
+      params: `stack` and, if the model has them, `router`, `aux_router`, `lora`.
       h_BTD: hidden states after the prelude.
       segment_BT: document of each position, 0 on padding.
       routing: "select" or "decide", static.
       balance: state of the router that no gradient reaches.
-      train_step: for capacity and balance warm-up; None once trained.
+      train_step: optimizer step, for capacity and balance warm-up; None once trained.
       bucket: static part of `train_step`; see `routers/base.py`.
-      key: for random scores.
-      exits: unrolled layers after which the states are wanted.
-      drop_UB: rows that an unrolled layer leaves as they are.
+      key: random key for scores that are drawn.
+      exits: numbers of unrolled layers after which to record the hidden states.
+      drop_UB: True where an unrolled layer leaves the batch row as it is.
+
+    Returns:
+      Hidden states after the last step, and the record of the routing.
     """
     valid_BT = segment_BT != 0
     plan = self.router.enter(params, h_BTD, valid_BT, balance=balance, train_step=train_step, key=key)
@@ -122,17 +140,13 @@ class Recursion:
       ends += [] if states is None else list(states)
 
     keep_RBT, score_RBT, sums = jax.tree.map(lambda *a: jnp.concatenate(a), *traces)
-    tokens = router_base.count(valid_BT)
-    kept_R = jnp.sum(keep_RBT, axis=(1, 2), dtype=jnp.float32)
-    sums = {**sums, **getattr(plan, "sums", {}), "tokens": tokens, "kept": kept_R,
-            "candidates": jnp.concatenate([tokens[None], kept_R[:-1]]),
-            "last_T": jnp.sum(keep_RBT[-1], axis=0, dtype=jnp.float32)}
+    sums = {**sums, **getattr(plan, "sums", {}), **_count(keep_RBT, valid_BT)}
     boundaries = self.schedule.boundaries()
     found = tuple(advance.exits[n] if n in advance.exits else ends[boundaries.index(n)] for n in exits)
     return state, Trace(keep_RBT, score_RBT, sums, found)
 
   def _first_scanned(self, widths: tuple[int, ...], seq_len: int) -> int:
-    """The first step from which on all steps have one shape and one KV rule."""
+    """Returns the first step from which all steps have one shape and one KV rule; R if none may be scanned."""
     num_steps = self.schedule.num_steps
     if not (self.config.scan_layers and self.schedule.cyclic) or any(w != seq_len for w in widths[1:]):
       return num_steps
@@ -141,13 +155,13 @@ class Recursion:
 
 
 class _Pass:
-  """One pass of the stack over the kept tokens of one step, merged into the state."""
+  """Runs the stack over the kept tokens of a step and merges them into the state; one object serves all steps."""
 
   def __init__(self, recursion: Recursion, stack: dict, lora: dict, segment_BT: types.Segments,
                entry_BTD: types.Activations, exits: tuple[int, ...] = (), drop_UB: jax.Array | None = None):
     self.recursion = recursion
-    self.exits = dict.fromkeys(exits)  # states after layers of a step
-    self.drop_UB, self.drop_LB = drop_UB, None  # of all layers, and of the step that runs
+    self.exits = dict.fromkeys(exits)  # hidden states after layers of the only step
+    self.drop_UB, self.drop_LB = drop_UB, None  # for all unrolled layers, and for the current step
     self.config = recursion.config
     self.stack = stack
     self.lora = lora
@@ -158,16 +172,16 @@ class _Pass:
 
   def __call__(self, step: int, lora_step: jax.Array | int, state_BTD, routed: router_base.Routing, store: dict,
                width: int, whole: bool):
-    """Returns the new state; a first step whose keys are shared fills `store`.
+    """Returns the new state; step 0 of a KV plan that shares keys fills `store`.
 
     Args:
-      step: static step whose row of the plan to use.
-      lora_step: the step itself, which may be traced.
+      step: static step by which schedule and KV plan are read.
+      lora_step: the step that runs, which may be traced.
       state_BTD: hidden states.
-      routed: this step's routing.
-      store: keys by slot, written by the first step of a sharing plan.
+      routed: routing of the step.
+      store: shared keys and values, written at step 0.
       width: static gather width; the full width does not gather.
-      whole: whether it is known that this step and those before it keep every token.
+      whole: True if this step and all earlier ones are known to keep every token.
     """
     seq_len = state_BTD.shape[1]
     lora = lora_lib.at_step(self.lora, lora_step)
@@ -177,14 +191,20 @@ class _Pass:
           self.drop_UB, schedule.prelude + lora_step * schedule.depth, schedule.depth)
     shared_first = step == 0 and self.recursion.plan.shares
     if width == seq_len or shared_first:
-      return self._full(step, lora, state_BTD, routed, store, whole)
-    gathered = lambda: self._gathered(step, lora, state_BTD, routed, store, width)
+      return self._run_full(step, lora, state_BTD, routed, store, whole)
+
+    def full():
+      return self._run_full(step, lora, state_BTD, routed, store, whole)
+
+    def gathered():
+      return self._run_gathered(step, lora, state_BTD, routed, store, width)
+
     if self.recursion.router.bounded:
       return gathered()
     fullest = sharding.max_over_devices(jnp.max(jnp.sum(routed.keep_BT, axis=1)))
-    return jax.lax.cond(fullest > width, lambda: self._full(step, lora, state_BTD, routed, store, whole), gathered)
+    return jax.lax.cond(fullest > width, full, gathered)
 
-  def _full(self, step, lora, state_BTD, routed, store, whole):
+  def _run_full(self, step, lora, state_BTD, routed, store, whole):
     seen_BT = self.segment_BT
     hides = not (whole or self.recursion.plan.shares)
     if hides:
@@ -194,13 +214,13 @@ class _Pass:
         self.position_BT, self.segment_BT, self.position_BT, seen_BT,
         index_BT=jnp.where(routed.keep_BT, self.position_BT, state_BTD.shape[1]),
         causal=self.config.cross_documents and not hides)
-    y_BTD = self._stack(step, lora, state_BTD, view, store)
+    y_BTD = self._run_stack(step, lora, state_BTD, view, store)
     new_BTD = self._enter(state_BTD, y_BTD, routed, None)
     if routed.carry:
       new_BTD = state_BTD + new_BTD
     return jnp.where(routed.keep_BT[:, :, None], new_BTD, state_BTD)
 
-  def _gathered(self, step, lora, state_BTD, routed, store, width):
+  def _run_gathered(self, step, lora, state_BTD, routed, store, width):
     with jax.named_scope("gather"):
       index_BC = compact(routed.keep_BT, width)
       x_BCD = take(state_BTD, index_BC)
@@ -211,18 +231,20 @@ class _Pass:
         kernels.choose(self.config, in_order=not reads_base), self._rotation(index_BC),
         index_BC, segment_BC, k_position, k_segment, index_BT=index_BC,
         causal=self.config.cross_documents and not reads_base)
-    y_BCD = self._stack(step, lora, x_BCD, view, store)
+    y_BCD = self._run_stack(step, lora, x_BCD, view, store)
     new_BCD = self._enter(x_BCD, y_BCD, routed, index_BC)
     with jax.named_scope("scatter"):
-      if routed.carry:
-        write = lambda row, index, new: row.at[index].add(new, mode="drop", unique_indices=True)
-      else:
-        write = lambda row, index, new: row.at[index].set(new, mode="drop", unique_indices=True)
+      def write(state_TD, index_C, new_CD):
+        kept = state_TD.at[index_C]
+        return (kept.add if routed.carry else kept.set)(new_CD, mode="drop", unique_indices=True)
+
       return jax.vmap(write)(state_BTD, index_BC, new_BCD)
 
   def _enter(self, x, y, routed: router_base.Routing, index_BC):
-    """gate * y (or y - x) + entry * h_0, on the full width or at `index_BC`."""
-    pick = (lambda a: a) if index_BC is None else (lambda a: take(a, index_BC))
+    """Returns gate * y (or gate * (y - x)) + entry * h_0, at the full width or at `index_BC`."""
+    def pick(a):
+      return a if index_BC is None else take(a, index_BC)
+
     if routed.change:
       y = y - x
     if routed.gate_BT is not None:
@@ -234,15 +256,15 @@ class _Pass:
   def _rotation(self, position):
     return layers.rotation(position, self.config)
 
-  def _stack(self, step, lora, x, view, store: dict):
-    """The stack's layers of `step`, by the plan's slots."""
+  def _run_stack(self, step, lora, x, view, store: dict):
+    """Runs the layers of `step`, whose keys the KV plan takes from the step itself or from `store`."""
     schedule, plan = self.recursion.schedule, self.recursion.plan
     start = step * schedule.depth
     own = plan.own[start:start + schedule.depth]
     base = plan.base[start:start + schedule.depth]
     if self.exits:
-      return self._parts(x, view, lora)
-    if schedule.cyclic:  # the whole stack in order, one rule for all its layers
+      return self._run_between_exits(x, view, lora)
+    if schedule.cyclic:  # every step runs the whole stack in order, by one KV rule
       keep = plan.shares and step == 0
       x, fresh = stacked.run_layers(self.config, self.stack, x, view, store.get("step_0") if base[0] >= 0 else None,
                             own=own[0] >= 0, keep=keep, lora=lora, drop_LB=self.drop_LB)
@@ -258,13 +280,15 @@ class _Pass:
         store[own[i]] = fresh
     return x
 
-  def _parts(self, x, view, lora):
-    """A plain model's layers, from exit to exit."""
+  def _run_between_exits(self, x, view, lora):
+    """Runs the layers of a plain model, from exit to exit, and records the hidden states at each exit."""
+    def run_part(x, start, end):
+      stack, deltas, drop_LB = jax.tree.map(lambda a: a[start:end], (self.stack, lora, self.drop_LB))
+      return stacked.run_layers(self.config, stack, x, view, lora=deltas, drop_LB=drop_LB)[0]
+
     start = 0
     for end in (*self.exits, self.recursion.schedule.depth):
-      cut = lambda a, start=start, end=end: a[start:end]
-      x, _ = stacked.run_layers(self.config, jax.tree.map(cut, self.stack), x, view, lora=jax.tree.map(cut, lora),
-                        drop_LB=jax.tree.map(cut, self.drop_LB))
+      x = run_part(x, start, end)
       if end in self.exits:
         self.exits[end] = x
       start = end

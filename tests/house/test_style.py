@@ -40,10 +40,6 @@ mor/exits/confidence.py
 
 mor/main.py
 
-mor/model/recursion.py
-
-mor/model/transformer.py
-
 mor/serve/cli.py
 
 mor/serve/model.py
