@@ -1,12 +1,12 @@
-"""Folders that transformers loads.
+"""Writes folders that transformers loads, and reads them back.
 
-  write(folder, model, variables, …)         MorForCausalLM, with trust_remote_code=True
-  read(folder)                               and back
-  write_llama(folder, model, variables, …)   LlamaForCausalLM, of a model without routing; with
-                                             `qk_norm` Qwen3ForCausalLM
+  write(folder, model, variables, …)         writes a MorForCausalLM (trust_remote_code=True)
+  read(folder)                               reads a folder of `write`
+  write_llama(folder, model, variables, …)   writes a model without routing as a LlamaForCausalLM,
+                                             with `qk_norm` as a Qwen3ForCausalLM
 
-A folder appears whole or not at all. In bfloat16 every tensor is rounded once,
-but for the routers, whose choices are made in float32.
+A folder appears whole or not at all. In bfloat16 every tensor is rounded once.
+Routers stay in float32, because they choose in float32.
 
 Source: transformers configuration_utils, tokenization_utils_tokenizers.
 """
@@ -37,18 +37,18 @@ from mor.model.kv import plans as kv_plans
 from mor.model.routers import table as router_table
 
 MODELING = pathlib.Path(__file__).with_name("modeling_mor.py")
-ROUTERS = ("fixed", "expert_choice", "token_choice")  # those that modeling_mor.py runs
-_SIZES = {  # Hugging Face's field -> ours
+ROUTERS = ("fixed", "expert_choice", "token_choice")  # routers that modeling_mor.py implements
+_SIZES = {  # field of Hugging Face -> field of `ModelConfig`
     "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_ff",
     "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
     "head_dim": "head_dim", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps", "initializer_range": "init_std",
     "tie_word_embeddings": "tie_embeddings",
 }
-ROPE_SCALING = {  # Hugging Face's fields of rope_type "llama3" -> ours
+ROPE_SCALING = {  # field of rope_type "llama3" in Hugging Face -> field of `RopeScalingConfig`
     "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "original_context",
 }
-_OWN = ("sharing", "num_recursions", "kv_plan")  # fields that Llama has not
+_OWN = ("sharing", "num_recursions", "kv_plan")  # fields that a Llama does not have
 _FLOAT32 = ("model.router.", "model.aux_router.", "model.balance_bias")
 
 
@@ -58,19 +58,19 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
   """Writes a folder for `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`.
 
   Args:
-    directory: to create; may be there if it is empty.
-    model: of the variables.
-    variables: {"params": …} and, where the model has one, {"balance": …}.
-    tokenizer: JSON of the `tokenizers` library; None writes none.
-    chat_template: Jinja, as transformers reads it.
-    context: positions that the model was trained with.
+    directory: directory to create; an empty one may exist.
+    model: config of the model.
+    variables: {"params": …} and, if the model has a balance state, {"balance": …}.
+    tokenizer: JSON of the `tokenizers` library; None writes no tokenizer.
+    chat_template: Jinja template, as transformers reads it.
+    context: number of positions that the model was trained with.
     dtype: "float32" or "bfloat16".
-    special_ids: ids that begin ("bos"), end ("eos", which may be several) and pad
-      ("pad") a text, as far as there are such; without "pad" the first "eos" pads.
+    special_ids: ids that begin ("bos"), end ("eos", one or several) and pad ("pad")
+      a text; each name may be missing. Without "pad" the first "eos" pads.
 
   Raises:
-    ValueError: the model or the variables cannot be written, or there is something
-      in the directory.
+    ValueError: the model or the variables cannot be written, or the directory is
+      not empty.
   """
   if model.router.name not in ROUTERS:
     raise ValueError(f"router.name={model.router.name!r}: modeling_mor.py has no such router ({', '.join(ROUTERS)}); "
@@ -98,12 +98,14 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
 def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, variables: Mapping[str, Any], *,
                 tokenizer: str | None, chat_template: str | None, context: int, dtype: str,
                 special_ids: Mapping[str, Sequence[int]]) -> None:
-  """Writes a folder of a plain Llama (with `qk_norm` Qwen3): every unrolled layer its own tensors, LoRA folded in.
+  """Writes a folder of a plain Llama, or with `qk_norm` of a Qwen3.
+
+  Every unrolled layer has its own tensors, into which LoRA is folded.
 
   Args: see `write`.
 
   Raises:
-    ValueError: as `write`, or the model is no plain Llama when unrolled.
+    ValueError: as `write`, or the unrolled model is no plain Llama.
   """
   schedule = schedule_lib.make(model)
   if router_table.make(model).routes:
@@ -131,7 +133,7 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
 
 
 def _folded(model: model_config.ModelConfig, variables: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
-  """Returns what LoRA adds to the tensors of the unrolled layers, in float64, made when it is asked for."""
+  """Returns, by tensor of the unrolled layers, a function that computes the delta of LoRA in float64."""
   schedule = schedule_lib.make(model)
   entries = {entry.key: entry for entry in layout.layout(model, "mor")}
 
@@ -150,13 +152,13 @@ def _folded(model: model_config.ModelConfig, variables: Mapping[str, Any]) -> di
 
 
 def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-  """What `write` wrote: fields of `ModelConfig`, and variables in float32.
+  """Reads a folder of `write`: fields of `ModelConfig`, and variables in float32.
 
-  The fields leave out those of a run: execution, attention, cross_documents,
+  Fields that belong to a run are left out: execution, attention, cross_documents,
   compute_dtype, remat and scan_layers.
 
   Raises:
-    ValueError: a file or a tensor is missing, too much, broken or of a wrong shape.
+    ValueError: a file or a tensor is missing, unexpected, broken or of a wrong shape.
   """
   directory = pathlib.Path(directory)
   fields = read_fields(directory / "config.json")
@@ -183,7 +185,7 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_fields(path: pathlib.Path) -> dict[str, Any]:
-  """What `read` gives first, from config.json alone; raises as it does."""
+  """Reads the fields of `ModelConfig` from config.json alone; raises as `read` does."""
   if not path.is_file():
     raise ValueError(f"{path}: no such file; name the folder of an export")
   config = tensors_lib.read_json(path)
@@ -197,7 +199,7 @@ def read_fields(path: pathlib.Path) -> dict[str, Any]:
   scaling = ({ours: said[theirs] for theirs, ours in ROPE_SCALING.items()} if said
              else dataclasses.asdict(pretrained.NO_SCALING))
   return {**{ours: config[theirs] for theirs, ours in _SIZES.items()}, **{field: config[field] for field in _OWN},
-          "qk_norm": config.get("qk_norm", False),  # an export without it says nothing
+          "qk_norm": config.get("qk_norm", False),  # a model without qk_norm writes no such field
           "rope_scaling": scaling, "lora": ranks, "router": config["router"]}
 
 
@@ -208,7 +210,7 @@ def _short(name: str) -> str:
 
 def _shared_fields(model: model_config.ModelConfig, context: int, dtype: str,
                    special_ids: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-  """What both kinds of config.json hold."""
+  """Returns the fields that both kinds of config.json have."""
   if dtype not in ("float32", "bfloat16"):
     raise ValueError(f"dtype={dtype!r}; use 'float32' or 'bfloat16'")
   return {"dtype": dtype, "max_position_embeddings": context, **_token_ids(special_ids),
@@ -223,9 +225,12 @@ def _rope_scaling(model: model_config.ModelConfig) -> dict[str, Any] | None:
 
 
 def _token_ids(special_ids: Mapping[str, Sequence[int]]) -> dict[str, int | list[int] | None]:
-  """Fields of Hugging Face; several ends are a list."""
+  """Returns the ids by field of Hugging Face; several ids of "eos" are a list."""
   bos, eos, pad = (list(special_ids.get(name, ())) for name in ("bos", "eos", "pad"))
-  first = lambda ids: ids[0] if ids else None
+
+  def first(ids):
+    return ids[0] if ids else None
+
   return {"bos_token_id": first(bos), "eos_token_id": eos if len(eos) > 1 else first(eos),
           "pad_token_id": first(pad or eos)}
 
@@ -236,7 +241,7 @@ def _cast(theirs: np.ndarray, dtype: str) -> np.ndarray:
 
 def _tokenizer_files(model: model_config.ModelConfig, tokenizer: str | None, chat_template: str | None, context: int,
                      special_ids: Mapping[str, Sequence[int]]) -> dict[str, str]:
-  """Content by file name."""
+  """Returns the content of each file of tokenizer and generation, by file name."""
   ids = _token_ids(special_ids)
   files = {"generation_config.json": json.dumps(ids, indent=2)}
   if tokenizer is None:
@@ -270,7 +275,7 @@ def _write_folder(folder: pathlib.Path, config: dict, state: dict[str, np.ndarra
 
 @contextlib.contextmanager
 def _publish(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A folder beside `directory` that takes its place when it is complete."""
+  """Yields a folder beside `directory`, and renames it to `directory` when it is complete."""
   directory = pathlib.Path(directory).expanduser().absolute()
   if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
     raise ValueError(f"{directory} is there and not empty; name a new folder, or remove it")

@@ -1,7 +1,7 @@
-"""Reads a Hugging Face folder: of the Llama family, or one of our own exports.
+"""Reads a Hugging Face folder of a Llama-like model, or a folder that `hf_export.py` wrote.
 
-Source: transformers models/llama/configuration_llama.py for names and defaults,
-models/mistral for Mistral, which without a sliding window computes the same;
+Source: transformers models/llama/configuration_llama.py for names and defaults;
+models/mistral for Mistral, which computes the same without a sliding window;
 models/qwen3 for Qwen3, which also norms queries and keys.
 """
 
@@ -17,13 +17,13 @@ from mor.conversion import tensors as tensors_lib
 
 _LLAMA = dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, tie_word_embeddings=False,
               initializer_range=0.02)
-DEFAULTS = {  # model_type -> what a config.json need not say
+DEFAULTS = {  # model_type -> values of fields that config.json may leave out
     "llama": _LLAMA,
     "mistral": _LLAMA | dict(max_position_embeddings=131072, sliding_window=4096),
     "qwen3": _LLAMA | dict(max_position_embeddings=32768, head_dim=128, use_sliding_window=False),
 }
-_FIXED = {"qwen3": dict(qk_norm=True)}  # model_type -> fields of ours that it fixes
-_PLAIN = {  # field -> values that leave a plain Llama; anything else computes something else
+_FIXED = {"qwen3": dict(qk_norm=True)}  # model_type -> fields of `ModelConfig` that it fixes
+_PLAIN = {  # field -> values of a plain Llama; any other value changes the computation
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -40,11 +40,11 @@ def read(path: pathlib.Path) -> pretrained.Source:
   """Reads the folder.
 
   Raises:
-    ValueError: the model is of a kind that is unsupported, or a file lies.
+    ValueError: the kind of model is unsupported, or a file is inconsistent.
     OSError: a file cannot be read.
   """
   config_path, config, model = _begin(path)
-  if config.get("model_type") == "mor":  # trained on in PyTorch, say
+  if config.get("model_type") == "mor":  # an export, perhaps trained further in PyTorch
     variables = hf_export.read(path)[1]
   else:
     variables = pretrained.assemble(tensors_lib.open_path(path), model, "hf")
@@ -53,12 +53,12 @@ def read(path: pathlib.Path) -> pretrained.Source:
 
 
 def describe(path: pathlib.Path) -> model_config.ModelConfig:
-  """The model alone; raises as `read` does."""
+  """Returns the model alone; raises as `read` does."""
   return _begin(path)[2]
 
 
 def _begin(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], model_config.ModelConfig]:
-  """config.json: its path, what it says, and the model that is."""
+  """Returns the path of config.json, its content, and the model that it describes."""
   if not path.is_dir():
     raise ValueError(f"hf:{path} is no folder; name the one that holds config.json")
   config_path = path / "config.json"
@@ -77,21 +77,24 @@ def _begin(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], model_conf
 
 
 def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
-  """Fields of `ModelConfig` that a Llama's config.json tells.
+  """Returns the fields of `ModelConfig` that the config.json of a Llama gives.
 
   Raises:
-    ValueError: one is missing, of another type, or unsupported.
+    ValueError: a field is missing, of another type, or unsupported.
   """
   kind = config.get("model_type")
   if not isinstance(kind, str) or kind not in DEFAULTS:
     raise ValueError(f"{where}: model_type {kind!r} is unsupported; use one of {', '.join(DEFAULTS)}")
   config = DEFAULTS[kind] | config
   if config.get("use_sliding_window") is False:
-    config["sliding_window"] = None  # whatever width is said, no layer has it
+    config["sliding_window"] = None  # no layer uses the width that the file may give
   for name, plain in _PLAIN.items():
     if config.get(name, plain[0]) not in plain:
       raise ValueError(f"{where}: {name}={config[name]!r} is unsupported; only {name}={plain[0]!r} is a plain Llama")
-  take = lambda name, *default: _number(config, name, int, where, *default)
+
+  def take(name, *default):
+    return _number(config, name, int, where, *default)
+
   heads, d_model = take("num_attention_heads"), take("hidden_size")
   return dict(
       vocab_size=take("vocab_size"), d_model=d_model, num_heads=heads,
@@ -104,12 +107,12 @@ def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
 
 
 def context(config: Mapping[str, Any], where: pathlib.Path) -> int:
-  """Positions the model was trained for."""
+  """Returns the number of positions that the model was trained for."""
   return _number(DEFAULTS.get(config["model_type"], {}) | config, "max_position_embeddings", int, where)
 
 
 def companions(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a `Source` that lie beside the weights: tokenizer, template, special tokens."""
+  """Reads the fields of a `Source` from the files beside the weights: tokenizer, template, special tokens."""
   tokenizer = _text(folder / "tokenizer.json")
   if tokenizer is not None:
     try:
@@ -121,7 +124,7 @@ def companions(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any
   template = _text(folder / "chat_template.jinja")
   if template is None:
     template = said.get("chat_template")
-  if isinstance(template, list):  # several by name
+  if isinstance(template, list):  # several templates, by name
     named = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
     template = named.get("default")
   tokens = {name: said.get(f"{name}_token") for name in _SPECIAL}
@@ -143,13 +146,13 @@ def _text(path: pathlib.Path) -> str | None:
 
 
 def _rope_theta(config: Mapping[str, Any], where: pathlib.Path) -> float:
-  """The base, from `rope_theta` or the newer `rope_parameters`."""
+  """Returns the rotary base, from `rope_theta` or the newer `rope_parameters`."""
   said = config.get("rope_parameters") or {}
   return _number(said if said.get("rope_theta") else config, "rope_theta", float, where)
 
 
 def _rope_scaling(config: Mapping[str, Any], where: pathlib.Path) -> model_config.RopeScalingConfig:
-  """Llama 3's, or none, from `rope_scaling` or the newer `rope_parameters`."""
+  """Returns the scaling of Llama 3 or no scaling, from `rope_scaling` or the newer `rope_parameters`."""
   scaling = pretrained.NO_SCALING
   for group in ("rope_scaling", "rope_parameters"):
     said = config.get(group) or {}

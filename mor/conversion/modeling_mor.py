@@ -3,18 +3,19 @@
   model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 A Llama decoder whose middle is a stack of shared layers that runs up to R times
-a token. Before each step a router decides, from the token alone, which tokens go
-on; those are taken out, run and put back, so a token that left costs nothing more:
+for a token. Before each step a router decides for each token, from its hidden state
+alone, whether the step keeps it. Kept tokens are gathered, run and scattered back, so
+a token that left costs no more compute:
 
   x = state[kept];  y = stack(x);  state[kept] = merge(x, y, gate)
 
 Every step may add low-rank deltas of its own to the shared projections,
-y = W x + b(a(x)). Routing is inference's, so a loss here is the language model's
-alone, without the routers' auxiliary losses.
+y = W x + b(a(x)). Routing is causal, as in inference, so the loss is the language
+modeling loss, without the auxiliary losses of routers.
 
-Arrays are named by their axes: B rows, T columns of the input, S columns with the
-past, M tokens that run (flat), b rows that run, C queries a row, D model width,
-F inner width, N query heads, K key heads, H head width.
+Arrays are named by their axes: B batch rows, T columns of the input, S columns with
+the past, M tokens that run (flat), b batch rows that run, C queries of a batch row,
+D model width, F inner width, N query heads, K key heads, H head width.
 
 Source: Mixture-of-Recursions (arXiv 2507.10524); Relaxed Recursive Transformers
 (arXiv 2410.20672); transformers models/llama.
@@ -34,25 +35,25 @@ ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda x: x
 
 
 class MorConfig(PreTrainedConfig):
-  """Sizes as of Llama, with every unrolled layer in `num_hidden_layers`, and
+  """Sizes, named as those of Llama, and the fields of recursion; `num_hidden_layers` counts unrolled layers.
 
   Attributes:
     sharing: vanilla, cycle, sequence, middle_cycle or middle_sequence; the last two
       leave the first and the last layer unshared.
-    num_recursions: R.
-    kv_plan: recursion_wise (a step sees the keys of its own tokens), shared (the
-      first step's keys) or hybrid (the first step's, overlaid by its own).
-    lora: rank of each projection's delta, by name, e.g. {"q_proj": 8}.
+    num_recursions: number R of steps.
+    kv_plan: recursion_wise (a step sees the keys of its own tokens), shared (the keys
+      of the first step) or hybrid (the keys of the first step, overlaid by its own).
+    lora: rank of the delta of each projection, by name, e.g. {"q_proj": 8}.
     qk_norm: True norms each head of queries and keys before it rotates, as Qwen3 does.
-    rotary_scaling: Llama 3's factor, low_freq_factor, high_freq_factor and
-      original_max_position_embeddings, or None.
+    rotary_scaling: factor, low_freq_factor, high_freq_factor and
+      original_max_position_embeddings of Llama 3, or None.
     router: name (fixed, expert_choice, token_choice), arch, activation, alpha,
-      temperature, capacity, gating, sampling, balancing; the rest is training's.
+      temperature, capacity, gating, sampling and balancing; other entries serve training.
   """
 
   model_type = "mor"
   keys_to_ignore_at_inference = ["past_key_values", "depths"]
-  # Where config.json does not say.
+  # Defaults of fields that config.json leaves out.
   vocab_size, hidden_size, intermediate_size, num_hidden_layers = 32000, 512, 1536, 8
   num_attention_heads, num_key_value_heads, head_dim, max_position_embeddings = 8, 8, 64, 2048
   rope_theta, rms_norm_eps, initializer_range, use_cache, tie_word_embeddings = 10000.0, 1e-5, 0.02, True, True
@@ -60,11 +61,11 @@ class MorConfig(PreTrainedConfig):
   rotary_scaling, qk_norm = None, False
 
   def edge(self):
-    """Unshared layers at each end."""
+    """Returns the number of unshared layers at each end."""
     return 1 if self.sharing.startswith("middle_") else 0
 
   def steps(self):
-    """For each step, its layers: the stack's row, and the slots (see `MorCache`) it writes and also reads."""
+    """Returns the layers of each step: stack index, slot (see `MorCache`) to write, and slot to read besides."""
     edge, inner = self.edge(), self.num_hidden_layers - 2 * self.edge()
     depth = inner // self.num_recursions
     rows = [i // self.num_recursions if self.sharing.endswith("sequence") else i % depth for i in range(inner)]
@@ -75,7 +76,7 @@ class MorConfig(PreTrainedConfig):
     return [layers[r * depth:(r + 1) * depth] for r in range(self.num_recursions)]
 
   def widths(self):
-    """Inputs and outputs of a layer's projections."""
+    """Returns the numbers of inputs and outputs of the projections of a layer."""
     d, f = self.hidden_size, self.intermediate_size
     q, k = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
     return {"self_attn": {"q_proj": (d, q), "k_proj": (d, k), "v_proj": (d, k), "o_proj": (q, d)},
@@ -84,7 +85,7 @@ class MorConfig(PreTrainedConfig):
 
 @dataclasses.dataclass
 class MorOutput(ModelOutput):
-  """What `forward` returns; `depths` [B, T] counts the steps of each token, 0 on padding."""
+  """Result of `forward`; `depths` [B, T] counts the steps of each token, 0 on padding."""
 
   loss: torch.Tensor | None = None
   logits: torch.Tensor | None = None
@@ -93,7 +94,7 @@ class MorOutput(ModelOutput):
 
 
 class _Slot:
-  """Keys (rotated) and values of one unrolled layer [B, S, K, H], and where they were written [B, S]."""
+  """Keys (rotated) and values [B, S, K, H] of one unrolled layer, and which columns were written [B, S]."""
 
   tensors = None
 
@@ -115,9 +116,9 @@ class _Slot:
 class MorCache(Cache):
   """Keys and values of the unrolled layers, one slot each.
 
-  A slot holds every column of every row, those of tokens that never came there too.
-  So recursion_wise and hybrid take the memory of a plain decoder as deep as the
-  unrolled one, shared that of its different layers; compute is what is saved.
+  A slot has a place for every token of every batch row, whether or not the layer ran
+  it. So recursion_wise and hybrid take the memory of a plain decoder of all unrolled
+  layers, and shared that of the unique layers. Routing saves compute, not this memory.
   """
 
   def __init__(self, config):
@@ -143,10 +144,10 @@ class MorCache(Cache):
 
 
 class _View:
-  """A pass over the tokens of `run_BT`, flat: where they stand and which columns they may see.
+  """A pass over the flat tokens of `run_BT`: their places and the columns that they may see.
 
-  Attention lays queries out [b, C]: b rows with a token, C tokens of the fullest. A
-  place left over sees its whole row: without a key, some softmax would make it NaN.
+  Attention lays queries out [b, C]: b batch rows with a token, C tokens of the fullest
+  batch row. An empty place sees its whole batch row, because softmax over no key is NaN.
   """
 
   def __init__(self, run_BT, valid_BS, rotation_BTH):
@@ -163,7 +164,7 @@ class _View:
     self.mask_bCS = past_bCS & (valid_BS if self.rows is None else valid_BS[self.rows])[:, None]
 
   def attend(self, q_MNH, own, base):
-    """Over the keys of `own`, of `base`, or of `base` overlaid by `own`."""
+    """Returns attention over the keys of `own`, of `base`, or of `base` overlaid by `own`."""
     k_bSKH, v_bSKH, written_bS = (base if own is None else own).read(self)
     if own is not None and base is not None:
       under, pick = base.read(self), written_bS[:, :, None, None]
@@ -171,7 +172,7 @@ class _View:
       written_bS = written_bS | under[2]
     (b, c), num_kv = self.size, k_bSKH.shape[2]
     q_bCNH = q_MNH.new_zeros(b, c, *q_MNH.shape[1:]).index_put(self.place, q_MNH)
-    group = q_MNH.shape[1] // num_kv  # query heads of one key head stand as further queries: no key is copied
+    group = q_MNH.shape[1] // num_kv  # query heads of one key head become further queries, so no key is copied
     q_bKXH = q_bCNH.unflatten(2, (num_kv, group)).transpose(1, 2).flatten(2, 3)
     mask_bXS = (self.mask_bCS & written_bS[:, None]).repeat_interleave(group, 1)
     out_bKXH = F.scaled_dot_product_attention(
@@ -180,7 +181,7 @@ class _View:
 
 
 def frequencies(config, device):
-  """Rotary frequencies [H / 2]; Llama 3's scaling leaves fast ones and divides slow ones."""
+  """Returns rotary frequencies [H / 2]; the scaling of Llama 3 keeps high ones and divides low ones."""
   half, scaling = config.head_dim // 2, config.rotary_scaling
   frequency_H = config.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
   if scaling:
@@ -192,18 +193,18 @@ def frequencies(config, device):
 
 
 def rotate(x_MNH, rotation_M1H):
-  """Rotary embedding in the half-split layout, in float32."""
+  """Applies rotary embedding in the half-split layout, in float32."""
   (cos, sin), (low, high) = rotation_M1H, x_MNH.float().chunk(2, -1)
   return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x_MNH.dtype)
 
 
 def linear(num_in, num_out):
-  """A projection; none has a bias."""
+  """Makes a projection without bias."""
   return nn.Linear(num_in, num_out, bias=False)
 
 
 class MorDeltas(nn.Module):
-  """What one step adds to the projections of one of its layers: b(a(x)) of those with a rank."""
+  """Deltas b(a(x)) that one step adds to the projections of one layer, if they have a rank."""
 
   def __init__(self, config):
     super().__init__()
@@ -214,7 +215,7 @@ class MorDeltas(nn.Module):
 
 
 class MorLayer(nn.Module):
-  """x + attention(norm(x)), then x + swiglu(norm(x)); its weights may serve many unrolled layers."""
+  """A layer: x + attention(norm(x)), then x + swiglu(norm(x)); many unrolled layers may share it."""
 
   def __init__(self, config):
     super().__init__()
@@ -248,7 +249,7 @@ class MorLayer(nn.Module):
 
 
 class MorScore(nn.Module):
-  """A router's score network, in float32 whatever the model's type."""
+  """Score network of a router, in float32 for a model of any type."""
 
   def __init__(self, config, num_outputs):
     super().__init__()
@@ -264,14 +265,19 @@ class MorScore(nn.Module):
 
 
 class MorModel(nn.Module):
-  """The layers and routers: from embedded tokens to normed states [B, T, D] and depths [B, T]."""
+  """The layers and routers, which turn embedded tokens into normed hidden states [B, T, D] and depths [B, T]."""
 
   def __init__(self, config):
     super().__init__()
     self.config = config
     router, steps = config.router, config.steps()
-    layers = lambda num: nn.ModuleList(MorLayer(config) for _ in range(num))
-    scores = lambda num, outs: nn.ModuleList(MorScore(config, outs) for _ in range(num))
+
+    def layers(num):
+      return nn.ModuleList(MorLayer(config) for _ in range(num))
+
+    def scores(num, outs):
+      return nn.ModuleList(MorScore(config, outs) for _ in range(num))
+
     self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
     self.prelude, self.coda = layers(config.edge()), layers(config.edge())
     self.stack = layers(1 + max(row for step in steps for row, _, _ in step))
@@ -285,7 +291,7 @@ class MorModel(nn.Module):
 
   def forward(self, h_BTD, valid_BT, rotation_BTH, cache):
     def run(state_BTD, run_BT, calls, keep_BT=None, merge=None):
-      """Layers on the tokens of `run_BT`; those of `keep_BT` take the merged result."""
+      """Runs layers on the tokens of `run_BT`; with `merge`, only tokens of `keep_BT` change."""
       if not run_BT.any():
         return state_BTD
       view = _View(run_BT, cache.valid_BS, rotation_BTH)
@@ -296,10 +302,12 @@ class MorModel(nn.Module):
         y_MD = torch.where(keep_BT[view.at][:, None], merge(x_MD, y_MD, view.at), x_MD)
       return state_BTD.index_put(view.at, y_MD)
 
+    def slot(index):
+      return None if index is None else cache.slots[index]
+
     state_BTD = h_BTD = run(h_BTD, valid_BT, zip(self.prelude, cache.slots))
     alive_BT, depth_BT = valid_BT, torch.zeros_like(valid_BT, dtype=torch.long)
     chosen = self._choose(h_BTD) if self.config.router["name"] == "token_choice" else None
-    slot = lambda index: None if index is None else cache.slots[index]
     for step, layers in enumerate(self.config.steps()):
       calls = [(self.stack[row], slot(own), slot(base), lora)
                for (row, own, base), lora in zip(layers, self.lora[step])]
@@ -311,7 +319,7 @@ class MorModel(nn.Module):
     return self.norm(state_BTD), depth_BT
 
   def _choose(self, h_BTD):
-    """Token-choice: every token's last step, and its gate."""
+    """Returns, for token-choice, the last step of every token and its gate."""
     router = self.config.router
     prob_BTR = router["alpha"] * ACTIVATIONS[router["activation"]](self.router[0](h_BTD / router["temperature"]))
     biased_BTR = prob_BTR + self.balance_bias if router["balancing"] == "loss_free" else prob_BTR
@@ -319,9 +327,12 @@ class MorModel(nn.Module):
     return last_BT, prob_BTR.gather(-1, last_BT[..., None])[..., 0]
 
   def _route(self, step, state_BTD, alive_BT, entry_BTD, chosen):
-    """The tokens that go on, and how the stack's y enters the state x of a token."""
+    """Returns the tokens that the step keeps, and a function that merges the output y into the state x of a token."""
     router, num_steps = self.config.router, self.config.num_recursions
-    times = lambda gate_BT, x_MD, at: gate_BT[at][:, None].to(x_MD.dtype) * x_MD
+
+    def times(gate_BT, x_MD, at):
+      return gate_BT[at][:, None].to(x_MD.dtype) * x_MD
+
     if router["name"] == "fixed":
       return alive_BT, lambda x, y, at: y
     additive, residual = (router["gating"] == name for name in ("additive", "residual"))
@@ -330,14 +341,18 @@ class MorModel(nn.Module):
       predictor_BT = self.aux_router[step](state_BTD)[..., 0] if self.aux_router else logit_BT
       gate_BT = router["alpha"] * ACTIVATIONS[router["activation"]](logit_BT)
       capacity = router["capacity"][step] if router["capacity"] else (num_steps - step) / num_steps
-      change = lambda x, y: y - x if residual else y
-      keep_BT = alive_BT & ((predictor_BT >= 0) | (capacity == 1.0))  # a full step takes all that are alive
-      return keep_BT, lambda x, y, at: x + (change(x, y) if additive else times(gate_BT, change(x, y), at))
+      keep_BT = alive_BT & ((predictor_BT >= 0) | (capacity == 1.0))  # a step of full capacity keeps all live tokens
+
+      def merge(x_MD, y_MD, at):
+        change_MD = y_MD - x_MD if residual else y_MD
+        return x_MD + (change_MD if additive else times(gate_BT, change_MD, at))
+
+      return keep_BT, merge
     last_BT, gate_BT = chosen
     exit_BT, one_BT = last_BT == step, torch.ones_like(gate_BT)
     gated_BT = torch.ones_like(exit_BT) if router["gating"] == "every_step" else exit_BT & (not additive)
     factor_BT = torch.where(gated_BT, gate_BT, one_BT)
-    entry_BT = exit_BT * (one_BT - gate_BT if residual else one_BT)  # of the state before the first step
+    entry_BT = exit_BT * (one_BT - gate_BT if residual else one_BT)  # factor of the state before the first step
     return alive_BT & (last_BT >= step), lambda x, y, at: times(factor_BT, y, at) + times(entry_BT, entry_BTD[at], at)
 
 
@@ -360,7 +375,7 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
   def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
               labels=None, use_cache=None, logits_to_keep=0, return_dict=True, output_hidden_states=False,
               output_attentions=False, **kwargs):
-    """As of any causal model of transformers; see `MorOutput`."""
+    """Runs the model, with the arguments of any causal model of transformers; returns a `MorOutput`."""
     if output_hidden_states or output_attentions:
       raise ValueError("output_hidden_states and output_attentions are not supported; read `depths` of the output")
     if past_key_values is not None and not isinstance(past_key_values, MorCache):

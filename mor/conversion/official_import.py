@@ -1,18 +1,18 @@
 """Reads a checkpoint of the official PyTorch MoR, raymin0223/mixture_of_recursions.
 
-A folder, or a file in one, with
+A checkpoint is a folder, or a file in a folder, with
 
-  config.json   the Llama inside, its layers counted unrolled
-  *.yaml        the recipe of that repository: recursive, kv_sharing and mor
+  config.json   config of the Llama, with the number of unrolled layers
+  *.yaml        recipe of the official repository: recursive, kv_sharing and mor
   weights       model.safetensors or pytorch_model.bin, sharded or not, or *.pt
 
-What is not there, `target` must tell; what is there must agree with it. Where
-upstream has defaults or ignores an option, so does `read`: alpha is 0.1
-(softmax: 1.0) and ignored by expert-choice without activation, and "wide_mlp"
-is as wide as "mlp" there, so the width comes from the weights.
+If a file is missing, `target` must give its options; options of a file must agree
+with `target`. `read` has the defaults of the official code, and ignores the same
+options: alpha is 0.1 (softmax: 1.0), and expert-choice without activation ignores
+it. The official "wide_mlp" is as wide as "mlp", so the width comes from the weights.
 
-Source: upstream's util/config.py, model/sharing_strategy/llama.py and
-model/mor_model.
+Source: util/config.py, model/sharing_strategy/llama.py and model/mor_model of the
+official repository.
 """
 
 from collections.abc import Mapping
@@ -32,20 +32,20 @@ from mor.model.routers import scores
 
 _PLANS = {(False, False): "recursion_wise", (True, False): "shared", (True, True): "hybrid"}
 _TRAINING = {"capacity_warmup_steps", "sampling_coef", "aux_router_lr_multiplier", "z_loss_coef", "balance_coef",
-             "bias_update_rate", "balance_warmup_steps", "sampling", "balancing"}  # tell nothing of a trained model
-_NO_CONTEXT = 2048  # of every released model
+             "bias_update_rate", "balance_warmup_steps", "sampling", "balancing"}  # no part of a trained model
+_NO_CONTEXT = 2048  # context of every released model
 
 
 def read(path: pathlib.Path, target: model_config.ModelConfig | None) -> pretrained.Source:
   """Reads a checkpoint.
 
   Args:
-    path: a folder or a file of weights.
-    target: what the files do not tell, and the fields that only matter to training.
+    path: folder, or file of weights.
+    target: model whose fields complete the files, those of training included.
 
   Raises:
-    ValueError: nothing tells the options, the files and `target` differ, the
-      checkpoint is of a kind that is unsupported, or a file lies.
+    ValueError: options are missing, the files and `target` differ, the kind of
+      checkpoint is unsupported, or a file is inconsistent.
     OSError: a file cannot be read.
   """
   folder = path if path.is_dir() else path.parent
@@ -72,7 +72,7 @@ def _llama(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _recipe(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
-  """The one .yaml of the folder."""
+  """Reads the only .yaml of the folder; returns None if the folder has none."""
   paths = sorted(folder.glob("*.yaml"))
   if len(paths) > 1:
     raise ValueError(f"{folder} has {len(paths)} recipes, {paths[0].name}, {paths[1].name}, …; leave one")
@@ -88,7 +88,7 @@ def _recipe(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
 
 
 def _group(where: pathlib.Path, options: Mapping[str, Any], name: str) -> dict[str, Any]:
-  """A group of options, {} if it is not there or not enabled."""
+  """Returns a group of options, or {} if the group is missing or not enabled."""
   group = options.get(name) or {}
   if not isinstance(group, dict):
     raise ValueError(f"{where}: {name}={group!r}; give a group of options")
@@ -96,7 +96,7 @@ def _group(where: pathlib.Path, options: Mapping[str, Any], name: str) -> dict[s
 
 
 def _recursion(where: pathlib.Path, recipe: Mapping[str, Any], tensors: tensors_lib.Tensors) -> dict[str, Any]:
-  """Fields of `ModelConfig` that a recipe tells."""
+  """Returns the fields of `ModelConfig` that a recipe gives."""
   recursive, mor = _group(where, recipe, "recursive"), _group(where, recipe, "mor")
   sharing_kv = _group(where, recipe, "kv_sharing")
   if _group(where, recipe, "relaxation"):
@@ -104,7 +104,7 @@ def _recursion(where: pathlib.Path, recipe: Mapping[str, Any], tensors: tensors_
   if recursive and not recursive.get("ln_share", True):
     raise ValueError(f"{where}: recursive.ln_share=false is unsupported; norms are shared with their layer")
   steps = recursive.get("num_recursion", 1)
-  if not recursive or steps == 1:  # upstream cuts such a model to one pass
+  if not recursive or steps == 1:  # the official code runs such a model once
     if mor or sharing_kv:
       raise ValueError(f"{where}: mor or kv_sharing without recursive is unsupported; enable recursive")
     return dict(sharing="vanilla", num_recursions=1, kv_plan="recursion_wise", router=pretrained.NO_ROUTER)
@@ -142,7 +142,7 @@ def _expert(mor: Mapping[str, Any], own: Mapping[str, Any], steps: int) -> dict[
   said = dict(activation=activation, alpha=1.0 if activation == "none" else _alpha(own, 0.1),
               sampling=own.get("sampling") or "none", sampling_coef=float(own.get("coeff", 0.001)),
               capacity_warmup_steps=int(own.get("cap_warmup_step") or 0))
-  if mor.get("rand_router"):  # scores are drawn; nothing is activated or learnt
+  if mor.get("rand_router"):  # scores are drawn, without activation or learning
     said |= dict(arch="random", activation="none", alpha=_alpha(own, 0.1), sampling="none")
   if mor.get("capacity"):
     capacity = tuple(float(part) for part in str(mor["capacity"]).split(","))
@@ -166,7 +166,7 @@ def _default_capacity(steps: int) -> tuple[float, ...]:
 
 
 def _arch(tensors: tensors_lib.Tensors, said: str) -> str:
-  """The router that is as wide as the weights are; `said` if they do not tell."""
+  """Returns the router architecture whose width the weights have, or `said` if no weights of a router are found."""
   shape = next((shape for key, shape in tensors.shapes.items() if key.endswith(".mor_router.router.0.weight")), (0, 1))
   return {factor: arch for arch, factor in scores.WIDTHS.items()}.get(shape[0] / shape[-1], said)
 
@@ -179,7 +179,7 @@ def _check_arch(tensors: tensors_lib.Tensors, model: model_config.ModelConfig) -
 
 
 def _compare(where: pathlib.Path, said: Mapping[str, Any], model: model_config.ModelConfig) -> None:
-  """The files and the config describe one model."""
+  """Raises ValueError if the files and the config describe different models."""
   if model.lora.ranks:
     raise ValueError(f"official_mor with model.lora={model.lora.ranks}; import without LoRA first")
   pairs = {name: (value, getattr(model, name)) for name, value in said.items() if name not in ("router", "init_std")}

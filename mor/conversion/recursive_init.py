@@ -1,7 +1,7 @@
-"""A recursive model out of a plain one: which source layers a shared layer is made of.
+"""Makes a recursive model from a plain one: shared layers from source layers, and deltas for the rest.
 
-With I source layers between prelude and coda and K shared ones, row k of the stack
-is used at the unrolled layers U_k (`model/schedule.py`). It starts as
+With I source layers between prelude and coda and K shared ones, the layer at stack
+index k runs as the unrolled layers U_k (`model/schedule.py`). It starts as
 
   stepwise   source layer ceil(k (I - 1) / (K - 1) - 1/2): at regular intervals, the
              first and the last included, halves rounded down (K = 1: the first)
@@ -10,21 +10,21 @@ is used at the unrolled layers U_k (`model/schedule.py`). It starts as
   upper      source layer I - K + k
   random     normal, of the model's init_std (a control)
 
-norms included; prelude, coda, embedding, final norm and head are the source's own.
-A target of fewer unrolled layers is made of the source layers nearest to regular
+norms included. Prelude, coda, embedding, final norm and head are copied from the
+source. A target of fewer unrolled layers takes the source layers nearest to regular
 intervals, by the rule of stepwise.
 
-Each step's delta is the best of its rank in the Frobenius norm: with W_l the source
-layer's projection and W that of its row, the truncated SVD of
+The delta of a step is the best of its rank in the Frobenius norm: with W_l the
+projection of the source layer and W that of the shared layer, the truncated SVD of
 
   diag(n_l / n) W_l - W  =  P S Q        a = P,  b = S Q
 
 where n_l and n are the norms before the projections, so that a shared norm costs
-nothing and full rank gives the source model. Where nothing is lost, and with
-init.lora "zero", a is normal and b zero.
+nothing and full rank gives the source model. If nothing is lost, or if init.lora is
+"zero", a is normal and b zero.
 
-Source: RRT paper §3.1, Fig. 2 and App. C (which gives no rounding rule; this one
-gives layers 1, 3, 6 of 6, as its figure). The norm's ratio is ours: the paper ties norms.
+Source: RRT paper §3.1, Fig. 2 and App. C (which gives no rounding rule; the rule here
+gives layers 1, 3, 6 of 6, as the figure does). The ratio of norms is ours: the paper ties norms.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ from mor import parameters
 from mor.model import schedule as schedule_lib
 from mor.model.routers import table as router_table
 
-_EDGE = 1e-6  # least norm weight of a row that is divided by
+_EDGE = 1e-6  # least norm weight of a shared layer, which deltas divide by
 _FREE = ("num_layers", "sharing", "num_recursions", "kv_plan", "execution", "attention", "init_std", "cross_documents",
          "compute_dtype", "remat", "scan_layers", "lora", "router")  # fields in which target and source may differ
 _SIZES = tuple(field.name for field in dataclasses.fields(config_lib.ModelConfig) if field.name not in _FREE)
@@ -48,18 +48,18 @@ _SIZES = tuple(field.name for field in dataclasses.fields(config_lib.ModelConfig
 
 def convert(target: config_lib.ModelConfig, how: config_lib.InitConfig, seed: int, source: config_lib.ModelConfig,
             variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Variables of `target`, from those of a source model.
+  """Makes the variables of `target` from the variables of a source model.
 
   Args:
-    target: the model wanted.
-    how: its shared layers and deltas are made.
-    seed: draws what is random.
-    source: of a plain model, or of the target's own structure, whose variables are
-      taken as they are.
-    variables: the source's.
+    target: model to make.
+    how: methods by which shared layers and deltas are made.
+    seed: seed of random weights.
+    source: plain model, or model of the structure of `target`, whose variables are
+      returned unchanged.
+    variables: variables of the source.
 
   Raises:
-    ValueError: the models do not fit.
+    ValueError: source and target do not fit.
   """
   check(source, target)
   if _structure(source) == _structure(target):
@@ -79,7 +79,7 @@ def convert(target: config_lib.ModelConfig, how: config_lib.InitConfig, seed: in
 
 
 def check(source: config_lib.ModelConfig, target: config_lib.ModelConfig) -> None:
-  """Raises ValueError where the target cannot be made of the source."""
+  """Raises ValueError if the target cannot be made from the source."""
   differing = [name for name in _SIZES if getattr(source, name) != getattr(target, name)]
   if differing:
     raise ValueError("the source is another kind of model: " + ", ".join(
@@ -96,19 +96,19 @@ def check(source: config_lib.ModelConfig, target: config_lib.ModelConfig) -> Non
 
 
 def _structure(model: config_lib.ModelConfig) -> tuple:
-  """What decides the parameter tree, beside the sizes."""
+  """Returns the fields that, beside the sizes, decide the parameter tree."""
   router = router_table.make(model)
   return (model.sharing, model.num_layers, model.num_recursions, model.lora, router.routes and type(router),
           router.parameters)
 
 
 def spread(count: int, total: int) -> list[int]:
-  """`count` of `total` indices at regular intervals, ends included; halves go down."""
+  """Returns `count` of `total` indices at regular intervals, ends included; halves are rounded down."""
   return [math.ceil(k * (total - 1) / max(count - 1, 1) - 0.5) for k in range(count)]
 
 
 class _Init:
-  """The target's unrolled layers, and the source layers they stand for."""
+  """The unrolled layers of the target, and the source layer of each."""
 
   def __init__(self, model: config_lib.ModelConfig, how: config_lib.InitConfig, seed: int, params: Mapping[str, Any]):
     self.model, self.how = model, how
@@ -119,7 +119,7 @@ class _Init:
     self.rng = np.random.default_rng(seed)
 
   def group(self, name: str) -> list[dict]:
-    """The layers of prelude, stack or coda."""
+    """Returns the layers of prelude, stack or coda."""
     if name == "prelude":
       return self.source[:self.schedule.prelude]
     if name == "coda":
@@ -127,19 +127,19 @@ class _Init:
     return METHODS[self.how.method](self)
 
   def inner(self) -> list[dict]:
-    """Source layers between prelude and coda."""
+    """Returns the source layers between prelude and coda."""
     return self.source[self.schedule.prelude:len(self.source) - self.schedule.coda]
 
-  def uses(self, row: int) -> list[dict]:
-    """Source layers that a row of the stack stands for."""
-    rows = [row for rows in self.schedule.rows for row in rows]
-    return [layer for layer, used in zip(self.inner(), rows) if used == row]
+  def uses(self, stack_index: int) -> list[dict]:
+    """Returns the source layers that the shared layer at `stack_index` replaces."""
+    indices = [index for step in self.schedule.rows for index in step]
+    return [layer for layer, used in zip(self.inner(), indices) if used == stack_index]
 
   def deltas(self, stack: Mapping[str, Any]) -> dict:
-    """`model/lora.py`'s parameters."""
+    """Returns the parameters of `model/lora.py`."""
     inner, depth = iter(self.inner()), self.schedule.depth
-    steps = [[self._layer_deltas(next(inner), jax.tree.map(lambda a, row=row: a[row], stack)) for row in rows]
-             for rows in self.schedule.rows]
+    steps = [[self._layer_deltas(next(inner), jax.tree.map(lambda a, index=index: a[index], stack)) for index in step]
+             for step in self.schedule.rows]
     assert len(steps[0]) == depth
     return jax.tree.map(lambda *a: np.stack(a).reshape(len(steps), depth, *a[0].shape),
                         *(layer for step in steps for layer in step))
@@ -165,13 +165,15 @@ class _Init:
     return {"a": p_IA[:, :rank], "b": s_A[:rank, None] * q_AO[:rank]}
 
   def normal(self, *shape: int) -> np.ndarray:
-    """Weights as a fresh model has them."""
+    """Draws weights as a fresh model has them."""
     return self.rng.normal(0.0, self.model.init_std, shape).astype(np.float32)
 
 
 def _guarded(layer: dict) -> dict:
-  """The layer with no norm weight too small to divide by."""
-  guard = lambda n_D: np.where(np.abs(n_D) < _EDGE, np.float32(_EDGE), n_D)
+  """Raises norm weights that are too small to divide by."""
+  def guard(norm_D):
+    return np.where(np.abs(norm_D) < _EDGE, np.float32(_EDGE), norm_D)
+
   return layer | {name: guard(layer[name]) for name in {row.norm for row in parameters.PROJECTIONS if row.norm}}
 
 
@@ -181,8 +183,10 @@ def _stepwise(init: _Init) -> list[dict]:
 
 
 def _average(init: _Init) -> list[dict]:
-  mean = lambda *a: np.mean(np.stack(a), axis=0, dtype=np.float64).astype(np.float32)
-  return [jax.tree.map(mean, *init.uses(row)) for row in range(init.schedule.num_stack_rows)]
+  def mean(*leaves):
+    return np.mean(np.stack(leaves), axis=0, dtype=np.float64).astype(np.float32)
+
+  return [jax.tree.map(mean, *init.uses(index)) for index in range(init.schedule.num_stack_rows)]
 
 
 def _random(init: _Init) -> list[dict]:
@@ -205,7 +209,7 @@ METHODS = {
 
 
 def _routers(model: config_lib.ModelConfig, seed: int) -> dict:
-  """Fresh routers; zero where the gate is on the change: then alpha = 1 / activation(0) starts as no gate."""
+  """Makes fresh routers. If the gate is on the change, they are zero: then alpha = 1 / activation(0) starts as no gate."""
   params = router_table.make(model).init(jax.random.key(seed))
   if model.router.gating == "residual":
     params = {name: {**tree, "out": tree["out"] * 0.0} for name, tree in params.items()}
