@@ -88,7 +88,7 @@ def test_one_copy_of_what_is_shared_is_enough(tmp_path):
   model, variables = make("expert")
   entries = layout.layout(model, "official_mor")
   arrays = dict(layout.write(variables, model, "official_mor"))
-  for number, row in enumerate(parameters.LAYER):
+  for number, row in enumerate(parameters.layer(model)):
     copies = [entry.key for entry in entries if entry.path == f"params/stack/{row.path}" and entry.index == (1,)]
     copies.pop(number % len(copies))
     for key in copies:
