@@ -34,8 +34,9 @@ import jaxtyping
 import numpy as np
 import pytest
 
-import tests.helpers.typecheck  # the hook looks it up by name
+from tests.helpers import typecheck  # the hook looks it up by name
 
+typecheck.skip_unannotated()
 jaxtyping.install_import_hook("mor", "tests.helpers.typecheck.check")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
