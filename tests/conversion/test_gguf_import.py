@@ -149,7 +149,7 @@ def test_tokenizer_and_template_come_along(tmp_path):
     ({"llama.feed_forward_length": 29}, r"'blk.0.ffn_gate.weight' has shape \(28, 20\), its config says \(29, 20\)"),
     ({"llama.attention.head_count": 3}, "m.gguf: model.num_heads=3 is not a multiple"),
     ({"split.count": 2}, "is one part of a split model"),
-    (vocabulary("qwen2"), "tokenizer.ggml.pre='qwen2' is unsupported"),
+    (vocabulary("deepseek-llm"), "tokenizer.ggml.pre='deepseek-llm' is unsupported"),
     (vocabulary("default"), "tokenizer.ggml.pre='default' is unsupported"),
     (vocabulary() | {"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre='default' is unsupported"),
     (vocabulary(**{"ggml.model": "llama"}), "tokenizer.ggml.model='llama' is unsupported"),

@@ -111,9 +111,9 @@ def test_requests_do_not_depend_on_their_neighbours(kind):
       serving.assert_same(completion, expected[i], requests[i])
       assert completion.early == expected[i].early, requests[i]
   assert made.metrics()["crowded"] > 0 and any(any(c.early) for c in expected)
-  if made.decoder.exits.first:
+  if made.exits.first:
     chosen = [token for c in expected for token, early in zip(c.tokens, c.early) if early]
-    assert max(chosen) < made.decoder.exits.first, "an exit chose a token that it may not"
+    assert max(chosen) < made.exits.first, "an exit chose a token that it may not"
   full = serving.reference(model, exiting.without_exits(requests))
   for i in range(0, 36, 3):
     assert exiting.told(expected[i]) == exiting.told(full[i])
