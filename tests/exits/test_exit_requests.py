@@ -30,7 +30,8 @@ def test_copied_entries_are_the_deeper_layers_projections_of_the_exits_state(kin
   assert depths == {1, 2, 3}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "expert_choice"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "expert_choice"])
 def test_a_small_pool_preempts_and_changes_nothing(kind):
   """Not even how often a trusting request looks for an exit, which its history decides."""
   model = exiting.model(kind)

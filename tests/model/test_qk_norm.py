@@ -71,6 +71,7 @@ def test_a_scale_of_the_projections_changes_nothing():
   assert np.abs(decoding.forward(without, scaled, tokens_BT)[0] - first).max() > 0.1
 
 
+@pytest.mark.slow
 def test_engine_with_exits_equals_generate():
   model, requests = exiting.model("plain", qk_norm=True), serving.requests(16, **exiting.GREEDY)
   asked = [(prompt, options | dict(exit="verify", threshold=0.02)) for prompt, options in requests]
