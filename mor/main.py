@@ -5,11 +5,12 @@
 
 Modes: `train` starts or resumes the run of a workdir; `eval` prints its held-out
 figures as a JSON object; `generate` continues prompts, or those of a file as JSON
-lines; `convert` starts a run from a pretrained model, `export` writes a run's model for
+lines; `calibrate` finds the threshold of a run's exits on a text, and stores it for
+`generate`; `convert` starts a run from a pretrained model, `export` writes a run's model for
 PyTorch; `info` prints the size and cost of a config as a JSON object; `fields` prints
 each field of a config, with its value, meaning, unit and allowed values; `study` trains
 and compares the models that an experiment such as study_cpu lists. `generate`
-takes the config from the workdir, and so does `eval` where none is given.
+and `calibrate` take the config from the workdir, and so does `eval` where none is given.
 
 `train` and `eval` run on several machines: the same command on each, with
 --distributed=auto (TPU pod, SLURM, Kubernetes, Open MPI), or with --coordinator,
@@ -24,6 +25,7 @@ MOR_TRACEBACK=1 shows where they come from.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import difflib
 import json
 import os
@@ -49,9 +51,11 @@ from mor import sharding
 from mor.aot import compiled
 from mor.conversion import command as conversion
 from mor.data import text
+from mor.exits import calibration
 from mor.exits import confidence
 from mor.exits import policy as exits_lib
 from mor.model.routers import table as router_table
+from mor.serve import calibrate
 from mor.serve import cli as command
 from mor.serve import model as model_lib
 from mor.study import plan as study_plan
@@ -114,12 +118,23 @@ _HOW = {  # of the engine; see mor/serve/engine.py
     "ticks": flags.DEFINE_integer("ticks", None, "generate: ticks of a dispatch; default 4 or a little more."),
 }
 _EXITS = {  # see mor/exits/policy.py
-    "after": flags.DEFINE_list("exit_after", None, "generate: layers after which a token may leave, e.g. 10,20."),
+    "after": flags.DEFINE_list("exit_after", None, "generate, calibrate: layers after which a token may leave, e.g. 10,20."),
     "measure": flags.DEFINE_enum(
-        "exit_measure", None, list(confidence.MEASURES), "generate: confidence of an exit; default margin."),
-    "first": flags.DEFINE_integer("exit_first", None, "generate: tokens that an exit chooses from; default 0, all."),
+        "exit_measure", None, list(confidence.MEASURES), "generate, calibrate: confidence of an exit; default margin."),
+    "first": flags.DEFINE_integer(
+        "exit_first", None, "generate, calibrate: tokens that an exit chooses from; default 0, all."),
     "kv": flags.DEFINE_enum("exit_kv", None, list(exits_lib.POLICIES),
                             "generate: deeper keys of tokens that left; default exact."),
+}
+_CALIBRATION = {  # see mor/serve/calibrate.py and mor/exits/calibration.py
+    "text": flags.DEFINE_string("calibration_text", None, "calibrate: file of text; default is the held-out text."),
+    "tokens": flags.DEFINE_integer("calibration_tokens", None, "calibrate: tokens to read at most; default 65536."),
+    "method": flags.DEFINE_enum("calibration_method", None, list(calibration.METHODS),
+                                "calibrate: how the threshold is fitted; default learn_then_test."),
+    "risk": flags.DEFINE_float(
+        "calibration_risk", None, "calibrate, learn_then_test: share of tokens that exits may change; default 0.1."),
+    "agreement": flags.DEFINE_float(
+        "calibration_agreement", None, "calibrate, beta_mixture: wanted agreement of exits; default 0.9."),
 }
 
 
@@ -145,12 +160,18 @@ def _generate() -> int:
   if bool(_PROMPT.value) == bool(path):
     raise ValueError("--mode=generate needs either prompts or a file of them; give --prompt=TEXT or --prompt_file=FILE")
   options, how, words = map(_given, (_OPTIONS, _HOW, _EXITS))
-  if words:
-    how["exits"] = command.make_exits(words)
+  fields = command.read_exits(words)
   model = model_lib.load(workdir)
+  how |= command.choose_exits(model, fields, options)
   if path:
     return 0 if command.answer(model, path, options, how) else WRONG
   command.show(model, _PROMPT.value, options, how)
+  return 0
+
+
+def _calibrate() -> int:
+  fields = command.read_exits(_given(_EXITS))
+  print(json.dumps(dataclasses.asdict(calibrate.run(_workdir("calibrate"), fields, _given(_CALIBRATION)))))
   return 0
 
 
@@ -204,7 +225,7 @@ def _study() -> int:
 
 
 MODES: dict[str, Callable[[], int]] = {
-    "train": _train, "eval": _eval, "generate": _generate, "convert": _convert, "export": _export,
+    "train": _train, "eval": _eval, "generate": _generate, "calibrate": _calibrate, "convert": _convert, "export": _export,
     "info": _info, "fields": _fields, "study": _study, "compile": _compile}
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 

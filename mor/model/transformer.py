@@ -44,6 +44,7 @@ class Output:
     sums: auxiliary losses and statistics, summed over tokens; statistics of a step
       have an axis of steps. `train/loss.py` normalises them.
     exits: hidden states after the layers of the argument `exits`, after the final norm.
+    entry_BTD: hidden states that enter the recursion, not normed.
   """
 
   hidden_BTD: types.Activations
@@ -51,6 +52,7 @@ class Output:
   score_RBT: jax.Array
   sums: Mapping[str, jax.Array]
   exits: tuple[types.Activations, ...] = ()
+  entry_BTD: types.Activations | None = None
 
 
 class Transformer(nn.Module):
@@ -85,6 +87,7 @@ class Transformer(nn.Module):
     drop_UB = _draw_dropped(config.num_layers, tokens_BT.shape[0], drop, key) if drop else None
     segment_BT = jnp.ones_like(tokens_BT) if segment_BT is None else jnp.asarray(segment_BT)
     h_BTD, segment_BT, params, recursion = self._enter(tokens_BT, segment_BT, drop_UB)
+    entry_BTD = h_BTD
     with jax.named_scope("recursion"):
       h_BTD, trace = recursion.run(
           params, h_BTD, segment_BT, routing=routing, balance=self._balance(), train_step=train_step, bucket=bucket, key=key,
@@ -97,7 +100,8 @@ class Transformer(nn.Module):
     def norm(h_BTD):
       return layers.rms_norm(h_BTD, final_norm_D, config.norm_eps)
 
-    return Output(norm(h_BTD), trace.keep_RBT, trace.score_RBT, trace.sums, tuple(norm(h) for h in trace.exits))
+    return Output(norm(h_BTD), trace.keep_RBT, trace.score_RBT, trace.sums, tuple(norm(h) for h in trace.exits),
+                  entry_BTD)
 
   @nn.compact
   def entry_sums(self, tokens_BT: types.Tokens, segment_BT: types.Segments, *,

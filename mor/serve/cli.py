@@ -169,21 +169,44 @@ def _read(model: model_lib.Model, line: str, is_json: bool, options: Mapping[str
     return prompt, None, str(error)
 
 
-def make_exits(words: Mapping[str, Any]) -> exits_lib.Exits:
-  """Returns the exits that flags ask for.
-
-  Args:
-    words: values of the given flags `--exit_…`, by the name of the field of `Exits`; those of `after` are words.
+def read_exits(words: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns fields of `Exits` from the flags `--exit_…` that were given; those of `after` are words.
 
   Raises:
-    ValueError: a layer is not a number, or the exits are wrong.
+    ValueError: a layer is not a number.
   """
   if "after" not in words:
-    raise ValueError(f"--exit_{next(iter(words))} without exits; give --exit_after=LAYERS too")
+    return dict(words)
   after = words["after"]
-  if not all(word.strip().isdecimal() for word in after):
+  if not after or not all(word.strip().isdecimal() for word in after):
     raise ValueError(f"--exit_after={','.join(after)}; use numbers of layers, e.g. --exit_after=10,20")
-  return exits_lib.Exits(**{**words, "after": tuple(int(word) for word in after)})
+  return {**words, "after": tuple(int(word) for word in after)}
+
+
+def choose_exits(model: model_lib.Model, given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns {"exits": …} for the engine, or {} for none: those of the run, changed by the flags that are given.
+
+  Args:
+    model: model with the exits that are stored with the run, if any.
+    given: fields of `Exits` from flags.
+    options: options of the requests; without given fields, an "exit" of trust or verify uses the stored exits.
+
+  Raises:
+    ValueError: flags name no layer and none is stored, or the exits are wrong.
+  """
+  stored = model.stored_exits
+  if not given and (stored is None or options.get("exit", "none") == "none"):
+    return {}
+  fields = dict(after=stored.after, measure=stored.measure, first=stored.first) if stored else {}
+  fields |= given
+  if "after" not in fields:
+    raise ValueError(f"--exit_{next(iter(given))} without exits; give --exit_after=LAYERS too")
+  exits = exits_lib.Exits(**fields)
+  uses = stored is not None and stored.fits(exits) and "threshold" not in options
+  if uses and model.step != stored.step:
+    print(f"the threshold of the exits was calibrated at step {stored.step}, and the model is of step {model.step}; "
+          "--mode=calibrate does it again", file=sys.stderr)
+  return {"exits": exits}
 
 
 def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -> tuple[Run, int]:

@@ -10,6 +10,7 @@ from mor import config as config_lib
 from mor.exits import calibration
 from mor.exits import policy as exits_lib
 from mor.exits import ring as ring_lib
+from mor.exits import stored as stored_lib
 from mor.serve import request as request_lib
 
 _START = 5  # dispatches that draft before the other side is tried
@@ -37,8 +38,11 @@ def check(exits: exits_lib.Exits | None, model: config_lib.ModelConfig, batching
 
 
 def resolve(exits: exits_lib.Exits | None, request: request_lib.Request,
-            calibrator: calibration.Calibrator | None) -> request_lib.Request:
-  """Returns the request with the threshold that it will keep.
+            calibrator: calibration.Calibrator | None,
+            stored: stored_lib.StoredExits | None = None) -> request_lib.Request:
+  """Returns the request with the threshold that it will keep: its own, the calibrator's, or the stored one.
+
+  A draft of `verify` changes no text, so it takes a constant where nothing was calibrated for these exits.
 
   Raises:
     ValueError: the engine cannot do what it asks for.
@@ -55,9 +59,14 @@ def resolve(exits: exits_lib.Exits | None, request: request_lib.Request,
     return request
   if calibrator is not None:
     return dataclasses.replace(request, threshold=calibrator.threshold)
+  if stored is not None and stored.fits(exits):
+    return dataclasses.replace(request, threshold=stored.threshold)
+  if request.exit == "trust" and stored is not None:
+    raise ValueError(f"the stored threshold {stored.threshold:.4g} was calibrated for {stored.command()}; give these "
+                     "exits, give a threshold, or calibrate the exits that you give with --mode=calibrate")
   if request.exit == "trust":
-    raise ValueError("exit='trust' without a threshold would change the text by an unknown amount; give threshold=…, or "
-                     "give the engine a calibrator")
+    raise ValueError("exit='trust' without a threshold would change the text by an unknown amount; give threshold=…, "
+                     "give the engine a calibrator, or calibrate the run with --mode=calibrate")
   return dataclasses.replace(request, threshold=exits_lib.VERIFY_THRESHOLD)
 
 

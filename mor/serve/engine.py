@@ -146,7 +146,7 @@ class Engine:
   def submit_request(self, request: request_lib.Request) -> int:
     """Queues a ready request; returns its number."""
     request.check(self.model.config.vocab_size, self.context)
-    request = exit_host.resolve(self.exits, request, self.calibrator)
+    request = exit_host.resolve(self.exits, request, self.calibrator, self.model.stored_exits)
     follower = request_lib.Follower(request, self.model.tokenizer)
     job = self.scheduler.submit(request.prompt, request.limit(self.context), follower)
     self._jobs[job.id] = job

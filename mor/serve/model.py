@@ -11,6 +11,7 @@ from mor.data import text
 from mor.decode import decoder as decoder_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
+from mor.exits import stored as stored_lib
 from mor.serve import generate as generate_lib
 from mor.serve import request as request_lib
 
@@ -26,6 +27,8 @@ class Model:
     context: positions at most; the row length it was trained with.
     opening: ids before a text; None is the id that opens a document in training.
     stops: ids that end one; None is the same id.
+    step: training step of the checkpoint; None where it is unknown.
+    stored_exits: exits and threshold of the run, where it was calibrated.
   """
 
   config: config_lib.ModelConfig
@@ -34,6 +37,8 @@ class Model:
   context: int
   opening: tuple[int, ...] | None = None
   stops: tuple[int, ...] | None = None
+  step: int | None = None
+  stored_exits: stored_lib.StoredExits | None = None
 
   @property
   def vocab_size(self) -> int:
@@ -94,18 +99,23 @@ class Model:
 
 
 def load(workdir: str | os.PathLike) -> Model:
-  """The newest checkpoint of a run, its config and its tokenizer.
+  """Returns the newest checkpoint of a run, with its tokenizer and, if it was calibrated, its exits.
 
   Raises:
-    ValueError: the directory holds no checkpoint.
+    ValueError: the directory holds no checkpoint, or its `exits.json` is damaged.
     OSError: the checkpoint is damaged.
   """
+  return dataclasses.replace(open_run(workdir)[0], stored_exits=stored_lib.read(workdir))
+
+
+def open_run(workdir: str | os.PathLike) -> tuple[Model, config_lib.Config]:
+  """Returns what `load` does, without exits, and the config of the run."""
   config, step, variables = checkpoint.load_variables(workdir)
   tokenizer = text.load_tokenizer(config.data)
+  model = Model(config.model, variables, tokenizer, config.data.seq_len, step=step)
   about = checkpoint.load_pretrained(workdir) if step == 0 else None
   if about is None:
-    return Model(config.model, variables, tokenizer, config.data.seq_len)
+    return model, config
   ids = about["special_ids"]
-  return Model(config.model, variables, tokenizer, config.data.seq_len,
-               opening=tuple(ids.get("bos", ())[:1]) if about["add_bos"] else (),
-               stops=tuple({*ids.get("eos", ()), tokenizer.eos_id}))
+  opening = tuple(ids.get("bos", ())[:1]) if about["add_bos"] else ()
+  return dataclasses.replace(model, opening=opening, stops=tuple({*ids.get("eos", ()), tokenizer.eos_id})), config
