@@ -45,7 +45,7 @@ def collect(model: config_lib.ModelConfig, variables: Mapping[str, Any], exits: 
   Raises:
     ValueError: the model does not have these exits.
   """
-  exits.check(model, schedule_lib.make(model))
+  exits.check(model)
   model = dataclasses.replace(model, compute_dtype="float32")
   found = []
   for tokens_BT, segment_BT in rows:
