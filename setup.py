@@ -45,7 +45,6 @@ setuptools.setup(
         "torch": ["torch>=2.4", "transformers>=5.0"],
         "peers": ["llama-cpp-python>=0.3.36", "torch>=2.4", "transformers>=5.0"],
         "gcs": ["gcsfs>=2026.8"],  # for gs:// workdirs
-        "serve": ["aiohttp>=3.10"],
         "test": [
             "beartype>=0.20",
             "chex>=0.1.90",

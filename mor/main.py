@@ -245,7 +245,7 @@ def _workdir(mode: str) -> str:
 
 
 def _restore(mode: str) -> tuple[config_lib.Config, step_lib.TrainState, int, jax.sharding.Mesh]:
-  """Config, newest state and its step, of a run that may be running still."""
+  """Returns config, newest state, its step and the mesh of a run, which another process may be training."""
   with checkpoint.Checkpoints(_workdir(mode), read_only=True) as checkpoints:
     if checkpoints.latest_step() is None:
       raise ValueError(f"{checkpoints.directory} holds no checkpoint; train first with --mode=train, "
@@ -323,7 +323,7 @@ def _with_files(argv: Sequence[str]) -> list[str]:
 
 
 def _explain(error: Exception, argv: Sequence[str]) -> str:
-  """What a user needs of the errors of absl and ml_collections."""
+  """Returns the part of an error of absl or ml_collections that a user needs."""
   message = str(error)
   if isinstance(error, (AttributeError, KeyError)):  # these quote what they say, once or twice
     message = message.replace("\\n", "\n").replace("\\'", "'").strip("'\"")
@@ -356,7 +356,7 @@ def _nearest(arg: str) -> str:
 
 
 def _keep_compiled_programs() -> None:
-  """A later run of the same program does not compile again."""
+  """Keeps compiled programs on disk, so that a later run of the same program compiles nothing."""
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mor" / "jax"
   for name, value in (("jax_compilation_cache_dir", str(cache)), ("jax_persistent_cache_min_compile_time_secs", 0.0),
                       ("jax_persistent_cache_min_entry_size_bytes", -1)):
@@ -365,7 +365,7 @@ def _keep_compiled_programs() -> None:
 
 
 def run() -> None:
-  """Entry point."""
+  """Runs the command line."""
   app.run(_main, flags_parser=_parse)
 
 

@@ -26,7 +26,7 @@ _EDGE = 1e-4  # confidences are kept this far from 0 and 1, where the density of
 
 
 def beta_mixture_paper(confidence_M: np.ndarray, agreed_M: np.ndarray) -> float:
-  """The threshold of FREE's code, faults included, to compare with.
+  """Returns the threshold of FREE's code, faults included, to compare with.
 
   A Beta of each class by the method of moments on hard labels (its mixture is overwritten and
   no EM takes place); priors equal, whatever the data's; of 10 points 0.3 ... 0.9 as many of the
@@ -53,7 +53,7 @@ def beta_mixture_paper(confidence_M: np.ndarray, agreed_M: np.ndarray) -> float:
 
 def beta_mixture(confidence_M: np.ndarray, agreed_M: np.ndarray, precision: float = 0.9, minimum: int = 20,
                  num_points: int = 1001) -> float:
-  """The smallest threshold beyond which every confidence is right with the wanted precision.
+  """Returns the smallest threshold beyond which every confidence is right with the wanted precision.
 
   Betas by maximum likelihood under a weak prior (two samples' worth of a uniform), the class
   prior as in the data. The data must bear the fit out: at least `minimum` of them exit, and of
@@ -99,7 +99,7 @@ def beta_mixture(confidence_M: np.ndarray, agreed_M: np.ndarray, precision: floa
 
 def learn_then_test(confidence_M: np.ndarray, agreed_M: np.ndarray, delta: float = 0.1, epsilon: float = 0.05,
                     num_steps: int = 100) -> float:
-  """The smallest threshold whose risk E[loss * exits] is shown to be at most delta.
+  """Returns the smallest threshold whose risk E[loss * exits] is shown to be at most delta.
 
   Tests the thresholds 1, 1 - 1/num_steps, ... 0 in this order, each at level epsilon, and stops
   at the first that is not shown: with probability >= 1 - epsilon over pairs drawn like the tokens
@@ -133,7 +133,7 @@ def learn_then_test(confidence_M: np.ndarray, agreed_M: np.ndarray, delta: float
 
 
 def p_value(loss_M: np.ndarray, num: int, delta: float) -> np.ndarray:
-  """Hoeffding-Bentkus p-values of "the risk exceeds delta".
+  """Returns Hoeffding-Bentkus p-values of "the risk exceeds delta".
 
   Args:
     loss_M: sums of the losses in [0, 1] of `num` samples each.
@@ -212,7 +212,7 @@ class Calibrator:
     return self._threshold
 
   def state(self) -> dict[str, Any]:
-    """Everything, as what JSON can hold; see `restore`."""
+    """Returns everything in a form that JSON can hold; see `restore`."""
     confidence_M, agreed_M = self._kept()
     return dict(method=self.method, capacity=self.capacity, interval=self.interval, options=self.options,
                 confidence=[None if np.isnan(c) else c for c in confidence_M.tolist()], agreed=agreed_M.tolist(),
@@ -220,21 +220,21 @@ class Calibrator:
 
   @classmethod
   def restore(cls, state: dict[str, Any]) -> "Calibrator":
-    """The calibrator whose `state` this is."""
+    """Returns the calibrator that a `state` describes."""
     self = cls(state["method"], state["capacity"], state["interval"], **state["options"])
     self.update(np.asarray(state["confidence"], float), np.asarray(state["agreed"], float))
     self._num_new, self._threshold = state["num_new"], state["threshold"]
     return self
 
   def _kept(self):
-    """The pairs, oldest first."""
+    """Returns the pairs, oldest first."""
     num = min(self._num_seen, self.capacity)
     index_M = np.arange(self._num_seen - num, self._num_seen) % self.capacity
     return self._confidence_M[index_M], self._agreed_M[index_M]
 
 
 def _pairs(confidence_M, agreed_M, binary):
-  """Both as float64, checked; NaN confidences pass, for the methods to close on."""
+  """Returns both as float64, checked; NaN confidences pass, and the methods close on them."""
   confidence_M, agreed_M = np.asarray(confidence_M, np.float64), np.asarray(agreed_M, np.float64)
   if confidence_M.ndim != 1 or confidence_M.shape != agreed_M.shape:
     raise ValueError(f"{confidence_M.shape} confidences and {agreed_M.shape} labels; use two vectors of one length")
@@ -253,7 +253,7 @@ def _fraction(name, value):
 
 
 def _above(confidence_M, value_M, grid_M):
-  """How many confidences exceed each point of the grid, and the sum of their values."""
+  """Returns the number of confidences above each point of the grid, and the sum of their values."""
   order_M = np.argsort(confidence_M)
   first_M = np.searchsorted(confidence_M[order_M], grid_M, side="right")
   suffix_M = np.append(np.cumsum(value_M[order_M][::-1])[::-1], 0.0)
@@ -261,14 +261,14 @@ def _above(confidence_M, value_M, grid_M):
 
 
 def _log_density(x_M, alpha, beta):
-  """Of a Beta; NaN where its parameters are not positive and finite."""
+  """Returns the log density of a Beta; NaN if its parameters are not positive and finite."""
   if not (0 < alpha < np.inf and 0 < beta < np.inf):
     return np.full(len(x_M), np.nan)
   return (alpha - 1) * np.log(x_M) + (beta - 1) * np.log1p(-x_M) - scipy.special.betaln(alpha, beta)
 
 
 def _fit(confidence_M):
-  """alpha and beta of the greatest posterior; None if it is not found.
+  """Returns alpha and beta of the greatest posterior; None if it is not found.
 
   The conjugate prior adds two samples whose mean log x and log(1 - x) are a uniform's, -1: there is
   one finite optimum, even of one sample or equal ones. Newton's method with Fisher's information and

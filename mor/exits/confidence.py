@@ -44,7 +44,7 @@ class Exit:
 
 
 def margin(at: Exit) -> jax.Array:
-  """Probability of the likeliest token less that of the second."""
+  """Returns the probability of the likeliest token less that of the second."""
   logits_BV, = _need(at, "margin", "logits_BV")
   logits_BV = logits_BV.astype(jnp.float32)
   best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
@@ -56,13 +56,13 @@ def margin(at: Exit) -> jax.Array:
 
 
 def maximum(at: Exit) -> jax.Array:
-  """Probability of the likeliest token."""
+  """Returns the probability of the likeliest token."""
   logits_BV, = _need(at, "maximum", "logits_BV")
   return _unit(1.0 / _weights(logits_BV)[1])
 
 
 def entropy(at: Exit) -> jax.Array:
-  """1 where one token has all the probability, 0 where all have the same."""
+  """Returns 1 if one token has all the probability, 0 if all have the same."""
   logits_BV, = _need(at, "entropy", "logits_BV")
   weight_BV, total_B = _weights(logits_BV)
   # H = log Z - sum(w log w) / Z for w = exp(logit - best) and their sum Z.
@@ -73,13 +73,13 @@ def entropy(at: Exit) -> jax.Array:
 
 
 def saturation(at: Exit) -> jax.Array:
-  """Cosine of this exit's and the previous exit's hidden states, 0 where it is negative."""
+  """Returns the cosine of the hidden states of this exit and the previous one; 0 if it is negative."""
   hidden_BD, previous_BD = _need(at, "saturation", "hidden_BD", "previous_hidden_BD")
   return _unit(jnp.sum(_direction(hidden_BD) * _direction(previous_BD), axis=-1))
 
 
 def agreement(at: Exit) -> jax.Array:
-  """1 where the previous exit chose the same token, else 0."""
+  """Returns 1 if the previous exit chose the same token, else 0."""
   token_B, previous_B = _need(at, "agreement", "token_B", "previous_token_B")
   return ((token_B == previous_B) & (token_B >= 0)).astype(jnp.float32)
 
@@ -94,7 +94,7 @@ MEASURES: dict[str, Callable[[Exit], jax.Array]] = {
 
 
 def _need(at, measure, *names):
-  """The named fields."""
+  """Returns the named fields."""
   missing = [name for name in names if getattr(at, name) is None]
   if missing:
     raise ValueError(f"confidence {measure!r} needs {', '.join(missing)}; give it, or use another measure")
@@ -102,19 +102,19 @@ def _need(at, measure, *names):
 
 
 def _weights(logits_BV):
-  """exp(logit - best) and their sums, in float32; NaN for a row without a finite best."""
+  """Returns exp(logit - best) and their sums, in float32; NaN for a row without a finite best."""
   logits_BV = logits_BV.astype(jnp.float32)
   weight_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
   return weight_BV, jnp.sum(weight_BV, axis=-1)
 
 
 def _direction(hidden_BD):
-  """Unit vectors, in float32; NaN of 0. Scaled first, so that squares neither overflow nor vanish."""
+  """Returns unit vectors, in float32; NaN of 0. Scales first, so that squares neither overflow nor vanish."""
   hidden_BD = hidden_BD.astype(jnp.float32)
   hidden_BD = hidden_BD / jnp.max(jnp.abs(hidden_BD), axis=-1, keepdims=True)
   return hidden_BD / jnp.linalg.norm(hidden_BD, axis=-1, keepdims=True)
 
 
 def _unit(confidence_B):
-  """Within [0, 1]; 0 for what is not a number."""
+  """Limits the confidence to [0, 1]; NaN becomes 0."""
   return jnp.clip(jnp.where(jnp.isnan(confidence_B), 0.0, confidence_B), 0.0, 1.0).astype(jnp.float32)

@@ -43,18 +43,18 @@ class Watch:
     self._depths: list[int] = []
 
   def start(self) -> None:
-    """Compiling is over."""
+    """Starts the clock, once everything is compiled."""
     self._start = time.monotonic()
 
   def event(self, index: int, event: request_lib.Event) -> None:
-    """A new token of request `index`."""
+    """Takes a new token of request `index`."""
     self._first.setdefault(index, time.monotonic() - self._start)
     self._depths.append(event.depth)
     if self._stream:
       print(event.text, end="", flush=True)
 
   def figures(self, completions: Sequence[request_lib.Completion], num_recursions: int) -> str:
-    """One line: tokens, their rate and depth, and the wait for the first."""
+    """Returns one line: tokens, their rate and depth, and the wait for the first."""
     seconds, tokens = time.monotonic() - self._start, sum(len(c.tokens) for c in completions)
     logprobs = [x for c in completions for x in c.logprobs]
     parts = [f"{tokens} tokens", f"{tokens / seconds:.1f} tokens/s",
@@ -152,7 +152,7 @@ class _Answers:
 
 def _read(model: model_lib.Model, line: str, is_json: bool, options: Mapping[str, Any],
           context: int) -> tuple[Any, request_lib.Request | None, str]:
-  """A line's prompt, and its request or what is wrong with it."""
+  """Returns the prompt of a line, its request (None if it is wrong), and what is wrong with it."""
   prompt: Any = line
   try:
     if is_json:
@@ -210,7 +210,7 @@ def choose_exits(model: model_lib.Model, given: Mapping[str, Any], options: Mapp
 
 
 def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -> tuple[Run, int]:
-  """What decodes, and its context."""
+  """Returns the function that decodes requests, and its context."""
   if how.get("batching") != "none":
     engine = engine_lib.Engine(model, **{"num_slots": min(num_requests, _MOST_SLOTS), **how})
     return functools.partial(_through_engine, engine), engine.context
@@ -225,7 +225,7 @@ def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -
 
 def _through_engine(engine: engine_lib.Engine, requests: Sequence[request_lib.Request],
                     watch: Watch) -> list[request_lib.Completion]:
-  """Requests as slots fall free."""
+  """Decodes requests through the engine, as slots fall free."""
   # A prompt of each length, rounded up as prefill does, compiles what the others need.
   kinds = {(len(request.prompt) - 2).bit_length(): request for request in requests}
   _serve(engine, _brief(kinds.values()), Watch())
@@ -248,7 +248,7 @@ def _serve(engine, requests, watch):
 
 def _at_once(model: model_lib.Model, settings: Mapping[str, Any], requests: Sequence[request_lib.Request],
              watch: Watch) -> list[request_lib.Completion]:
-  """All requests in one batch."""
+  """Decodes all requests in one batch."""
   model.generate_requests(_brief(requests), **settings)
   watch.start()
   completions = model.generate_requests(requests, callback=watch.event, **settings)
@@ -263,7 +263,7 @@ def _brief(requests: Iterable[request_lib.Request]) -> list[request_lib.Request]
 
 def _by_depth(model: model_lib.Model, request: request_lib.Request, completion: request_lib.Completion,
               context: int) -> str:
-  """Prompt and new tokens, with the steps that each took when it was read."""
+  """Returns prompt and new tokens as text, each coloured by the steps that it took when it was read."""
   ids = [*request.prompt, *completion.tokens]
   depths = depth_lib.measure_ids(model.config, model.variables, np.asarray(ids, np.int32), context)
   read = len(request.prompt) - 1  # from here on the decoder itself has told

@@ -46,7 +46,7 @@ class Model:
     return self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
 
   def request(self, prompt: str | Sequence[int], **options: Any) -> request_lib.Request:
-    """A request from a text or from token ids.
+    """Returns a request of a text or of token ids.
 
     A text opens a document, as in training, and the token that opens the next one
     ends it; a converted model that was not trained here has its own such tokens.
@@ -90,7 +90,7 @@ class Model:
                         weight_format: str = "float32",
                         callback: Callable[[int, request_lib.Event], None] | None = None
                         ) -> list[request_lib.Completion]:
-    """`generate` of ready requests."""
+    """Continues ready requests as `generate` does."""
     context = self.context if context is None else context
     storage = storage_lib.Dense(context, self.config.num_kv_heads, self.config.head_dim, "float32")
     return generate_lib.generate(

@@ -186,7 +186,7 @@ def test_layers_are_dropped_by_row_and_the_last_most(model):
   np.testing.assert_allclose(whole.hidden_BTD, none.hidden_BTD, atol=1e-6)
   some = applied(config, variables, batch, drop=0.5).hidden_BTD
   assert not np.allclose(some, whole.hidden_BTD, atol=1e-3)
-  drop_UB = transformer._dropped(6, 20000, 0.5, jax.random.key(0))
+  drop_UB = transformer._draw_dropped(6, 20000, 0.5, jax.random.key(0))
   np.testing.assert_allclose(drop_UB.mean(axis=1), 0.5 * (2 ** (np.arange(6) / 5) - 1), atol=0.02)
 
 

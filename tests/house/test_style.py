@@ -22,29 +22,10 @@ FALSE_FRIENDS = frozenset("""Always Arrays As Bits Bytes Cells Chunks Class Clas
     Numbers Options Ours Outputs Parameters Parts Pass Paths Perhaps Points Positions Products Prompts Queries Requests Results Routers Rows Settings
     Sizes Slots Statistics Stats Tensors Texts Theirs This Thresholds Tokens Us Values Variables Vectors Was Weights Words Yes Zeros""".split())
 
-# Files with faults, one a paragraph so that removals merge. A file that has none left must leave this list, which may only shrink.
-NOT_YET = """
-mor/exits/calibration.py
-
-mor/exits/confidence.py
-
-mor/main.py
-
-mor/serve/cli.py
-
-mor/serve/model.py
-
-"""
-NOT_YET_CLASSES = """
-"""
 
 
 def name_of(path: pathlib.Path) -> str:
   return str(path.relative_to(ROOT))
-
-
-def listed(lines: str) -> list[str]:
-  return lines.split()
 
 
 def is_property(node) -> bool:
@@ -91,14 +72,7 @@ def find_faults(name: str, text: str) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_style(path):
   faults = find_faults(name_of(path), path.read_text(encoding="utf-8"))
-  if name_of(path) in listed(NOT_YET):
-    assert faults, "no fault left: remove it from NOT_YET"
-  else:
-    assert not faults, "\n".join(faults)
-
-
-def test_only_existing_files_are_behind():
-  assert not set(listed(NOT_YET)) - set(map(name_of, FILES)), "in NOT_YET, but no such file"
+  assert not faults, "\n".join(faults)
 
 
 def test_no_two_classes_share_a_name():
@@ -108,7 +82,7 @@ def test_no_two_classes_share_a_name():
       if isinstance(node, ast.ClassDef):
         homes[node.name].append(name_of(path))
   shared = {name: files for name, files in homes.items() if len(files) > 1}
-  assert set(shared) == set(listed(NOT_YET_CLASSES)), f"shared: {shared}"
+  assert not shared
 
 
 @pytest.mark.parametrize("fault, text", [
