@@ -9,16 +9,14 @@ a token that left costs no more compute:
 
   x = state[kept];  y = stack(x);  state[kept] = merge(x, y, gate)
 
-Every step may add low-rank deltas of its own to the shared projections,
-y = W x + b(a(x)). Routing is causal, as in inference, so the loss is the language
-modeling loss, without the auxiliary losses of routers.
+Every step may add low-rank deltas of its own, y = W x + b(a(x)). Routing is causal, as
+in inference, so the loss is the language modeling loss alone.
 
 Arrays are named by their axes: B batch rows, T columns of the input, S columns with
 the past, M tokens that run (flat), b batch rows that run, C queries of a batch row,
 D model width, F inner width, N query heads, K key heads, H head width.
 
-Source: Mixture-of-Recursions (arXiv 2507.10524); Relaxed Recursive Transformers
-(arXiv 2410.20672); transformers models/llama.
+Source: arXiv 2507.10524 (MoR), arXiv 2410.20672 (low-rank deltas), transformers models/llama.
 """
 
 import dataclasses
@@ -38,17 +36,15 @@ class MorConfig(PreTrainedConfig):
   """Sizes, named as those of Llama, and the fields of recursion; `num_hidden_layers` counts unrolled layers.
 
   Attributes:
-    sharing: vanilla, cycle, sequence, middle_cycle or middle_sequence; the last two
-      leave the first and the last layer unshared.
+    sharing: vanilla, cycle, sequence, or middle_*, whose first and last layers are unshared.
     num_recursions: number R of steps.
     kv_plan: recursion_wise (a step sees the keys of its own tokens), shared (the keys
       of the first step) or hybrid (the keys of the first step, overlaid by its own).
     lora: rank of the delta of each projection, by name, e.g. {"q_proj": 8}.
     qk_norm: True norms each head of queries and keys before it rotates, as Qwen3 does.
-    rotary_scaling: factor, low_freq_factor, high_freq_factor and
-      original_max_position_embeddings of Llama 3, or None.
+    rotary_scaling: the four fields of transformers' rope_type "llama3", or None.
     router: name (fixed, expert_choice, token_choice), arch, activation, alpha,
-      temperature, capacity, gating, sampling and balancing; other entries serve training.
+      temperature, capacity, gating, sampling and balancing; the others serve training.
   """
 
   model_type = "mor"
@@ -116,9 +112,8 @@ class _Slot:
 class MorCache(Cache):
   """Keys and values of the unrolled layers, one slot each.
 
-  A slot has a place for every token of every batch row, whether or not the layer ran
-  it. So recursion_wise and hybrid take the memory of a plain decoder of all unrolled
-  layers, and shared that of the unique layers. Routing saves compute, not this memory.
+  A slot has a place for every token of every batch row, whether or not the layer ran it:
+  routing saves compute, not this memory. Shared plans take the memory of the unique layers.
   """
 
   def __init__(self, config):
@@ -272,19 +267,16 @@ class MorModel(nn.Module):
     self.config = config
     router, steps = config.router, config.steps()
 
-    def layers(num):
-      return nn.ModuleList(MorLayer(config) for _ in range(num))
-
-    def scores(num, outs):
-      return nn.ModuleList(MorScore(config, outs) for _ in range(num))
+    def repeat(num, kind, *given):
+      return nn.ModuleList(kind(config, *given) for _ in range(num))
 
     self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-    self.prelude, self.coda = layers(config.edge()), layers(config.edge())
-    self.stack = layers(1 + max(row for step in steps for row, _, _ in step))
+    self.prelude, self.coda = repeat(config.edge(), MorLayer), repeat(config.edge(), MorLayer)
+    self.stack = repeat(1 + max(row for step in steps for row, _, _ in step), MorLayer)
     self.lora = nn.ModuleList(nn.ModuleList(MorDeltas(config) for _ in step) for step in steps)
-    shape = {"fixed": (0, 0), "expert_choice": (len(steps), 1), "token_choice": (1, len(steps))}[router["name"]]
-    self.router = scores(*shape)
-    self.aux_router = scores(*shape) if router.get("sampling") == "aux_router" else None
+    num, outs = {"fixed": (0, 0), "expert_choice": (len(steps), 1), "token_choice": (1, len(steps))}[router["name"]]
+    self.router = repeat(num, MorScore, outs)
+    self.aux_router = repeat(num, MorScore, outs) if router.get("sampling") == "aux_router" else None
     if router.get("balancing") == "loss_free":
       self.register_buffer("balance_bias", torch.zeros(len(steps)))
     self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -359,9 +351,7 @@ class MorModel(nn.Module):
 class MorForCausalLM(PreTrainedModel, GenerationMixin):
   """The model with its head. Columns where `attention_mask` is 0 never run and are never seen."""
 
-  config_class = MorConfig
-  base_model_prefix = "model"
-  _supports_sdpa = True
+  config_class, base_model_prefix, _supports_sdpa = MorConfig, "model", True
   _no_split_modules = ["MorModel"]
   _keep_in_fp32_modules_strict = ["router", "balance_bias"]  # aux_router too
   _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -378,7 +368,7 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
     """Runs the model, with the arguments of any causal model of transformers; returns a `MorOutput`."""
     if output_hidden_states or output_attentions:
       raise ValueError("output_hidden_states and output_attentions are not supported; read `depths` of the output")
-    if past_key_values is not None and not isinstance(past_key_values, MorCache):
+    if not isinstance(past_key_values, (MorCache, type(None))):
       raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; give a MorCache, or None to make one")
     h_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
     cache = MorCache(self.config) if past_key_values is None else past_key_values
@@ -405,7 +395,6 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
 
   def _prepare_cache_for_generation(self, generation_config, model_kwargs, *unused):
     if generation_config.cache_implementation not in (None, "dynamic"):
-      raise ValueError(f"cache_implementation={generation_config.cache_implementation!r}; the cache is a MorCache, "
-                       "give None")
+      raise ValueError(f"cache_implementation={generation_config.cache_implementation!r}; give None, for a MorCache")
     if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
       model_kwargs["past_key_values"] = MorCache(self.config)
