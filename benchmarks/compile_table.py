@@ -29,7 +29,7 @@ _ROWS = 4  # of a micro-batch on a chip
 
 
 def fields(model: str, num_chips: int) -> config_lib.Config:
-  """The paper's config of a model, cut for that many chips."""
+  """Returns the paper's config of a model, cut for that many chips."""
   from configs import paper  # pylint: disable=g-import-not-at-top
   config = paper.get_config(model)
   fsdp = math.gcd(num_chips, config.model.d_model)
@@ -39,14 +39,14 @@ def fields(model: str, num_chips: int) -> config_lib.Config:
 
 
 def measure(model: str, slice_name: str) -> dict[str, Any]:
-  """One cell."""
+  """Compiles one cell of the table, and returns its figures."""
   config, begun = fields(model, len(compiled.devices(SLICES[slice_name]))), time.perf_counter()
   return {"model": model, "slice": slice_name, "accumulation": config.train.accumulation,
           **compiled.step_figures(config, SLICES[slice_name]), "compile_seconds": time.perf_counter() - begun}
 
 
 def main(argv: list[str]) -> None:
-  """Command line."""
+  """Compiles the cells that are asked for, and writes the record."""
   parser = harness.Parser(prog="python -m benchmarks.compile_table", description=__doc__.splitlines()[0])
   parser.add_argument("--models", default=",".join(m.format(s) for s in SIZES for m in MODELS),
                       help="of configs/paper.py")

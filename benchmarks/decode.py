@@ -78,7 +78,7 @@ class Runner(harness.Timed):
 
 
 def model_config(shape: str, recursions: int, router: bool, vanilla: bool = False) -> config_lib.ModelConfig:
-  """A model of the paper's sizes; 135M shares all layers (30 = 10 x 3), 360M all but the ends (32)."""
+  """Returns a model of the paper's sizes; 135M shares all layers (30 = 10 x 3), 360M all but the ends (32)."""
   layers, d_model, num_heads, num_kv_heads, d_ff = paper.SIZES[shape]
   fields = paper.get_config(f"mor-{shape}-r{recursions if recursions > 1 else 3}").model
   edge = 0 if shape == "135m" else 2
@@ -95,13 +95,13 @@ def model_config(shape: str, recursions: int, router: bool, vanilla: bool = Fals
 
 
 def random_model(config: config_lib.ModelConfig) -> model_lib.Model:
-  """Fresh weights."""
+  """Returns a model with fresh weights."""
   variables = jax.jit(transformer.Transformer(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
   return model_lib.Model(config, variables, None, CONTEXT)
 
 
 def unroll(model: model_lib.Model) -> model_lib.Model:
-  """The same model as one step of distinct layers that happen to be equal."""
+  """Returns the same model as one step of distinct layers that happen to be equal."""
   config, params = model.config, dict(model.variables["params"])
   repeated = jax.tree.map(lambda a: jnp.concatenate([a] * config.num_recursions), params["stack"])
   groups = [params.pop("prelude"), repeated, params.pop("coda")] if "prelude" in params else [repeated]
@@ -114,7 +114,10 @@ def unroll(model: model_lib.Model) -> model_lib.Model:
 def requests(vocab_size: int, mix: str, seed: int = 0):
   """Endless requests: "plain", N(256, 64) new tokens after one, or "chat", N(128, 32) prompt and N(128, 48) new."""
   rng = np.random.default_rng(seed)
-  draw = lambda mean, std, most: int(np.clip(rng.normal(mean, std), 8, most))
+
+  def draw(mean, std, most):
+    return int(np.clip(rng.normal(mean, std), 8, most))
+
   while True:
     num_prompt, num_new = (1, draw(256, 64, CONTEXT)) if mix == "plain" else (draw(128, 32, 256), draw(128, 48, 256))
     prompt = [int(t) for t in rng.integers(0, vocab_size, num_prompt)]
@@ -122,7 +125,7 @@ def requests(vocab_size: int, mix: str, seed: int = 0):
 
 
 def probabilities(kind: str, num_steps: int) -> tuple[float, ...]:
-  """Of leaving after each step."""
+  """Returns the probability of leaving after each step."""
   if kind in ("balanced", "naive"):
     return (1 / num_steps,) * num_steps
   return tuple(float(r == (0 if kind == "all" else num_steps - 1)) for r in range(num_steps))
@@ -159,7 +162,7 @@ def _prescribe(model, kind):
 
 
 def measure(args, num_slots: int, models: dict[str, model_lib.Model]) -> dict[str, Any]:
-  """All variants at one batch size, in turn, and the parts of the ceilings."""
+  """Times all variants at one batch size, in turn, and the parts of the ceilings."""
   names = [name for kind in args.variants for name in (
       [kind] if kind in ("vanilla", "trained", "trained-never") else [f"{kind}-r{r}" for r in args.recursions])]
   runners = {}
@@ -196,7 +199,7 @@ def _pairs(runners):
 
 
 def _gain(runners, routed: str, never: str) -> dict[str, Any]:
-  """The controlled pair, and its ceiling."""
+  """Returns the gain of a controlled pair, and its ceiling."""
   a, b = runners[routed], runners[never]
   gain = harness.ratios(a.rates("cpu"), b.rates("cpu"))
   depth = a.engine.metrics()["mean_depth"]
@@ -210,7 +213,7 @@ def _gain(runners, routed: str, never: str) -> dict[str, Any]:
 
 
 def parse(argv: list[str]):
-  """Options."""
+  """Reads the options."""
   parser = harness.Parser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
   parser.add_argument("--shape", default="135m", choices=sorted(paper.SIZES))
   parser.add_argument("--batches", default="16,32", help="slots, e.g. 1,16,32")
@@ -267,7 +270,9 @@ NOTE = (
 
 def table(record: dict) -> list[list[str]]:
   """Returns header and rows: engines or peers by batch, and the gain of depth beside its ceiling."""
-  number = lambda spread: f"{spread['median']:.0f} ({spread['min']:.0f}–{spread['max']:.0f})"
+  def number(spread):
+    return f"{spread['median']:.0f} ({spread['min']:.0f}–{spread['max']:.0f})"
+
   if "peers" in record:
     rows = [[str(batch["batch"]), name, number(rate), f"{rate['median'] / best['median']:.2f}"]
             for batch in record["peers"] for best in [batch["tokens_per_second"][batch["best_peer"]]]

@@ -19,12 +19,12 @@ _ROUNDS = 9
 
 
 def request(prompt: list[int], num_new: int) -> request_lib.Request:
-  """A greedy request."""
+  """Returns a greedy request."""
   return request_lib.make(prompt, max_tokens=num_new)
 
 
 def kv_bytes(engine: engine_lib.Engine) -> int:
-  """Bytes of keys and values that the engine has allocated."""
+  """Returns the bytes of keys and values that the engine has allocated."""
   cache = engine.slots.cache
   return sum(a.nbytes for a in jax.tree.leaves((cache.edge, cache.stack)))
 
@@ -59,7 +59,7 @@ def _steps(engine) -> np.ndarray:
 
 
 def _pass(engine, steps_KB):
-  """The stack alone; entries are written over and over in the same places."""
+  """Returns a program of the stack alone; entries are written over and over in the same places."""
   decoder, weights = engine.decoder, engine.weights
 
   @jax.jit
@@ -97,7 +97,7 @@ def _donating(run):
 
 
 def _edge(engine, num: int):
-  """Everything but the stack, for the first `num` slots in a program of their own."""
+  """Returns a program of everything but the stack, for the first `num` slots."""
   decoder, weights = engine.decoder, engine.weights
   state: dict[str, Any] = {}
 

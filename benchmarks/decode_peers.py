@@ -25,7 +25,7 @@ FORMATS = ("bfloat16", "int8")  # of our weights
 
 
 def measure(args, num_slots: int, models: dict[str, Any], make_runner: Callable) -> dict[str, Any]:
-  """Tokens per second of every program, in turn."""
+  """Returns tokens per second of every program, in turn."""
   ours = [(name, form) for form in FORMATS for name in ("vanilla", *(f"balanced-r{r}" for r in args.recursions))]
   programs = {}
   for name, form in ours:

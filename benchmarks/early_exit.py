@@ -90,11 +90,14 @@ def nll(model: model_lib.Model, asked: list[list[int]], tokens: list[list[int]])
 
 
 def damped(model: model_lib.Model, first: int, factor: float) -> model_lib.Model:
-  """A plain model whose layers from `first` on add less."""
+  """Returns a plain model whose layers from `first` on add less."""
   if model.config.num_recursions != 1:
     raise ValueError(f"--damp={factor} of a model whose recursions share their layers; use a plain one")
   stack = model.variables["params"]["stack"]
-  scale = lambda w: w.at[first:].multiply(factor)
+
+  def scale(w):
+    return w.at[first:].multiply(factor)
+
   stack = stack | {"attention": stack["attention"] | {"o": scale(stack["attention"]["o"])},
                    "ffw": stack["ffw"] | {"down": scale(stack["ffw"]["down"])}}
   params = model.variables["params"] | {"stack": stack}
@@ -102,7 +105,7 @@ def damped(model: model_lib.Model, first: int, factor: float) -> model_lib.Model
 
 
 def variants(args, model: model_lib.Model, num_slots: int) -> list[exit_turns.Variant | exit_turns.Peer]:
-  """All that are asked for, each with an engine of its own."""
+  """Returns all variants that are asked for, each with an engine of its own."""
   exits = exits_lib.Exits(after=args.after, pending=args.pending, first=args.first)
   weights = {}  # one copy for all with the same exits
 
@@ -129,7 +132,7 @@ def variants(args, model: model_lib.Model, num_slots: int) -> list[exit_turns.Va
 
 
 def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
-  """All variants at one batch size, in turn."""
+  """Times all variants at one batch size, in turn."""
   clock = "wall" if args.pin is None else "cpu"
   made, asked = variants(args, model, num_slots), prompts(model, max(args.prompts, 2 * num_slots), args.prompt_tokens)
 
@@ -164,7 +167,7 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
 
 
 def tasks(args) -> dict[str, list[quality.Item]]:
-  """What is scored, where a folder is named."""
+  """Returns the questions to score, if a folder is named."""
   if not args.eval:
     return {}
   return {"squad": quality.squad(args.eval, args.questions, seed=0, shots=1),
@@ -173,7 +176,9 @@ def tasks(args) -> dict[str, list[quality.Item]]:
 
 def main(argv: list[str]) -> None:
   """Measures and writes."""
-  numbers = lambda kind: lambda text: tuple(kind(x) for x in text.split(","))
+  def numbers(kind):
+    return lambda text: tuple(kind(x) for x in text.split(","))
+
   parser = harness.Parser(description=__doc__.partition("\n")[0])
   parser.add_argument("--workdir", default="", help="run whose newest checkpoint decodes; else random weights")
   parser.add_argument("--shape", default="135m", choices=("135m", "360m"), help="of random weights, three recursions")
@@ -220,7 +225,9 @@ NOTE = (
 
 def table(record: dict) -> list[list[str]]:
   """Returns header and rows: each kind of request by batch, its speed and its quality."""
-  number = lambda value, form=".3f": "" if value is None else format(value, form)
+  def number(value, form=".3f"):
+    return "" if value is None else format(value, form)
+
   rates = "wall_tokens_per_second" if record.get("clock") == "wall" else "tokens_per_second"
   rows = []
   for batch in record["batches"]:

@@ -25,7 +25,7 @@ _WORDS = (6, 30)  # of an opening
 
 
 def openings(books: list[str], num: int, num_tokens: int, seed: int) -> list[dict[str, object]]:
-  """Requests: beginnings of long paragraphs."""
+  """Returns requests: beginnings of long paragraphs."""
   rng = np.random.default_rng(seed)
   paragraphs = [words for book in books for words in map(str.split, book.split("\n\n")) if len(words) >= 2 * _WORDS[1]]
   if num > len(paragraphs):
@@ -36,7 +36,7 @@ def openings(books: list[str], num: int, num_tokens: int, seed: int) -> list[dic
 
 
 def documents(folder: pathlib.Path) -> Iterator[str]:
-  """Prompts with their answers.
+  """Returns prompts with their answers.
 
   Raises:
     ValueError: no answers in the folder.

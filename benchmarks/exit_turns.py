@@ -43,7 +43,7 @@ class Variant(Asked):
     self.early = self.drafts = self.confirmed = 0
 
   def run(self, prompts: list[list[int]], num_tokens: int) -> None:
-    """Some prompts, as many at once as the engine has slots."""
+    """Answers some prompts, as many at once as the engine has slots."""
     self.begin(prompts, num_tokens)
     while self.step():
       pass
@@ -56,7 +56,7 @@ class Variant(Asked):
     self._numbers = self._submit(prompts, num_tokens)
 
   def step(self) -> bool:
-    """One dispatch, to its end; False where the time has ended, which is when no prompt waits any more."""
+    """Runs one dispatch to its end; returns False once no prompt waits, when the timing ends."""
     if self._given and not self.engine.scheduler.queue and not self._lone or self.engine.idle:
       return False
     self._given += len(self.time(self._dispatch))
@@ -78,11 +78,11 @@ class Variant(Asked):
     self.confirmed += after["confirmed"] - before["confirmed"]
 
   def answer(self, prompts: list[list[int]]) -> list[list[int]]:
-    """Short continuations."""
+    """Returns short continuations."""
     return [c.tokens for c in self._finish(self._submit(prompts, _ANSWER))]
 
   def figures(self) -> dict[str, Any]:
-    """Of the last round."""
+    """Returns the figures of the last round."""
     return {"exit_rate": self.early / sum(map(len, self.tokens)), "drafts": self.drafts,
             "acceptance": self.confirmed / self.drafts if self.drafts else None,
             "confirmed_per_token": self.confirmed / sum(map(len, self.tokens))}
@@ -112,24 +112,24 @@ class Peer(Asked):
     self.deep_passes = 0
 
   def run(self, prompts: list[list[int]], num_tokens: int) -> None:
-    """Some prompts, one at a time."""
+    """Answers some prompts, one at a time."""
     done = self.time(lambda: [self.peer.generate(prompt, num_tokens, draft=self.draft) for prompt in prompts])
     self.amounts[-1] += sum(len(o.tokens) for o in done)
     self.tokens += [o.tokens for o in done]
     self.deep_passes += sum(o.deep_passes for o in done)
 
   def answer(self, prompts: list[list[int]]) -> list[list[int]]:
-    """Short continuations."""
+    """Returns short continuations."""
     return [self.peer.generate(prompt, _ANSWER, draft=self.draft).tokens for prompt in prompts]
 
   def figures(self) -> dict[str, Any]:
-    """Of the last round."""
+    """Returns the figures of the last round."""
     return {"exit_rate": 0.0, "drafts": None, "acceptance": None,
             "confirmed_per_token": 1.0 - self.deep_passes / sum(map(len, self.tokens))}
 
 
 def together(variants: Sequence[Variant], prompts: list[list[int]], num_tokens: int) -> None:
-  """All variants run the same prompts, a dispatch each in turn, so that the machine's moods meet all alike."""
+  """Runs the same prompts through all variants, one dispatch of each in turn, so that the load of the machine falls on all alike."""
   for variant in variants:
     variant.begin(prompts, num_tokens)
   left = list(variants)

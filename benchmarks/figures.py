@@ -17,12 +17,12 @@ DOCS = harness.ROOT / "docs"
 
 
 def depth(record: dict) -> bytes:
-  """A held-out text, each token on the colour of its depth."""
+  """Draws a held-out text, each token on the colour of its depth."""
   return plots.text_by_depth(record["parts"], record["depths"], record["sizes"]["num_recursions"])
 
 
 def early_exit(record: dict) -> bytes:
-  """Speed against agreement with the full depth, a line for each kind of request over its thresholds."""
+  """Draws speed against agreement with full depth, a line for each kind of request over its thresholds."""
   lines = collections.defaultdict(list)
   for row in record["batches"][0]["variants"]:
     lines[row["variant"].partition("-")[0]].append((row["to_full"]["median"], row["agreement"]["equal"]))

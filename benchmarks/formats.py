@@ -26,7 +26,7 @@ PAIRS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "bfloat16"))
 
 def score(model: model_lib.Model, weight_format: str, kv_format: str, tokens_BT: np.ndarray,
           target_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """NLL of the targets, the most likely tokens and the depths, each `[B, T]`."""
+  """Returns NLL of the targets, the most likely tokens and the depths, each `[B, T]`."""
   config, (batch, seq_len), page_size = model.config, tokens_BT.shape, 64
   storage = storage_lib.Paged(page_size, config.num_kv_heads, config.head_dim, kv_format)
   decoder = decoder_lib.Decoder(config, storage)

@@ -105,7 +105,7 @@ class EarlyExit:
 
   def generate(self, prompt: Sequence[int], num_tokens: int, *, draft: Draft | None = None,
                stop_tokens: Sequence[int] = ()) -> Outcome:
-    """The most likely next tokens.
+    """Returns the most likely next tokens.
 
     Args:
       prompt: token ids.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import pathlib
 import re
 
+from benchmarks import harness
 from configs import paper
 from mor import config as config_lib
 from mor import costs
@@ -28,12 +29,12 @@ MARKED = re.compile(r"(<!-- costs -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def hours(total_flops: float, chips: int, device: str, mfu: float = MFU) -> float:
-  """Hours of training at that share of the peak."""
+  """Returns the hours of training at that share of the peak."""
   return total_flops / (chips * metrics.peak_flops(device) * mfu * 3600)
 
 
 def cost(name: str) -> dict[str, float]:
-  """Parameters, tokens and training FLOPs of a member of configs/paper.py."""
+  """Returns parameters, tokens and training FLOPs of a member of configs/paper.py."""
   config = config_lib.from_config_dict(paper.get_config(name))
   tokens = config.train.steps * config.data.batch_size * config.data.seq_len
   return {"parameters": sum(costs.parameter_count(config.model)), "tokens": tokens,
@@ -41,7 +42,7 @@ def cost(name: str) -> dict[str, float]:
 
 
 def table(names: Sequence[str]) -> str:
-  """Markdown of a row a model."""
+  """Returns the Markdown of a table with a row for each model."""
   head = ["model", "parameters", "tokens", "training FLOPs", *(f"{slice_}, hours" for slice_, _, _ in SLICES)]
   rows = []
   for name in names:
@@ -56,7 +57,7 @@ def table(names: Sequence[str]) -> str:
 
 
 def rewrite(text: str) -> str:
-  """The text with its table made anew.
+  """Returns the text with its table made anew.
 
   Raises:
     ValueError: it has no place for one.
@@ -66,10 +67,11 @@ def rewrite(text: str) -> str:
   return MARKED.sub(lambda match: match[1] + table(paper.members()) + match[2], text)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
   """Rewrites launch/README.md."""
+  harness.Parser(prog="python -m benchmarks.launch_costs", description=__doc__.splitlines()[0]).parse_args(argv)
   README.write_text(rewrite(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
-  main()
+  harness.run(main)

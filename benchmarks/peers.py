@@ -31,7 +31,7 @@ class Peer(Protocol):
   name: str
 
   def generate(self, prompts: list[list[int]], num_tokens: int) -> np.ndarray:
-    """The most likely next tokens, int32 `[B, num_tokens]`.
+    """Returns the most likely next tokens, int32 `[B, num_tokens]`.
 
     Raises:
       ValueError: no prompt, an empty one, unequal lengths, or no token asked for.
@@ -65,7 +65,7 @@ def make(name: str, model: config_lib.ModelConfig, params: dict, threads: int, d
 
 
 def llama_config(shape: Any, **others: Any) -> Any:
-  """A `LlamaConfig` of transformers.
+  """Returns a `LlamaConfig` of transformers.
 
   Args:
     shape: has our names of the sizes, as a model's config has.
@@ -145,7 +145,7 @@ class _LlamaCpp:
     return np.concatenate(ids_B1, 1)
 
   def _prepare(self, batch: int, seq_len: int, num_tokens: int) -> Any:
-    """A context of `batch` rows of `seq_len` positions, `num_tokens` a call; the last one, if they fit."""
+    """Returns a context of `batch` rows of `seq_len` positions, `num_tokens` a call; the last one, if they fit."""
     import llama_cpp
     if self._size[0] != batch or self._size[1] < seq_len or self._size[2] < num_tokens:
       self._free()
@@ -185,7 +185,7 @@ class _LlamaCpp:
 
 
 def _write_gguf(path: pathlib.Path, model: config_lib.ModelConfig, params: dict, dtype: str) -> None:
-  """A GGUF file of the weights, without a tokenizer. Norms stay float32."""
+  """Writes a GGUF file of the weights, without a tokenizer. Norms stay float32."""
   import gguf
   matrix = gguf.GGMLQuantizationType[{"float32": "F32", "bfloat16": "BF16"}[dtype]]
   writer = gguf.GGUFWriter(path, "llama")

@@ -47,7 +47,7 @@ _STARTS, _CHARACTERS = (50000, 120000), 4500  # excerpts of a book
 
 
 def nll(model: config_lib.ModelConfig, params: dict, windows: list[np.ndarray]) -> float:
-  """Mean loss of the tokens after the first of every window, routed causally."""
+  """Returns the mean loss of the tokens after the first of every window, routed causally."""
   params = jax.tree.map(jnp.asarray, params)
   width = max(map(len, windows)) - 1
   total = 0.0
@@ -71,7 +71,7 @@ def _logits(model, params, tokens_BT):
 
 
 def excerpts(path: str, encode: Any, tokens: int, starts: tuple[int, ...]) -> list[np.ndarray]:
-  """From each book of a .jsonl.xz, 4500 characters from each start, at most `tokens` tokens."""
+  """Returns, from each book of a .jsonl.xz, 4500 characters from each start, at most `tokens` tokens."""
   with lzma.open(path, "rt", encoding="utf-8") as file:
     books = [json.loads(line)["text"] for line in file]
   return [encode(book[start:start + _CHARACTERS])[:tokens] for book in books for start in starts]
@@ -79,7 +79,7 @@ def excerpts(path: str, encode: Any, tokens: int, starts: tuple[int, ...]) -> li
 
 def imported(source: pretrained.Source, tokenizer: tokenizer_lib.Tokenizer, wikitext: str,
              books: str) -> dict[str, Any]:
-  """Figures of the model itself."""
+  """Returns figures of the model itself."""
   model, params = source.model, source.variables["params"]
   paragraph = tokenizer.encode(PARAGRAPH)
   figures = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -97,7 +97,7 @@ def imported(source: pretrained.Source, tokenizer: tokenizer_lib.Tokenizer, wiki
 
 
 def _beside_transformers(source: pretrained.Source, ids: np.ndarray) -> dict[str, float]:
-  """Largest difference of logits, and the logits' own size; {} where transformers is not installed."""
+  """Returns the largest difference of logits, and the size of the logits; {} without transformers."""
   if importlib.util.find_spec("transformers") is None:
     return {}
   import transformers
@@ -113,7 +113,7 @@ def _beside_transformers(source: pretrained.Source, ids: np.ndarray) -> dict[str
 
 def initialised(source: pretrained.Source, ranks: list[int], recursions: list[int], windows: list[np.ndarray],
                 paragraph: np.ndarray) -> list[dict[str, Any]]:
-  """A row for every method and number of recursions; deltas of lower rank are cut from those of full rank."""
+  """Returns a row for every method and number of recursions; deltas of lower rank are cut from those of full rank."""
   rows = []
   true_TV = np.asarray(_logits(source.model, source.variables["params"], paragraph[None]))
   for num in recursions:
@@ -137,7 +137,7 @@ def initialised(source: pretrained.Source, ranks: list[int], recursions: list[in
 
 
 def _recursive(source: config_lib.ModelConfig, num_recursions: int, rank: int | None) -> config_lib.ModelConfig:
-  """The source's sizes in a cycle, with deltas of a rank; None is full."""
+  """Returns the source's sizes in a cycle, with deltas of a rank; None is full."""
   full = {name: min(ends) for name, ends in source.projections.items()}
   ranks = full if rank is None else {name: min(rank, most) for name, most in full.items()}
   return dataclasses.replace(source, sharing="cycle", num_recursions=num_recursions,

@@ -18,7 +18,7 @@ _AGAIN = ("rematted_computation", "checkpoint/remat")
 
 
 def part(op_name: str) -> str:
-  """The innermost of `SCOPES` in an instruction's `op_name`, and the pass: "ffw backward"."""
+  """Returns the innermost of `SCOPES` in an instruction's `op_name`, and the pass: "ffw backward"."""
   words = re.findall(r"\w+", op_name)
   scope = next((word for word in reversed(words) if word in SCOPES), "rest")
   if any(mark in op_name for mark in _AGAIN):
@@ -27,13 +27,13 @@ def part(op_name: str) -> str:
 
 
 def parts(text: str) -> dict[str, str]:
-  """From the names of a program's instructions to their parts; `text` is `Compiled.as_text`'s."""
+  """Returns the part of each instruction of a program, by name; `text` is what `Compiled.as_text` gives."""
   found = (match for line in text.splitlines() if (match := _NAMED.search(line)))
   return {match[1]: part(match[2]) for match in found}
 
 
 def events(directory: str) -> list[tuple[str, str, float]]:
-  """Kernel, instruction ("" if not known) and milliseconds of all that a device ran.
+  """Returns kernel, instruction ("" if not known) and milliseconds of all that a device ran.
 
   Args:
     directory: given to `jax.profiler.trace`.
@@ -77,6 +77,8 @@ def breakdown(run: Callable[[], None], text: str, times: int = 2) -> dict[str, l
     name = where.get(instruction, "unknown")
     by_part[name] = by_part.get(name, 0.0) + ms / times
     by_kernel[kernel, name] = by_kernel.get((kernel, name), 0.0) + ms / times
-  order = lambda table: sorted(table.items(), key=lambda item: -item[1])
+  def order(table):
+    return sorted(table.items(), key=lambda item: -item[1])
+
   return {"parts": [[name, ms] for name, ms in order(by_part)],
           "kernels": [[kernel[:80], name, ms] for (kernel, name), ms in order(by_kernel)[:25]]}

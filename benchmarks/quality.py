@@ -74,17 +74,17 @@ def lambada(folder: str | os.PathLike, num: int, seed: int) -> list[Item]:
 
 
 def f1(text: str, answers: Sequence[str]) -> float:
-  """Harmonic mean of precision and recall of words, against the answer it is greatest for."""
+  """Returns the harmonic mean of precision and recall of words, against the answer it is greatest for."""
   return max(_f1(_words(text), _words(answer)) for answer in answers)
 
 
 def exact(text: str, answers: Sequence[str]) -> float:
-  """1 where the text is one of the answers, but for case, punctuation, articles and spaces."""
+  """Returns 1 if the text is one of the answers, but for case, punctuation, articles and spaces."""
   return float(any(_words(text) == _words(answer) for answer in answers))
 
 
 def last_word(text: str, word: str) -> float:
-  """1 where the text goes on with the word: in its case, and a whole one.
+  """Returns 1 if the text goes on with the word: in its case, and a whole one.
 
   Space before it is passed over, since some tokenizers drop it. "mother's" goes on
   with "mother", as it does for a model that is scored by the tokens of the word.
@@ -135,7 +135,7 @@ def agreement(tokens: Sequence[Sequence[int]], reference: Sequence[Sequence[int]
 
 
 def _draw(folder, file, fields, num, seed, shots) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """`num` lines of a file and `shots` others; the order is of the seed alone."""
+  """Returns `num` lines of a file and `shots` others; the seed alone decides the order."""
   if num < 1 or shots < 0:
     raise ValueError(f"num={num}, shots={shots}; use at least 1 item and 0 shots")
   path = pathlib.Path(folder).expanduser() / file
@@ -154,7 +154,7 @@ def _draw(folder, file, fields, num, seed, shots) -> tuple[list[dict[str, Any]],
 
 
 def _words(text: str) -> list[str]:
-  """Of the normalised text: lower case, then no punctuation, then no articles."""
+  """Returns the words of the normalised text: lower case, then no punctuation, then no articles."""
   return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
 
 

@@ -35,12 +35,12 @@ Cost = Callable[[int], float]  # ms, from the number of rows
 
 
 def constant(ms: float) -> Cost:
-  """The same time however many rows there are."""
+  """Returns a cost that is the same for any number of rows."""
   return lambda rows: ms
 
 
 def interpolate(ms: Mapping[int, float]) -> Cost:
-  """Measured times by number of rows, linear between them; fewer rows than measured cost the least measured."""
+  """Returns the cost by measured times, linear between numbers of rows; fewer rows than measured cost the least."""
   rows_B = np.asarray(sorted(ms))
   ms_B = np.asarray([ms[rows] for rows in sorted(ms)], float)
 
@@ -52,7 +52,7 @@ def interpolate(ms: Mapping[int, float]) -> Cost:
 
 
 def draw(lengths: Sequence[int], exits: Sequence[float], seed: int) -> list[np.ndarray]:
-  """Requests of these many tokens; a request is the number of loops of each token.
+  """Returns requests of these many tokens; a request is the number of loops of each token.
 
   Args:
     lengths: tokens of every request.
@@ -112,17 +112,17 @@ def simulate(requests: Sequence[np.ndarray], slots: int, policy: str, pass_ms: C
 
 
 def sequence_limit(block_ms: float) -> float:
-  """Tokens a second of a full batch whose tokens cost `block_ms` each."""
+  """Returns tokens a second of a full batch whose tokens cost `block_ms` each."""
   return 1000 / block_ms
 
 
 def depth_limit(loop_ms: float, exits: Sequence[float]) -> float:
-  """Tokens a second of a full batch whose loops cost `loop_ms` a token each."""
+  """Returns tokens a second of a full batch whose loops cost `loop_ms` a token each."""
   return 1000 / (loop_ms * mean_loops(exits))
 
 
 def mean_loops(exits: Sequence[float]) -> float:
-  """E[loops] of the probabilities of leaving after loop 1, 2, …."""
+  """Returns E[loops] of the probabilities of leaving after loop 1, 2, …."""
   _check_exits(exits)
   return float(np.dot(np.arange(1, len(exits) + 1), exits))
 
@@ -170,7 +170,7 @@ _RELAXED_LOOPS, _RELAXED_MS = (1.31, 1.37, 1.67), 0.323
 
 
 def table_k2() -> list[Row]:
-  """The figures of Table K.2 that the published numbers let us simulate.
+  """Simulates the figures of Table K.2 that the published numbers let us simulate.
 
   Only Gemma's own row is predicted: its time is measured apart from its rate.
   The paper prints no E[loops]. Those of the recursive rows follow from their
@@ -195,7 +195,7 @@ def table_k2() -> list[Row]:
 
 
 def _play(exits: list[float], policy: str, token_ms: float) -> float:
-  """A queue of K2_REQUESTS."""
+  """Plays a queue of K2_REQUESTS."""
   lengths = np.maximum(1, np.random.default_rng(0).normal(20, 5, K2_REQUESTS)).astype(int)
   return simulate(draw(lengths.tolist(), exits, seed=1), _SLOTS, policy, constant(token_ms * _SLOTS))
 

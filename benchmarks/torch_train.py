@@ -21,7 +21,7 @@ WARM_UP = 3  # steps that are not counted, the compiling one among them
 
 
 def parse(argv: list[str]):
-  """Options; every size must be given."""
+  """Reads the options; every size must be given."""
   parser = harness.Parser(prog="python -m benchmarks.torch_train", description=__doc__.splitlines()[0])
   for name in SIZES:
     parser.add_argument(f"--{name}", type=int, required=True)
@@ -32,7 +32,7 @@ def parse(argv: list[str]):
 
 
 def make_step(args) -> Any:
-  """A function that takes one training step and returns its loss."""
+  """Returns a function that takes one training step and returns its loss."""
   import torch  # pylint: disable=g-import-not-at-top
   import transformers  # pylint: disable=g-import-not-at-top
 

@@ -70,7 +70,7 @@ class Runner(harness.Timed):
 
 
 def make_config(name: str, models: list[str], args) -> config_lib.Config:
-  """The family's member `name` at the sizes of `args`, as deep as all of `models`.
+  """Returns the member `name` of the family at the sizes of `args`, as deep as all of `models`.
 
   The depth is the least, from the size's own, whose inner layers every R divides.
   """
@@ -89,10 +89,13 @@ def make_config(name: str, models: list[str], args) -> config_lib.Config:
 
 
 def make_batch(config: config_lib.Config) -> dict[str, np.ndarray]:
-  """Random tokens, one document a row, no padding."""
+  """Returns random tokens, one document a row, no padding."""
   rng = np.random.default_rng(config.seed)
   shape_BT = (config.data.batch_size, config.data.seq_len)
-  draw = lambda: rng.integers(0, config.model.vocab_size, shape_BT, dtype=np.int32)
+
+  def draw():
+    return rng.integers(0, config.model.vocab_size, shape_BT, dtype=np.int32)
+
   return dict(tokens_BT=draw(), target_BT=draw(), segment_BT=np.ones(shape_BT, np.int32),
               loss_mask_BT=np.ones(shape_BT, bool))
 
@@ -106,13 +109,13 @@ def make_runner(name: str, config: config_lib.Config) -> Runner:
 
 
 def compile_step(config: config_lib.Config, mesh: jax.sharding.Mesh, state, batch) -> Any:
-  """The training step, compiled ahead; the arguments need only shapes."""
+  """Compiles the training step ahead; the arguments need only shapes."""
   with jax.set_mesh(mesh):
     return step_lib.make_train_step(config, mesh).jitted.lower(state, batch, None, None).compile()
 
 
 def unrolled(config: config_lib.Config) -> config_lib.Config:
-  """The same step without a loop over layers or over blocks of the loss."""
+  """Returns the config of the same step without a loop over layers or over blocks of the loss."""
   tokens = config.data.batch_size * config.data.seq_len
   return dataclasses.replace(
       config, model=dataclasses.replace(config.model, scan_layers=False),
@@ -120,7 +123,7 @@ def unrolled(config: config_lib.Config) -> config_lib.Config:
 
 
 def count(runner: Runner) -> dict[str, float]:
-  """What XLA counts of the step without its loops."""
+  """Returns what XLA counts of the step without its loops."""
   config, counted = runner.config, runner.compiled
   one_block = config.data.batch_size * config.data.seq_len <= config.train.loss_block
   if config.model.scan_layers or not one_block:
@@ -131,18 +134,17 @@ def count(runner: Runner) -> dict[str, float]:
 
 
 def step_costs(runner: Runner, counted: bool = True) -> dict[str, Any]:
-  """Parameters, FLOPs and memory of one step, and what XLA counts of it."""
+  """Returns parameters, FLOPs and memory of one step, and what XLA counts of it."""
   config, compiled = runner.config, runner.compiled
   tokens = config.data.batch_size * config.data.seq_len
   embedding, rest = costs.parameter_count(config.model)
-  forward = lambda executed: costs.forward_flops_per_token(config.model, config.data.seq_len, executed=executed)
   plan = compiled.memory_analysis()
   parts = {part: getattr(plan, f"{part}_size_in_bytes") for part in ("argument", "temp", "output", "alias")}
   return {
       "parameters_embedding": embedding,
       "parameters_non_embedding": rest,
-      "flops": 3 * tokens * forward(False),
-      "flops_executed": 3 * tokens * forward(True),
+      "flops": 3 * tokens * costs.forward_flops_per_token(config.model, config.data.seq_len, executed=False),
+      "flops_executed": 3 * tokens * costs.forward_flops_per_token(config.model, config.data.seq_len, executed=True),
       **(count(runner) if counted else {}),
       "memory_bytes": parts,
       "peak_memory_bytes": parts["argument"] + parts["temp"] + parts["output"] - parts["alias"],
@@ -150,7 +152,7 @@ def step_costs(runner: Runner, counted: bool = True) -> dict[str, Any]:
 
 
 def compare(runners: list[Runner], clock: str, counted: bool = True) -> list[dict[str, Any]]:
-  """One row a model: its costs and seconds, and their ratios to the first's.
+  """Returns one row a model: its costs and seconds, and their ratios to the first's.
 
   Args:
     runners: timed models.
@@ -180,7 +182,7 @@ def compare(runners: list[Runner], clock: str, counted: bool = True) -> list[dic
 
 
 def run_peer(config: config_lib.Config, rounds: int) -> dict[str, Any]:
-  """A PyTorch Llama's steps of the model's shape, in a process of its own.
+  """Times the steps of a PyTorch Llama of the model's shape, in a process of its own.
 
   Raises:
     OSError: it failed, or took more than `PEER_SECONDS`.
@@ -203,7 +205,7 @@ def run_peer(config: config_lib.Config, rounds: int) -> dict[str, Any]:
 
 
 def compare_peer(peer: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """The peer's MFU, of the same FLOPs as the first model's, and each model's speed over it."""
+  """Returns the peer's MFU, of the FLOPs of the first model, and each model's speed over it."""
   peak = metrics_lib.peak_flops(jax.devices()[0].device_kind)
   mfu = {"mfu": rows[0]["flops"] / peer["wall_seconds"]["median"] / peak} if peak else {}
   return peer | mfu | {"ours_to_peer": {row["model"]: row["tokens_per_second"] / peer["tokens_per_second"]
@@ -211,7 +213,7 @@ def compare_peer(peer: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
 
 
 def parse(argv: list[str]):
-  """Options, with the size's defaults filled in."""
+  """Reads the options, with the size's defaults filled in."""
   parser = harness.Parser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
   parser.add_argument("--models", default="vanilla,mor-r2,mor-r3", help=f"of {', '.join(MODELS)}; base first")
   parser.add_argument("--size", default="cpu", choices=DEFAULTS)

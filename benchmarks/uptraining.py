@@ -35,7 +35,7 @@ RUNS = ("r2/stepwise", "r2/average", "r2-lora128/stepwise", "r2-lora128/average"
 
 
 def make_config(run: str, args) -> config_lib.Config:
-  """The config of a run's name.
+  """Returns the config of a run.
 
   Raises:
     ValueError: the name is wrong.
@@ -65,10 +65,16 @@ def measure(run: str, config: config_lib.Config, source: pretrained.Source) -> d
   if config.distill.teacher:
     teacher = step_lib.Teacher(jax.tree.map(jnp.asarray, source.variables["params"]), {}, source.model)
   judge = evaluate.make(config, mesh, corpus.tokenizer.num_bytes_V)
-  held_out = lambda: judge(state.params, {}, corpus.validation.in_order(
-      config.data.batch_size, config.train.eval_rows))["nll_causal"]
+
+  def held_out():
+    return judge(state.params, {}, corpus.validation.in_order(
+        config.data.batch_size, config.train.eval_rows))["nll_causal"]
+
   row = {"run": run, "nll_before": held_out()}
-  batch = lambda i: sharding.put_batch(mesh, corpus.train.batch(i))
+
+  def batch(i):
+    return sharding.put_batch(mesh, corpus.train.batch(i))
+
   with jax.set_mesh(mesh):
     train_step = step_lib.make_train_step(config, mesh, teacher).jitted.lower(state, batch(0), teacher, None).compile()
   timed, losses = harness.Timed(run), []
@@ -77,7 +83,10 @@ def measure(run: str, config: config_lib.Config, source: pretrained.Source) -> d
     timed.start_round()
     state, metrics = timed.time(lambda: train_step(state, fresh, teacher))
     losses.append({name: float(metrics[name]) for name in ("nll", "kl") if name in metrics})
-  count = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+  def count(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
   memory = train_step.memory_analysis()
   return row | {
       "nll_after": held_out(), "step_seconds": statistics.median(timed.wall), "last_metrics": losses[-1],
@@ -113,7 +122,7 @@ def main(argv: list[str]) -> None:
 
 
 def _source_nll(configs: dict[str, config_lib.Config], source: pretrained.Source) -> float:
-  """The source's own loss on the held-out rows."""
+  """Returns the source's own loss on the held-out rows."""
   config = next(iter(configs.values()))
   config = dataclasses.replace(config, model=source.model)
   corpus = text.load(config.data, config.model.vocab_size)

@@ -245,3 +245,9 @@ def test_costs_by_hand():
   assert launch_costs.hours(one["flops"], 8, "H100") == pytest.approx(5.04e19 / (8 * 989e12 * 0.4) / 3600, rel=0.01)
   with pytest.raises(ValueError, match="no <!-- costs --> with <!-- end -->"):
     launch_costs.rewrite("nothing")
+
+
+def test_a_wrong_option_rewrites_nothing(monkeypatch):
+  monkeypatch.setattr(launch_costs, "README", None)  # would fail if it were read
+  with pytest.raises(ValueError, match="unrecognized arguments: --nope; --help"):
+    launch_costs.main(["--nope"])
