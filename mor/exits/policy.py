@@ -41,18 +41,21 @@ NO_LOGITS = ("saturation",)  # measures of the state alone
 class Exits:
   """The exits of an engine; static.
 
+  `pending`, `carry`, `worth` and `monitor` have no flag: the first three change the speed
+  of `verify` requests and none of their tokens, and `monitor` feeds a calibrator in Python.
+
   Attributes:
     after: unrolled layers (prelude included) after which a token may exit, ascending.
-    measure: of confidence, a name in `confidence.MEASURES`.
+    measure: name of the confidence in `confidence.MEASURES`.
     pending: tokens of a request that may wait for the deeper layers, at most (S_max).
-    carry: pending tokens that one pass takes along, of all requests together; 0 is
-      `pending` for each request, but of many requests `4 * pending` or two for each.
-      What does not fit waits.
-    first: tokens an exit chooses from, those of the lowest ids, which a tokenizer of
-      merges gives to the most frequent; 0 is the whole vocabulary. An exit reads the
+    carry: pending tokens of all requests that one pass takes along; 0 is `pending` for
+      each request, but with many requests `4 * pending` or two for each. The rest waits.
+    first: tokens that an exit chooses from, the lowest ids, which a tokenizer of merges
+      gives to the most frequent tokens; 0 is the whole vocabulary. An exit reads the
       head that far only; sampled requests with exit="verify" read all of it.
     kv: one of POLICIES.
-    monitor: whether to tell, of every exit, if its likeliest token was the full depth's.
+    monitor: whether to tell, for the last exit of each token, if its likeliest token was
+      that of full depth.
     worth: share of exits (trust) below which a request looks for one at every 16th
       token only; None estimates where looking costs more than it saves. 0 always looks.
   """

@@ -71,8 +71,8 @@ class Engine:
     router: router in place of that of the model; for studies of depth, which prescribe it, so no flag sets it.
     storage: "paged", or "dense": one page a row, the reference of tests and benchmarks, so no flag sets it.
     exits: where tokens may leave early, for requests with exit="trust" or "verify".
-    calibrator: gives a request the threshold it does not state; learns from every exit
-      where `exits.monitor`.
+    calibrator: gives a request the threshold it does not state, and learns from exits if
+      `exits.monitor`; without a flag, as `--mode=calibrate` stores a threshold instead.
   """
 
   def __init__(self, model: Any, *, num_slots: int = 16, batching: str = "depth", context: int | None = None,
