@@ -57,7 +57,7 @@ def tiny_run(tmp_path_factory):
     (["--config=configs/paper.py:mor-999m"], "configs/paper.py:mor-999m is not in the family; use"),
     (["--config=paper:mor-999m"], "configs/paper.py:mor-999m is not in the family; use"),
     (["--config=README.md"], "the config file fails with SyntaxError"),
-    (["--mode=dance"], "--mode=dance: value should be one of <train|eval|generate|convert|export|info"),
+    (["--mode=dance"], "--mode=dance: value should be one of <train|eval|generate|calibrate|convert|export|info"),
     (["--nope=3"], "Unknown command line flag 'nope'; --help lists all"),
     ([BASE, "train"], "unexpected argument 'train'; every option is --name=value"),
     (["--mode=train"], "--mode=train needs a config; give --config=NAME"),
