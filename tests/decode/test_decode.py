@@ -38,7 +38,8 @@ def test_decoding_equals_forward(router, plan, storage):
   check(build(plan, router=tiny.router(router), num_layers=8), storage)
 
 
-@pytest.mark.parametrize("plan", kv_plans.PLANS)
+@pytest.mark.parametrize("plan", [
+    pytest.param(plan, marks=pytest.mark.slow if plan == "recursion_wise" else ()) for plan in kv_plans.PLANS])
 def test_first_step_that_drops_tokens(plan):
   """Where keys are shared, the first step runs even the tokens that it drops."""
   check(build(plan, router=NARROW), "paged")
@@ -114,7 +115,8 @@ def test_bfloat16_follows_float32(plan, storage):
   assert np.nanmax(np.abs(rounded[0] - whole[0])) > 1e-3, "nothing was rounded"
 
 
-@pytest.mark.parametrize("plan", kv_plans.PLANS)
+@pytest.mark.parametrize("plan", [
+    pytest.param(plan, marks=() if plan == "hybrid" else pytest.mark.slow) for plan in kv_plans.PLANS])
 def test_a_row_does_not_know_its_batch(plan):
   config = build(plan, router=tiny.router("expert_choice"))
   variables, tokens_BT, whole = decoding.expected(config)

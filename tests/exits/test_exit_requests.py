@@ -13,7 +13,8 @@ from tests.helpers import serving
 TEMPERATURE = 5.0  # at which no pair of tokens is rare
 
 
-@pytest.mark.parametrize("kind", ["plain", pytest.param("cycle", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "cycle"])
 def test_copied_entries_are_the_deeper_layers_projections_of_the_exits_state(kind):
   """What is read from them is what a slow reference reads."""
   model = exiting.model(kind)

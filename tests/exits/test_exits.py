@@ -198,7 +198,9 @@ def test_training_drops_layers_as_the_config_says():
   assert abs(other - loss) > 1e-3 * loss
 
 
-@pytest.mark.parametrize("model", [PLAIN, dict(sharing="cycle", num_layers=6, router=tiny.FIXED)], ids=["plain", "cycle"])
+@pytest.mark.parametrize("model", [
+    pytest.param(PLAIN, id="plain"),
+    pytest.param(dict(sharing="cycle", num_layers=6, router=tiny.FIXED), id="cycle", marks=pytest.mark.slow)])
 def test_training_lowers_an_exits_loss_however_the_batch_is_cut(model):
   fields = dict(layers=(2,), coef=1.0, kl=0.5)
   whole, parts = (tiny.config(model=model, exit=fields, train=dict(accumulation=n)) for n in (1, 2))

@@ -50,7 +50,7 @@ def test_every_router_and_plan(router, plan):
     pytest.param(dict(kv_plan="hybrid"), dict(storage="dense"), id="dense"),
     pytest.param(dict(lora=dict(q=2, k=1, o=3, gate=4, down=2), router=dict(gating="residual", alpha=1.5),
                       tie_embeddings=False), {}, id="relaxed", marks=pytest.mark.slow),
-    pytest.param({}, dict(num_slots=1, ticks=1), id="one_slot_one_tick"),
+    pytest.param({}, dict(num_slots=1, ticks=1), id="one_slot_one_tick", marks=pytest.mark.slow),
 ])
 def test_other_engines(fields, options):
   model, requests = serving.model(**fields), serving.requests(20)

@@ -26,7 +26,7 @@ CUTS = {
     "fsdp_accumulation": dict(mesh=dict(fsdp=2), train=dict(accumulation=4)),
 }
 QUICK = {
-    *(("aux_router", cut) for cut in ("accumulation", "fsdp_tensor", "fsdp_sequence")),
+    *(("aux_router", cut) for cut in ("accumulation", "fsdp_tensor")),
     ("token_loss", "fsdp_sequence"),
 }
 
