@@ -51,3 +51,10 @@ def local(workdir: str | os.PathLike, mode: str) -> pathlib.Path:
     raise ValueError(f"--mode={mode} keeps its files on a local disk; give a local --workdir instead of {workdir}, "
                      "and copy it afterwards")
   return pathlib.Path(workdir).expanduser()
+
+
+def write_whole(path: pathlib.Path | epath.Path, content: str) -> None:
+  """Writes a text file whole or not at all."""
+  temporary = path.parent / (path.name + ".partial")
+  temporary.write_text(content, encoding="utf-8")
+  temporary.replace(path)

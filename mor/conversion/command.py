@@ -96,9 +96,9 @@ def convert(config: config_lib.Config, spec: str, workdir: str | os.PathLike) ->
   _check_tokenizer(config, given, directory)
   directory.mkdir(parents=True, exist_ok=True)
   if given.tokenizer is not None:
-    _replace(directory / "tokenizer.json", given.tokenizer)
+    paths.write_whole(directory / "tokenizer.json", given.tokenizer)
   if given.about is not None:
-    _replace(directory / "pretrained.json", json.dumps(given.about, indent=1))
+    paths.write_whole(directory / "pretrained.json", json.dumps(given.about, indent=1))
   state = step_lib.start(config, jax.tree.map(jnp.asarray, variables))
   with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
     checkpoints.save(0, state, config)
@@ -166,10 +166,3 @@ def _check_tokenizer(config: config_lib.Config, given: _Given, directory: pathli
   if not named.is_file() or json.loads(named.read_text(encoding="utf-8")) != json.loads(given.tokenizer):
     raise ValueError(f"data.tokenizer={config.data.tokenizer!r} is not the source's tokenizer; "
                      f"give --config.data.tokenizer={ours}, where this command writes it")
-
-
-def _replace(path: pathlib.Path, content: str) -> None:
-  """Writes the file whole or not at all."""
-  temporary = path.with_name(path.name + ".partial")
-  temporary.write_text(content, encoding="utf-8")
-  temporary.replace(path)

@@ -78,10 +78,7 @@ def write(workdir: str | os.PathLike, stored: StoredExits) -> None:
   Raises:
     OSError: the file cannot be written.
   """
-  path = paths.directory(workdir) / NAME
-  temporary = path.parent / (NAME + ".partial")
-  temporary.write_text(json.dumps(dataclasses.asdict(stored), indent=1) + "\n")
-  temporary.replace(path)
+  paths.write_whole(paths.directory(workdir) / NAME, json.dumps(dataclasses.asdict(stored), indent=1) + "\n")
 
 
 def read(workdir: str | os.PathLike) -> StoredExits | None:
