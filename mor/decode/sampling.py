@@ -8,7 +8,8 @@ uniform number of (seed, index of the token in the request), so a token depends 
 its request alone, not on the batch, the slot or when it is run.
 
 Thresholds are found by bisection over the bits of a float: exact, and without
-sorting the vocabulary. What no row of a batch asks for is not computed.
+sorting the vocabulary. What no row of a batch asks for is not computed. The likeliest
+token passes every filter by definition, not by rounding, so a draw is never from nothing.
 
 Source: nucleus sampling, Holtzman et al. 2020; min-p, Nguyen et al. 2024; the
 penalty, Keskar et al. 2019 (CTRL), which divides positive logits of tokens seen in
@@ -24,6 +25,9 @@ import jax.numpy as jnp
 
 
 _LARGEST = 1e30  # finite in float32
+_LEAST_PENALTY = 1e-30  # a normal number in float32, whose inverse is finite
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+_INFINITY = 0x7F800000  # its bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,8 @@ class Sampling:
     require(0 <= self.top_k < 2**31, "top_k", "0 for off, or a positive count")
     require(0 < self.top_p <= 1, "top_p", "a fraction in (0, 1]")
     require(0 <= self.min_p <= 1, "min_p", "a fraction in [0, 1]")
-    require(self.repetition_penalty > 0, "repetition_penalty", "a positive factor, 1 for off")
+    require(self.repetition_penalty >= _LEAST_PENALTY, "repetition_penalty",
+            f"a positive factor of {_LEAST_PENALTY} to {_LARGEST}, 1 for off")
     require(0 <= self.seed < 2**32, "seed", f"0 to {2**32 - 1}")
 
 
@@ -155,10 +160,13 @@ def _draw(logits_MV, rows_M, index_M):
 
 def _weigh(logits_MV, rows_M):
   """Returns each token's weight relative to the likeliest of its row; 0 if a filter drops it."""
-  tempered_MV = logits_MV / jnp.maximum(rows_M.temperature_B, 1e-6)[:, None]
-  weight_MV = jnp.exp(tempered_MV - jnp.max(tempered_MV, axis=-1, keepdims=True))
+  best_M1 = jnp.max(logits_MV, axis=-1, keepdims=True)
+  behind_MV = (best_M1 - logits_MV) / jnp.maximum(rows_M.temperature_B, _SMALLEST)[:, None]
+  # A fused subtraction may leave a rounding error, of which the least temperature makes anything.
+  behind_MV = jnp.where(logits_MV == best_M1, 0.0, behind_MV)
+  weight_MV = jnp.exp(-behind_MV)
   filtered = (rows_M.top_k_B > 0) | (rows_M.top_p_B < 1) | (rows_M.min_p_B > 0)
-  return jax.lax.cond(jnp.any(filtered), lambda: _filter(weight_MV, rows_M), lambda: weight_MV)
+  return jax.lax.cond(jnp.any(filtered), lambda: _filter(weight_MV, behind_MV, rows_M), lambda: weight_MV)
 
 
 def _uniform(rows_M, index_M, stream: int | None = None):
@@ -171,8 +179,10 @@ def _uniform(rows_M, index_M, stream: int | None = None):
 
 def _invert(weight_MV, uniform_M):
   """Returns the token at which the cumulative weight passes a share of the whole."""
-  cumulative_MV = jnp.cumsum(weight_MV, axis=-1)
-  reached_MV = (cumulative_MV > uniform_M[:, None] * cumulative_MV[:, -1:]) & (weight_MV > 0)
+  cumulative_MV = jnp.where(weight_MV > 0, jnp.cumsum(weight_MV, axis=-1), 0.0)
+  # Not the last sum: sums are rounded in an order of their own, and the last one may be of a token without weight.
+  whole_M1 = jnp.max(cumulative_MV, axis=-1, keepdims=True)
+  reached_MV = (cumulative_MV > uniform_M[:, None] * whole_M1) & (weight_MV > 0)
   return jnp.argmax(reached_MV, axis=-1).astype(jnp.int32)
 
 
@@ -207,27 +217,33 @@ def _probabilities(logits_MV, rows_M, seen_MV, vocab_size):
   return weight_MV / jnp.sum(weight_MV, axis=-1, keepdims=True)
 
 
-def _filter(weight_MV, rows_M):
-  """Returns the weights, relative to the likeliest token's, that pass all filters; others are 0."""
+def _filter(weight_MV, behind_MV, rows_M):
+  """Returns the weights, relative to the likeliest token's, that pass all filters; others are 0.
+
+  The filters compare distances from the likeliest logit: at a high temperature different ones have the same weight.
+  """
   top_k_M = jnp.where(rows_M.top_k_B > 0, rows_M.top_k_B, weight_MV.shape[1])
-  least_M = _threshold(weight_MV, lambda kept_MV: jnp.sum(kept_MV, axis=-1) >= top_k_M)
-  weight_MV = jnp.where(weight_MV >= least_M[:, None], weight_MV, 0.0)
+  farthest_M1 = _reach(behind_MV, lambda kept_MV: jnp.sum(kept_MV, axis=-1) >= top_k_M)
+  weight_MV = jnp.where(behind_MV <= farthest_M1, weight_MV, 0.0)
   needed_M = rows_M.top_p_B * jnp.sum(weight_MV, axis=-1)
-  least_M = _threshold(weight_MV, lambda kept_MV: jnp.sum(jnp.where(kept_MV, weight_MV, 0.0), axis=-1) >= needed_M)
-  least_M = jnp.where(rows_M.top_p_B < 1, least_M, 0.0)
-  least_M = jnp.maximum(least_M, rows_M.min_p_B)
-  return jnp.where(weight_MV >= least_M[:, None], weight_MV, 0.0)
+  farthest_M1 = _reach(
+      behind_MV, lambda kept_MV: jnp.sum(jnp.where(kept_MV, weight_MV, 0.0), axis=-1) >= needed_M)
+  farthest_M1 = jnp.where((rows_M.top_p_B < 1)[:, None], farthest_M1, jnp.inf)
+  least_M1 = rows_M.min_p_B[:, None]
+  farthest_M1 = jnp.minimum(farthest_M1, jnp.where(least_M1 >= 1, 0.0, -jnp.log(least_M1)))
+  return jnp.where(behind_MV <= farthest_M1, weight_MV, 0.0)
 
 
-def _threshold(weight_MV, enough):
-  """Returns the greatest t of each row for which the weights >= t are `enough`, 0 if none is.
+def _reach(behind_MV, enough):
+  """Returns the least distance `[M, 1]` for which the tokens as near are `enough`; 0 at least, infinity at most.
 
   Non-negative floats order as their bits do.
   """
+  bits_MV = jax.lax.bitcast_convert_type(behind_MV, jnp.int32)
+
   def bit(i, low_M):
     trial_M = low_M | (jnp.int32(1) << (30 - i))
-    t_M = jax.lax.bitcast_convert_type(trial_M, jnp.float32)
-    ok_M = enough(weight_MV >= t_M[:, None])  # False beyond the weights, infinities and NaN included
-    return jnp.where(ok_M, trial_M, low_M)
-  bits_M = jax.lax.fori_loop(0, 31, bit, jnp.zeros(weight_MV.shape[0], jnp.int32))
-  return jax.lax.bitcast_convert_type(bits_M, jnp.float32)
+    return jnp.where(enough(bits_MV < trial_M[:, None]), low_M, trial_M)
+
+  found_M = jax.lax.fori_loop(0, 31, bit, jnp.zeros(behind_MV.shape[0], jnp.int32))
+  return jax.lax.bitcast_convert_type(jnp.minimum(found_M, _INFINITY), jnp.float32)[:, None]

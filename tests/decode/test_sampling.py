@@ -180,6 +180,8 @@ def test_log_probability(vocab_size):
     ("min_p", 1.1, r"a fraction in \[0, 1\]"),
     ("repetition_penalty", 0.0, "a positive factor"),
     ("repetition_penalty", float("nan"), "a finite number"),
+    ("repetition_penalty", 1e-46, "a positive factor of 1e-30 to 1e\\+30, 1 for off"),
+    ("repetition_penalty", 1e-31, "a positive factor of 1e-30 to 1e\\+30, 1 for off"),
     ("seed", -1, "0 to 4294967295"),
     ("seed", 2**32, "0 to 4294967295"),
     ("seed", None, "an integer"),
@@ -193,7 +195,43 @@ def test_bad_settings_are_refused_with_their_remedy(name, value, remedy):
   assert repr(value) in str(error.value)
 
 
-def test_the_ends_of_every_range_are_taken():
-  settings = [sampling.Sampling(temperature=1e30, top_k=2**31 - 1, top_p=1.0, min_p=1.0, seed=2**32 - 1),
-              sampling.Sampling(temperature=1e-30, top_p=1e-30, repetition_penalty=1e-3)]
-  assert (draw(np.arange(2.0 * V).reshape(2, V), settings) < V).all()
+LIKELIEST = [  # settings that leave one token, if no other has the same logit
+    dict(min_p=1.0), dict(min_p=1 - 1e-12), dict(top_p=1e-30), dict(top_p=1e-38), dict(top_p=1e-40), dict(top_p=1e-46),
+    dict(top_p=5e-324), dict(top_k=1), dict(temperature=1e-30), dict(temperature=1e-38), dict(temperature=1e-40),
+    dict(temperature=1e-46), dict(temperature=1e30, min_p=1.0, top_k=2**31 - 1, seed=2**32 - 1),
+    dict(temperature=1e30, top_p=1e-38), dict(min_p=1.0, top_p=1e-38, top_k=1), dict(min_p=1.0, top_p=1 - 1e-12)]
+
+
+@pytest.mark.parametrize("width", [V, 257, 300])
+def test_extreme_filters_leave_the_likeliest_token(width):
+  """Alone and beside other rows, with and without a penalty at its ends, for logits of every size."""
+  rng = np.random.default_rng(6)
+  settings, logits, seen = [], [], []
+  for i, filters in enumerate(LIKELIEST * 8):
+    penalty = [1.0, 1e-30, 0.7, 1.3, 1e30][i % 5]
+    settings.append(sampling.Sampling(**{"temperature": 0.7, "seed": i, "repetition_penalty": penalty} | filters))
+    logits.append(rng.normal(size=width) * [1.0, 30.0, 1e-3, 1e6][i // 4 % 4] - [0.0, 4.0][i % 2])
+    seen.append(rng.random(width) < 0.3)
+  logits_MV, seen_MV = np.float32(logits), np.array(seen)
+  factor_M1 = np.float32([[s.repetition_penalty] for s in settings])
+  with np.errstate(over="ignore"):
+    weighed_MV = np.where(seen_MV, np.where(logits_MV > 0, logits_MV / factor_M1, logits_MV * factor_M1), logits_MV)
+  together = draw(logits_MV, settings, seen_MV=seen_MV)
+  assert (weighed_MV[np.arange(len(settings)), together] == weighed_MV.max(axis=1)).all()
+  for at in (slice(0, 1), slice(3, 4), slice(5, 8)):
+    np.testing.assert_array_equal(draw(logits_MV[at], settings[at], seen_MV=seen_MV[at]), together[at])
+
+
+def test_sums_that_are_rounded_reach_a_token():
+  """The greatest uniform number, and sums that fall behind the last token that has a weight."""
+  weight_MV = np.zeros((300, 257), np.float32)
+  weight_MV[:, 3:200] = np.random.default_rng(7).random((300, 197)) * 0.9 + 1e-6
+  uniform_M = jnp.full(300, 1 - 2.0**-24, jnp.float32)
+  assert (weight_MV[np.arange(300), np.asarray(sampling._invert(jnp.asarray(weight_MV), uniform_M))] > 0).all()
+
+
+def test_huge_temperature_draws_from_all_that_a_filter_leaves():
+  logits_V = np.arange(V, dtype=np.float32)
+  for filters, left in ((dict(top_k=4), 4), (dict(top_k=1000), V), ({}, V)):
+    rows = seeded(sampling.Sampling(temperature=1e30, **filters), 400)
+    assert set(draw([logits_V] * 400, rows)) == set(range(V - left, V))
