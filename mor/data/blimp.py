@@ -8,11 +8,9 @@ Source: Warstadt et al. 2020; alexwarstadt/blimp, CC BY 4.0.
 
 import collections
 import dataclasses
-import gzip
-import json
-import lzma
 import pathlib
-import zlib
+
+from mor.data import readers
 
 _FIELDS = ("good", "bad", "uid")
 
@@ -32,21 +30,14 @@ def read(path: pathlib.Path, pairs_per_paradigm: int) -> list[Pair]:
   Raises:
     ValueError: the file is damaged, or a line lacks a field.
   """
-  opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-  pairs, seen, number = [], collections.Counter(), 0
-  try:
-    with opener(path, "rt", encoding="utf-8") as file:
-      for number, line in enumerate(file, 1):
-        record = json.loads(line)
-        pair = Pair(*(record[field] for field in _FIELDS))
-        seen[pair.uid] += 1
-        if seen[pair.uid] <= pairs_per_paradigm:
-          pairs.append(pair)
-  except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is damaged after line {number} ({error}); restore the file") from error
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
-    raise ValueError(f"{path}, line {number}: not a minimal pair ({error!r}); each line is an object with "
-                     f"{', '.join(_FIELDS)}") from error
+  pairs, seen = [], collections.Counter()
+  for where, record in readers.records(path):
+    if not all(isinstance(record.get(field), str) for field in _FIELDS):
+      raise ValueError(f"{where}: not a minimal pair; each line is an object with the texts {', '.join(_FIELDS)}")
+    pair = Pair(*(readers.text_of(where, record, field) for field in _FIELDS))
+    seen[pair.uid] += 1
+    if seen[pair.uid] <= pairs_per_paradigm:
+      pairs.append(pair)
   if not pairs:
     raise ValueError(f"{path} holds no minimal pairs; restore the file")
   return pairs

@@ -5,18 +5,19 @@
   .array_record  every record is one document in UTF-8
 
 `.txt` and `.jsonl` may be compressed (`.gz`, `.xz`). Bytes are decoded as UTF-8
-and not changed: line ends stay as they are. A damaged file raises an error that names the
-file and the line.
+and not changed: line ends stay as they are, and only a byte order mark at the start of a
+file is no text. A damaged file raises an error that names the file and the line.
 """
 
 from collections.abc import Callable, Iterator
 import functools
 import gzip
-import json
 import lzma
 import pathlib
-from typing import BinaryIO
+from typing import Any, BinaryIO
 import zlib
+
+from mor.data import lines as lines_lib
 
 SOTU = pathlib.Path(__file__).parent / "corpora" / "sotu.txt.xz"  # shipped with the package
 
@@ -25,11 +26,11 @@ _OPENERS: dict[str, Callable[[pathlib.Path], BinaryIO]] = {
 _DAMAGE = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 
-def read(path: pathlib.Path, text_key: str) -> Iterator[str]:
-  """Yields the documents of one file.
+def read(path: pathlib.Path, text_key: str) -> Iterator[str | None]:
+  """Yields the documents of one file; None for a row whose text is null.
 
   Raises:
-    ValueError: the suffix is unknown, or the file is damaged or malformed.
+    ValueError: the suffix is unknown, or the file is damaged or malformed, or cannot be read.
   """
   suffix, compression = _suffixes(path)
   if suffix not in READERS or (compression and suffix == ".array_record"):
@@ -38,10 +39,60 @@ def read(path: pathlib.Path, text_key: str) -> Iterator[str]:
   yield from READERS[suffix](path, text_key)
 
 
+def records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields file and line, for messages, and the JSON object of each line that is not blank.
+
+  Raises:
+    ValueError: as `read`.
+  """
+  number = 0
+  try:
+    with _OPENERS[_suffixes(path)[1]](path) as file:
+      for number, line in enumerate(file, 1):
+        where = f"{path}, line {number}"
+        line = _at(where, lines_lib.without_mark, line) if number == 1 else line
+        if line.strip():
+          yield where, _at(where, lines_lib.parse, line)
+  except _DAMAGE as error:
+    raise ValueError(f"{path} is damaged after line {number} ({error}); restore the file") from error
+  except OSError as error:
+    raise unreadable(path, error) from error
+
+
+def text_of(where: str, record: dict[str, Any], field: str) -> str | None:
+  """Returns the text of a field of an object; None if it is null.
+
+  Raises:
+    ValueError: there is no such field, or it holds something else.
+  """
+  if field not in record:
+    raise ValueError(f"{where}: no text in field {field!r} ({lines_lib.names(record)}); set data.text_key")
+  text = record[field]
+  if text is None:
+    return None
+  if not isinstance(text, str):
+    raise ValueError(f"{where}: field {field!r} is of type {type(text).__name__}, not text; set data.text_key")
+  _at(where, lines_lib.check_pairs, text)
+  return text
+
+
+def unreadable(path: pathlib.Path, error: OSError) -> ValueError:
+  """Returns the error for a file that the system does not let us read."""
+  return ValueError(f"{path} cannot be read ({error.strerror or error}); repair that, or leave the file out")
+
+
 def _suffixes(path: pathlib.Path) -> tuple[str, str]:
   if path.suffix in (".gz", ".xz"):
     return path.with_suffix("").suffix, path.suffix
   return path.suffix, ""
+
+
+def _at(where: str, function: Callable[..., Any], *args: Any) -> Any:
+  """Calls a function whose errors do not say where."""
+  try:
+    return function(*args)
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
 
 
 def _read_txt(path: pathlib.Path, text_key: str) -> Iterator[str]:
@@ -51,43 +102,22 @@ def _read_txt(path: pathlib.Path, text_key: str) -> Iterator[str]:
       content = file.read()
   except _DAMAGE as error:
     raise ValueError(f"{path} is damaged ({error}); restore the file") from error
+  except OSError as error:
+    raise unreadable(path, error) from error
+  content = _at(str(path), lines_lib.without_mark, content)
   try:
-    yield content.decode("utf-8")
+    text = content.decode("utf-8")
   except UnicodeDecodeError as error:
     line = content.count(b"\n", 0, error.start) + 1
     raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file to "
                      "UTF-8") from error
+  del content
+  yield text
 
 
-def _read_jsonl(path: pathlib.Path, text_key: str) -> Iterator[str]:
-  number = 0
-  try:
-    with _OPENERS[_suffixes(path)[1]](path) as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          yield _text_of(line, text_key, f"{path}, line {number}")
-  except _DAMAGE as error:
-    raise ValueError(f"{path} is damaged after line {number} ({error}); restore the "
-                     "file") from error
-
-
-def _text_of(line: bytes, text_key: str, where: str) -> str:
-  try:
-    record = json.loads(line.decode("utf-8"))
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{where}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno}); repair or delete "
-                     "the line") from error
-  if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-    fields = ", ".join(record) if isinstance(record, dict) else "not an object"
-    raise ValueError(f"{where}: no text in field {text_key!r} ({fields}); set data.text_key")
-  try:
-    record[text_key].encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise ValueError(f"{where}: half a surrogate pair ({error.reason}); repair or delete the "
-                     "line") from error
-  return record[text_key]
+def _read_jsonl(path: pathlib.Path, text_key: str) -> Iterator[str | None]:
+  for where, record in records(path):
+    yield text_of(where, record, text_key)
 
 
 def _read_array_record(path: pathlib.Path, text_key: str) -> Iterator[str]:
@@ -100,14 +130,14 @@ def _read_array_record(path: pathlib.Path, text_key: str) -> Iterator[str]:
     for index in range(reader.num_records()):
       yield reader.read([index])[0].decode("utf-8")
     reader.close()  # raises if opening failed
-  except (RuntimeError, IndexError) as error:
-    raise ValueError(f"{path}, record {index}: damaged ({error}); restore the file") from error
   except UnicodeDecodeError as error:
     raise ValueError(f"{path}, record {index}: not UTF-8 text ({error.reason}); a TFDS dataset is "
                      "read with data.source=tfds:NAME") from error
+  except (RuntimeError, IndexError, ValueError) as error:
+    raise ValueError(f"{path}, record {index}: damaged ({error}); restore the file") from error
 
 
-READERS: dict[str, Callable[[pathlib.Path, str], Iterator[str]]] = {
+READERS: dict[str, Callable[[pathlib.Path, str], Iterator[str | None]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".array_record": _read_array_record,

@@ -13,10 +13,14 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import importlib.util
 import os
 import pathlib
+import sys
 
+from mor import distributed
 from mor.data import cache
+from mor.data import lines
 from mor.data import readers
 
 
@@ -67,13 +71,20 @@ def _open_files(source: str, text_key: str) -> Documents:
   for path in paths:
     if path.is_dir():
       raise ValueError(f"data source {source!r}: {path} is a directory; use a glob such as "
-                       f"{source.rstrip('/')}/*.txt, or hf:{source.rstrip('/')}")
+                       f"{path}/*.txt, or hf:{path}")
+    if path.exists() and not path.is_file():
+      raise ValueError(f"data source {source!r}: {path} is a device or a pipe, which cannot be read twice; "
+                       "copy its text to a file")
 
-  def read() -> Iterator[str]:
-    for path in paths:
+  stamps = tuple(map(_stamp, paths))
+
+  def read() -> Iterator[str | None]:
+    for path, stamp in zip(paths, stamps):
       yield from readers.read(path, text_key)
+      if _stamp(path) != stamp:
+        raise ValueError(f"{path} has changed since the start; run again when nothing writes to it")
 
-  return Documents(tuple(map(_stamp, paths)), read)
+  return Documents(stamps, _without_nulls(f"data source {source!r}", read))
 
 
 def _open_sotu(cache_root: pathlib.Path) -> Documents:
@@ -96,11 +107,12 @@ def _open_tfds(name: str, split: str, text_key: str) -> Documents:
   try:
     dataset = tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as error:
-    raise FileNotFoundError(f"{what}: no such dataset; prepare it with file_format='array_record' "
+    raise FileNotFoundError(f"{what}: {_why_not_found()}; prepare it with file_format='array_record' "
                             "and set TFDS_DATA_DIR to its directory") from error
   except Exception as error:  # pylint: disable=broad-except
-    raise ValueError(f"{what}: {_first_line(error)}; give the name of a prepared TFDS "
-                     "dataset") from error
+    remedy = ("install TensorFlow, which its code needs" if isinstance(error, ImportError) else
+              "give the name of a prepared TFDS dataset")
+    raise ValueError(f"{what}: {_first_line(error)}; {remedy}") from error
   if not dataset.is_prepared():
     raise FileNotFoundError(f"{what}: not prepared under {dataset.data_dir}; run "
                             "download_and_prepare with file_format='array_record', or set "
@@ -127,11 +139,17 @@ def _tfds_texts(name: str, data_dir: pathlib.Path | str | None, split: str,
     raise ValueError(f"data source 'tfds:{name}#{split}': {_first_line(error)}; name one of its "
                      "splits after '#'") from error
   for index in range(len(records)):
-    text = records[index][text_key]
+    where = f"data source 'tfds:{name}#{split}', record {index}"
+    try:
+      text = records[index][text_key]
+    except Exception as error:  # of TFDS and of ArrayRecord; pylint: disable=broad-except
+      raise ValueError(f"{where}: damaged ({_first_line(error)}); prepare the dataset again") from error
     if not isinstance(text, bytes):
-      raise ValueError(f"data source 'tfds:{name}': field {text_key!r} is not text; set "
-                       "data.text_key")
-    yield text.decode("utf-8")
+      raise ValueError(f"{where}: field {text_key!r} is not text; set data.text_key")
+    try:
+      yield lines.decode(text)
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}") from error
 
 
 def _open_hf(directory: str, split: str, text_key: str) -> Documents:
@@ -139,7 +157,7 @@ def _open_hf(directory: str, split: str, text_key: str) -> Documents:
     import datasets
   except ImportError as error:
     raise ValueError(f"data source 'hf:{directory}' needs the package datasets; pip install "
-                     "datasets, or export the texts as .jsonl") from error
+                     "datasets (or 'mor[hf]'), or export the texts as .jsonl") from error
   path = pathlib.Path(directory).expanduser().absolute()
   what = f"data source 'hf:{directory}'"
   if not path.is_dir():
@@ -160,11 +178,49 @@ def _open_hf(directory: str, split: str, text_key: str) -> Documents:
     raise ValueError(f"{what}: field {text_key!r} is not text; set data.text_key")
   texts = dataset.select_columns(text_key)
   stamps = tuple(f"{_stamp(p)}#{split}" for p in sorted(path.rglob("*")) if p.is_file())
-  return Documents(stamps, lambda: (record[text_key] or "" for record in texts))
+
+  def read() -> Iterator[str | None]:
+    index = -1
+    try:
+      for index, record in enumerate(texts):
+        yield record[text_key]
+    except Exception as error:  # of Arrow; pylint: disable=broad-except
+      raise ValueError(f"{what}, record {index + 1}: damaged ({_first_line(error)}); write it again with "
+                       "save_to_disk") from error
+
+  return Documents(stamps, _without_nulls(what, read))
+
+
+def _without_nulls(what: str, start: Callable[[], Iterator[str | None]]) -> Callable[[], Iterator[str]]:
+  """Returns a function that starts passes without rows that are null; the first whole pass says how many these are."""
+  told = False
+
+  def read() -> Iterator[str]:
+    nonlocal told
+    num_null = 0
+    for text in start():
+      if text is None:
+        num_null += 1
+      else:
+        yield text
+    if num_null and not told and distributed.is_main():
+      print(f"{what}: {num_null} rows whose text is null are left out", file=sys.stderr, flush=True)
+    told = True
+
+  return read
+
+
+def _why_not_found() -> str:
+  if importlib.util.find_spec("tensorflow"):
+    return "no such dataset"
+  return "no such dataset is prepared, and without TensorFlow, which is not installed, TFDS does not know all of its own"
 
 
 def _stamp(path: pathlib.Path) -> str:
-  status = path.stat()
+  try:
+    status = path.stat()
+  except OSError as error:
+    raise readers.unreadable(path, error) from error
   return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 

@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 
 from mor import depth as depth_lib
+from mor.data import lines as lines_lib
 from mor.exits import policy as exits_lib
 from mor.serve import engine as engine_lib
+from mor.serve import generate as generate_lib
 from mor.serve import model as model_lib
 from mor.serve import request as request_lib
 
 _MOST_SLOTS = 16  # where none are asked for
 
 Run = Callable[[Sequence[request_lib.Request], "Watch"], list[request_lib.Completion]]
+Check = Callable[[request_lib.Request], Any]
 
 
 class Watch:
@@ -78,9 +81,9 @@ def show(model: model_lib.Model, prompts: Sequence[str], options: Mapping[str, A
     ValueError: a prompt, an option or `how` is wrong; none is run then.
   """
   requests = [model.request(prompt, **options) for prompt in prompts]
-  run, context = _runner(model, len(requests), how)
+  run, check, context = _runner(model, len(requests), how)
   for request in requests:
-    request.check(model.config.vocab_size, context)
+    check(request)
   stream = len(requests) == 1 and sys.stdout.isatty()
   if stream:
     print(prompts[0], end="", flush=True)
@@ -101,7 +104,8 @@ def answer(model: model_lib.Model, path: str, options: Mapping[str, Any], how: M
   Args:
     model: to ask.
     path: one prompt a line, or .jsonl: objects with "prompt" (text, or token ids)
-      and options, which go before `options`. Blank lines count for nothing.
+      and options, which go before `options`. Blank lines count for nothing. Each line is
+      read alone, so bytes that are no UTF-8 spoil only theirs.
     options: of `Engine.submit`.
     how: as in `show`.
 
@@ -109,14 +113,14 @@ def answer(model: model_lib.Model, path: str, options: Mapping[str, Any], how: M
     ValueError: the file holds no prompt, or `how` is wrong.
     OSError: the file cannot be read.
   """
-  lines = [line for line in pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+  lines = _lines(path)
   if not lines:
     raise ValueError(f"--prompt_file={path}: no prompt in it; give one a line")
-  run, context = _runner(model, len(lines), how)
+  run, check, _ = _runner(model, len(lines), how)
   answers, numbers, requests = _Answers(), [], []
   for i, line in enumerate(lines):
-    prompt, request, error = _read(model, line, path.endswith(".jsonl"), options, context)
-    answers.prompts.append(prompt)
+    prompt, request, error = _read(model, line, path.endswith(".jsonl"), options, check)
+    answers.prompts.append(_echo(prompt, line))
     if request:
       numbers.append(i)
       requests.append(request)
@@ -127,6 +131,15 @@ def answer(model: model_lib.Model, path: str, options: Mapping[str, Any], how: M
     completions = run(requests, watch)
     print(watch.figures(completions, model.config.num_recursions), file=sys.stderr)
   return len(requests) == len(lines)
+
+
+def _lines(path: str) -> list[bytes]:
+  """Returns the lines of a file that are not blank."""
+  try:
+    content = lines_lib.without_mark(pathlib.Path(path).read_bytes())
+  except ValueError as error:
+    raise ValueError(f"--prompt_file={path}: {error}") from error
+  return [line for line in content.splitlines() if line.decode("utf-8", errors="replace").strip()]
 
 
 def _fields(request: request_lib.Request, completion: request_lib.Completion) -> dict[str, Any]:
@@ -146,27 +159,42 @@ class _Answers:
     self._waiting[i] = fields
     while self._next in self._waiting:
       fields = {"prompt": self.prompts[self._next], **self._waiting.pop(self._next)}
-      print(json.dumps(fields), flush=True)
+      print(json.dumps(fields, allow_nan=False), flush=True)
       self._next += 1
 
 
-def _read(model: model_lib.Model, line: str, is_json: bool, options: Mapping[str, Any],
-          context: int) -> tuple[Any, request_lib.Request | None, str]:
+def _read(model: model_lib.Model, line: bytes, is_json: bool, options: Mapping[str, Any],
+          check: Check) -> tuple[Any, request_lib.Request | None, str]:
   """Returns the prompt of a line, its request (None if it is wrong), and what is wrong with it."""
-  prompt: Any = line
+  prompt: Any = None
   try:
     if is_json:
-      fields = json.loads(line)
-      if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), (str, list)):
+      fields = lines_lib.parse(line)
+      prompt = fields.pop("prompt", None)
+      if not isinstance(prompt, str) and not _is_ids(prompt):
         raise ValueError('no object with a "prompt" that is text or a list of token ids')
-      prompt, options = fields.pop("prompt"), {**options, **fields}
+      options = {**options, **fields}
+    else:
+      prompt = lines_lib.decode(line)
+    if isinstance(prompt, str):
+      lines_lib.check_pairs(prompt)
     request = model.request(prompt, **options)
-    request.check(model.config.vocab_size, context)
+    check(request)
     return prompt, request, ""
-  except json.JSONDecodeError as error:
-    return prompt, None, f"no JSON: {error}"
-  except ValueError as error:
-    return prompt, None, str(error)
+  except Exception as error:  # whatever a line holds, the others are answered; pylint: disable=broad-except
+    return prompt, None, str(error) or type(error).__name__
+
+
+def _echo(prompt: Any, line: bytes) -> str | list[int]:
+  """Returns a prompt that is text or token ids, else its line, as text that is UTF-8."""
+  if _is_ids(prompt):
+    return prompt
+  text = prompt if isinstance(prompt, str) else line.decode("utf-8", errors="replace")
+  return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+
+
+def _is_ids(prompt: Any) -> bool:
+  return isinstance(prompt, list) and all(isinstance(token, int) for token in prompt)
 
 
 def read_exits(words: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,18 +237,24 @@ def choose_exits(model: model_lib.Model, given: Mapping[str, Any], options: Mapp
   return {"exits": exits}
 
 
-def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -> tuple[Run, int]:
-  """Returns the function that decodes requests, and its context."""
+def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -> tuple[Run, Check, int]:
+  """Returns the function that decodes requests, one that raises where it would refuse a request, and the context."""
   if how.get("batching") != "none":
     engine = engine_lib.Engine(model, **{"num_slots": min(num_requests, _MOST_SLOTS), **how})
-    return functools.partial(_through_engine, engine), engine.context
+    return (functools.partial(_through_engine, engine), lambda request: engine.abort(engine.submit_request(request)),
+            engine.context)
   settings = {name: value for name, value in how.items() if name != "batching"}
   if "exits" in settings:
     raise ValueError("--exit_after with --batching=none, which knows no exits; leave it out, or use --batching=depth")
   for name in sorted(set(settings) - {"context", "weight_format"}):
     raise ValueError(f"--{name} with --batching=none, which runs all prompts in one batch with float32 keys; leave it "
                      "out, or use --batching=depth")
-  return functools.partial(_at_once, model, settings), settings.get("context", model.context)
+  context = settings.get("context", model.context)
+  return functools.partial(_at_once, model, settings), functools.partial(_check_alone, model, context), context
+
+
+def _check_alone(model: model_lib.Model, context: int, request: request_lib.Request) -> None:
+  generate_lib.check(request, model.config.vocab_size, context)
 
 
 def _through_engine(engine: engine_lib.Engine, requests: Sequence[request_lib.Request],

@@ -37,6 +37,13 @@ class _State:
   seen_BV: jax.Array
 
 
+def check(request: request_lib.Request, vocab_size: int, context: int) -> None:
+  """Refuses what `generate` cannot run; raises ValueError."""
+  request.check(vocab_size, context)
+  if request.exit != "none":
+    raise ValueError(f"exit={request.exit!r}; generate() runs the full depth, use an Engine with exits")
+
+
 def generate(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, requests: Sequence[request_lib.Request], *,
              context: int, tokenizer: Any = None, vocab_size: int | None = None,
              callback: Callable[[int, request_lib.Event], None] | None = None) -> list[request_lib.Completion]:
@@ -56,9 +63,7 @@ def generate(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, request
   """
   vocab_size = vocab_size or decoder.model.vocab_size
   for request in requests:
-    request.check(decoder.model.vocab_size, context)
-    if request.exit != "none":
-      raise ValueError(f"exit={request.exit!r}; generate() runs the full depth, use an Engine with exits")
+    check(request, decoder.model.vocab_size, context)
   followers = [request_lib.Follower(request, tokenizer) for request in requests]
   if not requests:
     return []

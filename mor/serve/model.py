@@ -45,7 +45,7 @@ class Model:
     """Tokens that may be drawn: the tokenizer's, where there is one."""
     return self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
 
-  def request(self, prompt: str | Sequence[int], **options: Any) -> request_lib.Request:
+  def request(self, prompt: str | Sequence[int], /, **options: Any) -> request_lib.Request:
     """Returns a request of a text or of token ids.
 
     A text opens a document, as in training, and the token that opens the next one

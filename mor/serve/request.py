@@ -179,7 +179,7 @@ class Follower:
     return new
 
 
-def make(prompt: Sequence[int], **fields: Any) -> Request:
+def make(prompt: Sequence[int], /, **fields: Any) -> Request:
   """Returns a request made of keyword arguments of `Request` and `Sampling` together."""
   names = {field.name for field in dataclasses.fields(sampling_lib.Sampling)}
   known = names | {field.name for field in dataclasses.fields(Request)} - {"prompt", "sampling"}

@@ -66,7 +66,7 @@ class Judge:
 
   def _pack(self, path: pathlib.Path, target: pathlib.Path) -> rows_lib.PackedRows:
     tokenizer, dtype = self._corpus.tokenizer, np.uint32
-    documents = tokenizer.encode_batch(list(readers.read(path, self._data.text_key)))
+    documents = tokenizer.encode_batch([text for text in readers.read(path, self._data.text_key) if text is not None])
     target.parent.mkdir(parents=True, exist_ok=True)
     rows_lib.write(target, documents, tokenizer.eos_id, self._data.seq_len, dtype)
     return rows_lib.PackedRows(target, eos_id=tokenizer.eos_id, seq_len=self._data.seq_len,

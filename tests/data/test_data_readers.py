@@ -58,8 +58,12 @@ def test_shipped_corpus():
     (b'{"text": "cut', "line 3: not JSON .*, column 14.*; repair"),
     (b'{"text": "\xff"}', "line 3: not UTF-8"),
     (b'{"body": "x", "id": 1}', r"line 3: no text in field 'text' \(body, id\); set data.text_key"),
-    (b'{"text": 5}', r"line 3: no text in field 'text' \(text\); set data.text_key"),
-    (b'["x"]', r"line 3: no text in field 'text' \(not an object\); set data.text_key"),
+    (b'{"text": 5}', "line 3: field 'text' is of type int, not text; set data.text_key"),
+    (b'["x"]', "line 3: not an object; repair or delete the line"),
+    (b'{"id": ' + b"7" * 5000 + b', "text": "x"}', "line 3: a number of too many digits; write it as text"),
+    (b'{"text": "x", "in": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 3: values in values, too deep to be read"),
+    (b'{"a\\nb": 1' + b"".join(b', "%d": 0' % i for i in range(99)) + b"}", r"line 3: no text in .*\('a\\nb', 0, .*, \.\.\.\)"),
+    (b'\0\0\0', "line 3: not JSON"),
     (rb'{"text": "\ud800"}', "line 3: half a surrogate pair"),
 ])
 def test_malformed_jsonl_names_the_line(tmp_path, line, message):
@@ -101,4 +105,36 @@ def test_array_record_errors(tmp_path):
 def test_unknown_format(tmp_path, name):
   path = write(tmp_path / name, b"x")
   with pytest.raises(ValueError, match=f"^{path}: cannot read files of this kind; use .txt"):
+    list(readers.read(path, "text"))
+
+
+@pytest.mark.parametrize("compression", list(OPENERS))
+def test_a_byte_order_mark_is_no_text(tmp_path, compression):
+  mark = b"\xef\xbb\xbf"
+  path = write(tmp_path / f"a.jsonl{compression}", mark + as_jsonl(TEXTS))
+  assert list(readers.read(path, "text")) == TEXTS
+  path = write(tmp_path / f"a.txt{compression}", mark + "one \ufeff two".encode())
+  assert list(readers.read(path, "text")) == ["one \ufeff two"], "in the middle it is text"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+def test_other_encodings_are_named(tmp_path, encoding, name):
+  mark = "\ufeff" if encoding.endswith("be") else ""
+  path = write(tmp_path / name, (mark + "one\ntwo\n").encode(encoding))
+  wanted = encoding[:6].upper()
+  with pytest.raises(ValueError, match=f"^{path}.*: {wanted}, not UTF-8; convert the file, e.g. with iconv -f {wanted}"):
+    list(readers.read(path, "text"))
+
+
+def test_null_is_a_row_without_text(tmp_path):
+  path = write(tmp_path / "a.jsonl", b'{"text": "a"}\r\n{"text": null}\r\n{"text": "b"}\r\n')
+  assert list(readers.read(path, "text")) == ["a", None, "b"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.xz"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+  path = tmp_path / name
+  path.mkdir()
+  with pytest.raises(ValueError, match=f"^{path} cannot be read .Is a directory."):
     list(readers.read(path, "text"))

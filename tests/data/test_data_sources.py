@@ -80,8 +80,41 @@ def test_missing_file(tmp_path):
 
 
 def test_directory(tmp_path):
-  with pytest.raises(ValueError, match="is a directory; use a glob such as"):
-    open_source(tmp_path, tmp_path)
+  (tmp_path / "x.txt").mkdir()
+  for source in (tmp_path / "x.txt", tmp_path / "*.txt"):
+    with pytest.raises(ValueError, match=f"x.txt is a directory; use a glob such as {tmp_path}/x.txt/\\*.txt, or hf:"):
+      open_source(source, tmp_path)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+  os.mkfifo(tmp_path / "a.txt")
+  (tmp_path / "b.txt").symlink_to("b.txt")
+  (tmp_path / "c.txt").symlink_to("nothing.txt")
+  for name, message in [("a", "a device or a pipe, which cannot be read twice; copy"),
+                        ("[b]", "b.txt cannot be read .Too many levels of symbolic links."),
+                        ("[c]", "c.txt cannot be read .No such file or directory.")]:
+    with pytest.raises(ValueError, match=message) as caught:
+      open_source(tmp_path / f"{name}.txt", tmp_path)
+    assert_one_line(caught)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl", ["x", "y"])
+  documents = open_source(path, tmp_path)
+  texts = iter(documents)
+  assert next(texts) == "x"
+  with open(path, "a", encoding="utf-8") as file:
+    file.write('{"text": "z"}\n')
+  with pytest.raises(ValueError, match="a.jsonl has changed since the start; run again when nothing writes to it"):
+    list(texts)
+  assert list(open_source(path, tmp_path)) == ["x", "y", "z"]
+
+
+def test_rows_without_text_are_counted_once(tmp_path, capsys):
+  path = write_jsonl(tmp_path / "a.jsonl", ["x", None, "y", None, None])
+  documents = open_source(path, tmp_path)
+  assert next(iter(documents)) == "x" and list(documents) == ["x", "y"] == list(documents)
+  assert capsys.readouterr().err == f"data source '{path}': 3 rows whose text is null are left out\n"
 
 
 @pytest.fixture(name="prepared", scope="module")
@@ -137,19 +170,42 @@ def test_tfds_as_tfrecord(prepared, tmp_path, monkeypatch):
     open_source("tfds:mor_test_lines", tmp_path, "body")
 
 
+def test_tfds_names_the_record_of_bytes_that_are_no_utf8(tmp_path, monkeypatch, prepared):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+  documents = open_source("tfds:mor_test_lines#test", tmp_path, "body")
+  records = [{"body": b"fine"}, {"body": "f\u00fcr".encode("latin-1")}]
+  import tensorflow_datasets as tfds  # pylint: disable=import-outside-toplevel
+  monkeypatch.setattr(tfds, "data_source", lambda *args, **options: records)
+  with pytest.raises(ValueError, match="'tfds:mor_test_lines#test', record 1: not UTF-8 .*; convert") as caught:
+    list(documents)
+  assert_one_line(caught)
+
+
+def test_tfds_says_that_tensorflow_is_missing(tmp_path, monkeypatch):
+  """The code of c4 needs it, so TFDS does not know that name without it."""
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+  find_spec = sources.importlib.util.find_spec
+  monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: name != "tensorflow" and find_spec(name))
+  with pytest.raises(FileNotFoundError, match="'tfds:c4': .*without TensorFlow, which is not installed.*; prepare it with"):
+    open_source("tfds:c4", tmp_path)
+
+
 def test_hf_without_datasets(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "datasets", None)
   with pytest.raises(ValueError, match="needs the package datasets; pip install datasets"):
     open_source("hf:x", tmp_path)
 
 
-def test_hf(tmp_path):
+def test_hf(tmp_path, capsys):
   datasets = pytest.importorskip("datasets", reason="the optional package datasets is not installed")
   train, test = (datasets.Dataset.from_dict({"text": [name, "ü"], "n": [1, 2]}) for name in ("a", "b"))
   train.save_to_disk(str(tmp_path / "one"))
   datasets.DatasetDict(train=train, test=test).save_to_disk(str(tmp_path / "two"))
   (tmp_path / "empty").mkdir()
   assert list(open_source(f"hf:{tmp_path}/one", tmp_path)) == ["a", "ü"]
+  datasets.Dataset.from_dict({"text": ["a", None, "b", None]}).save_to_disk(str(tmp_path / "nulls"))
+  assert list(open_source(f"hf:{tmp_path}/nulls", tmp_path)) == ["a", "b"]
+  assert capsys.readouterr().err.endswith("nulls': 2 rows whose text is null are left out\n")
   assert list(open_source(f"hf:{tmp_path}/two#test", tmp_path)) == ["b", "ü"]
   for source, key, message in [
       ("two#dev", "text", r"no split 'dev' \(train, test\)"), ("empty", "text", "save_to_disk"),

@@ -109,7 +109,7 @@ def test_a_file_answers_in_order_and_a_bad_line_fails_alone(run, model, tmp_path
   out, err = capsys.readouterr()
   answers = [json.loads(line) for line in out.splitlines()]
   errors = {1: "the prompt is empty", 4: "temperature=-1", 5: "stop_strings='x'; use a list",
-            6: "unknown option 'dance'", 7: 'no object with a "prompt"', 8: "token 263", 10: "no JSON"}
+            6: "unknown option 'dance'", 7: 'no object with a "prompt"', 8: "token 263", 10: "not JSON"}
   assert len(answers) == 11 and FIGURES.match(err) and err.count("\n") == 1
   for i, answer in enumerate(answers):
     if i in errors:
@@ -129,6 +129,57 @@ def test_a_text_file_has_a_prompt_a_line(run, model, tmp_path, capsys):
   answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   assert [answer["prompt"] for answer in answers] == ["Un", "  the {\u2028"]
   assert [answer["text"] for answer in answers] == [c.text for c in model.generate(["Un", "  the {\u2028"], **OPTIONS)]
+
+
+def test_whatever_a_line_holds_the_others_are_answered(run, model, tmp_path, capsys):
+  deep, digits = b"[" * 100_000 + b"]" * 100_000, b"7" * 5000
+  errors = {  # by line: what is said, and the prompt that is told
+      b'{"prompt": "two", "deep": ' + deep + b"}": ("too deep to be read", None),
+      b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}": ('no object with a "prompt"', None),
+      b'{"prompt": "two", "self": 1}': ("unknown option 'self'", "two"),
+      b'{"prompt": "two", "fields": 1, "": 2}': ("unknown option ''", "two"),
+      b'{"prompt": "two", "seed": ' + digits + b"}": ("too many digits", None),
+      b'{"prompt": [1, ' + digits[:4000] + b"]}": ("is not in the vocabulary", [1, int(digits[:4000])]),
+      '{"prompt": "f\u00fcr"}'.encode("latin-1"): ("not UTF-8", '{"prompt": "f\ufffdr"}'),
+      rb'{"prompt": "\ud800 x"}': ("half a surrogate pair (character 1", "\ufffd x"),
+      b'{"prompt": [NaN]}': ('no object with a "prompt"', None),
+      b'{"prompt": null}': ('no object with a "prompt"', None),
+      b'{"prompt": {"a": NaN}}': ('no object with a "prompt"', None),
+      b'{"prompt": "two", "temperature": Infinity}': ("temperature=inf", "two"),
+      b'{"prompt": "two", "exit": "verify"}': ("exit='verify', but the engine has no exits", "two"),
+      b'{"prompt": "two", "exit": ["verify"]}': ("exit", "two"),
+      b'{"prompt": "two", "stop_tokens": [[1]]}': ("stop", "two"),
+      b'{"prompt": "two", "max_tokens": "3"}': ("max_tokens", "two"),
+      b'"two"': ("not an object", '"two"'), b"\0\0": ("not JSON", "\0\0"),
+  }
+  good = [b'{"prompt": "Un"}', b'{"prompt": "a\\u0000b"}']
+  path = tmp_path / "prompts.jsonl"
+  path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([good[0], *errors, good[1]]))
+  assert run(f"--prompt_file={path}", "--num_slots=2") == 2
+
+  def refuse(name):
+    raise AssertionError(f"{name} is no JSON")
+
+  answers = [json.loads(line, parse_constant=refuse) for line in capsys.readouterr().out.splitlines()]
+  assert len(answers) == len(errors) + 2
+  for answer, prompt in ((answers[0], "Un"), (answers[-1], "a\0b")):
+    assert answer["prompt"] == prompt and answer["text"] == model.generate([prompt], **OPTIONS)[0].text
+  for answer, (line, (said, prompt)) in zip(answers[1:], errors.items()):
+    assert list(answer) == ["prompt", "error"] and said in answer["error"], answer
+    assert answer["prompt"] == (line.decode(errors="replace") if prompt is None else prompt)
+
+
+def test_bytes_of_a_text_file_spoil_their_line_only(run, model, tmp_path, capsys):
+  path = tmp_path / "prompts.txt"
+  path.write_bytes(b"Un\nf\xfcr\nof")
+  for how in ("--num_slots=2", "--batching=none"):
+    assert run(f"--prompt_file={path}", how) == 2
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["Un", "f\ufffdr", "of"]
+    assert "not UTF-8" in answers[1]["error"] and answers[2]["text"] == model.generate(["of"], **OPTIONS)[0].text
+  path.write_bytes("Un".encode("utf-16"))
+  assert run(f"--prompt_file={path}") == 2
+  assert "UTF-16, not UTF-8; convert the file" in capsys.readouterr().err
 
 
 def test_answers_wait_for_those_before_them(capsys):
@@ -169,7 +220,6 @@ def test_answers_wait_for_those_before_them(capsys):
     (["--prompt=a", "--exit_after=3", "--exit=trust"], "exit='trust' without a threshold"),
     (["--prompt_file=nowhere.txt"], "nowhere.txt"),
     (["--prompt_file=tests"], "tests"),
-    (["--prompt_file=docs/depth.png"], "'utf-8' codec can't decode"),
     (["--prompt_file=mor/train/__init__.py"], "no prompt in it; give one a line"),
 ])
 def test_a_mistake_is_one_line(run, argv, said, capsys):
