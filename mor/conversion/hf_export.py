@@ -11,10 +11,9 @@ Routers stay in float32, because they choose in float32.
 Source: transformers configuration_utils, tokenization_utils_tokenizers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -32,8 +31,7 @@ from mor import parameters
 from mor.conversion import layout
 from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
-from mor.model import schedule as schedule_lib
-from mor.model.kv import plans as kv_plans
+from mor.conversion import unrolled
 from mor.model.routers import table as router_table
 
 MODELING = pathlib.Path(__file__).with_name("modeling_mor.py")
@@ -107,13 +105,7 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
   Raises:
     ValueError: as `write`, or the unrolled model is no plain Llama.
   """
-  schedule = schedule_lib.make(model)
-  if router_table.make(model).routes:
-    raise ValueError(f"router.name={model.router.name!r}: tokens leave at different depths, which no Llama does; "
-                     "export with --target=hf")
-  if any(slot < 0 for slot in kv_plans.PLANS[model.kv_plan](schedule).own):
-    raise ValueError(f"model.kv_plan={model.kv_plan!r}: later steps have no keys of their own, as each layer of a "
-                     "Llama has; export with --target=hf")
+  unrolled.check(model)
   if model.d_model % model.num_heads and not model.qk_norm:
     raise ValueError(f"model.d_model={model.d_model} is not a multiple of num_heads={model.num_heads}, which "
                      "transformers asks of a Llama; export with --target=hf")
@@ -122,33 +114,9 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
   config = {**kind, "hidden_act": "silu", "attention_bias": False, "rope_scaling": _rope_scaling(model),
             **_shared_fields(model, context, dtype, special_ids)}
   layout.check(variables, model)
-  deltas = _folded(model, variables)
-  state = {}
-  for name, theirs in layout.write(variables, model, "hf"):
-    if name in deltas:
-      theirs = (theirs.astype(np.float64) + deltas[name]()).astype(np.float32)
-    state[name] = _cast(theirs, dtype)
+  state = {name: _cast(theirs, dtype) for name, theirs in unrolled.write(variables, model, "hf")}
   with _publish(directory) as folder:
     _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, special_ids))
-
-
-def _folded(model: model_config.ModelConfig, variables: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
-  """Returns, by tensor of the unrolled layers, a function that computes the delta of LoRA in float64."""
-  schedule = schedule_lib.make(model)
-  entries = {entry.key: entry for entry in layout.layout(model, "mor")}
-
-  def delta(module):
-    a_AI, b_OA = (entries[f"{module}.{part}.weight"].write(variables) for part in "ab")
-    return b_OA.astype(np.float64) @ a_AI.astype(np.float64)
-
-  folded = {}
-  for r in range(schedule.num_steps):
-    for i in range(schedule.depth):
-      for row in parameters.PROJECTIONS:
-        if row.name in model.lora.ranks:
-          layer = schedule.prelude + r * schedule.depth + i
-          folded[f"model.layers.{layer}.{row.hf}.weight"] = functools.partial(delta, f"model.lora.{r}.{i}.{row.hf}")
-  return folded
 
 
 def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
