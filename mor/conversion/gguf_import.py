@@ -3,9 +3,8 @@
 The `gguf` library parses and dequantises. Before that, every length that the file
 claims is checked to lie within it.
 
-The tokenizer becomes a `tokenizers` .json; byte-level BPE only. The file names its
-pre-tokenizer; the expressions are what the name means to llama.cpp, written with the
-parts of the library. A file that names none, or "default", was converted before
+The tokenizer becomes a `tokenizers` .json; byte-level BPE only, split as
+`gguf_tokenizer.PARTS` says. A file that names none, or "default", was converted before
 names were kept, so its tokenizer is unknown, and it is refused.
 
 Source: llama.cpp gguf-py (gguf_reader.py, constants.py), docs/gguf.md in ggml,
@@ -22,6 +21,7 @@ import gguf
 import numpy as np
 
 from mor import model_config
+from mor.conversion import gguf_tokenizer
 from mor.conversion import pretrained
 
 FAMILIES = {  # architecture -> form of its names (`layout.FORMS`), and fields of our config that it fixes
@@ -42,18 +42,6 @@ _KNOWN = {"block_count", "context_length", "embedding_length", "feed_forward_len
           "attention.value_length", "rope.freq_base", "rope.dimension_count", "vocab_size", "tensor_data_layout",
           "rope.scaling.original_context_length", "rope.scaling.finetuned", *_ALTERING}
 
-_BYTES = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
-_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-           r"\s+(?!\S)|\s+")
-_PARTS = {  # name -> what splits text before BPE
-    "gpt-2": [_BYTES | dict(use_regex=True)],
-    "smollm": [dict(type="Digits", individual_digits=True), _BYTES | dict(use_regex=True)],
-    "llama-bpe": [dict(type="Split", pattern=dict(Regex=_LLAMA3), behavior="Isolated", invert=False),
-                  _BYTES | dict(use_regex=False)],
-    "qwen2": [dict(type="Split", pattern=dict(Regex=_LLAMA3.replace("{1,3}", "")), behavior="Isolated", invert=False),
-              _BYTES | dict(use_regex=False)],
-}
-_WHOLE_WORDS = ("llama-bpe",)  # a word that is a token is one, whatever the merges say; and bos is on by default
 _IDS = dict(bos="bos", eos="eos", pad="padding", unk="unknown")
 _ADDED = {int(gguf.TokenType.CONTROL): True, int(gguf.TokenType.USER_DEFINED): False}  # type -> special
 
@@ -226,8 +214,9 @@ def _tokenizer(take: Callable[..., Any], where: str) -> dict[str, Any]:
   if kind != "gpt2":
     raise ValueError(f"{where}: tokenizer.ggml.model={kind!r} is unsupported; use a model with 'gpt2' (byte-level BPE)")
   pre = take("tokenizer.ggml.pre", str, "default")
-  if pre not in _PARTS:
-    raise ValueError(f"{where}: tokenizer.ggml.pre={pre!r} is unsupported; use one of {', '.join(_PARTS)}")
+  if pre not in gguf_tokenizer.PARTS:
+    raise ValueError(f"{where}: tokenizer.ggml.pre={pre!r} is unsupported; use one of "
+                     f"{', '.join(gguf_tokenizer.PARTS)}")
   tokens = take("tokenizer.ggml.tokens", list)
   types = take("tokenizer.ggml.token_type", list, [int(gguf.TokenType.NORMAL)] * len(tokens))
   merges = take("tokenizer.ggml.merges", list)
@@ -237,7 +226,7 @@ def _tokenizer(take: Callable[..., Any], where: str) -> dict[str, Any]:
   bad = [index for index in ids.values() if index is not None and not 0 <= index < len(tokens)]
   if bad:
     raise ValueError(f"{where}: special token {bad[0]} of {len(tokens)} tokens; fetch the file again")
-  add_bos = take("tokenizer.ggml.add_bos_token", bool, pre in _WHOLE_WORDS)
+  add_bos = take("tokenizer.ggml.add_bos_token", bool, pre in gguf_tokenizer.WHOLE_WORDS)
   bos = ids["bos"] if add_bos else None
   text = json.dumps(_tokenizer_fields(tokens, types, merges, pre, bos), ensure_ascii=False)
   try:
@@ -261,8 +250,8 @@ def _tokenizer_fields(tokens: list[str], types: list[int], merges: list[str], pr
       special_tokens={} if bos is None else {tokens[bos]: dict(id=tokens[bos], ids=[bos], tokens=[tokens[bos]])})
   return dict(
       version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None,
-      pre_tokenizer=dict(type="Sequence", pretokenizers=_PARTS[pre]),
-      post_processor=None if bos is None else processor, decoder=_BYTES | dict(use_regex=True),
+      pre_tokenizer=dict(type="Sequence", pretokenizers=gguf_tokenizer.PARTS[pre]),
+      post_processor=None if bos is None else processor, decoder=gguf_tokenizer.BYTES | dict(use_regex=True),
       model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                 fuse_unk=False, byte_fallback=False, ignore_merges=pre in _WHOLE_WORDS,
+                 fuse_unk=False, byte_fallback=False, ignore_merges=pre in gguf_tokenizer.WHOLE_WORDS,
                  vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
