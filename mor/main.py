@@ -7,7 +7,7 @@ Modes: `train` starts or resumes the run of a workdir; `eval` prints its held-ou
 figures as a JSON object; `generate` continues prompts, or those of a file as JSON
 lines; `calibrate` finds the threshold of a run's exits on a text, and stores it for
 `generate`; `convert` starts a run from a pretrained model, `export` writes a run's model for
-PyTorch; `info` prints the size and cost of a config as a JSON object; `fields` prints
+PyTorch or llama.cpp; `info` prints the size and cost of a config as a JSON object; `fields` prints
 each field of a config, with its value, meaning, unit and allowed values; `study` trains
 and compares the models that an experiment such as study_cpu lists. `generate`
 and `calibrate` take the config from the workdir, and so does `eval` where none is given.
@@ -79,9 +79,11 @@ _PROMPT_FILE = flags.DEFINE_string(
 _SOURCE = flags.DEFINE_string(
     "source", None, "convert: the pretrained model, hf:FOLDER, gguf:FILE, official_mor:PATH or mor:WORKDIR.")
 _TARGET = flags.DEFINE_enum(
-    "target", "hf", list(conversion.TARGETS), "export: hf is any model, with code of its own; llama a plain one, unrolled.")
-_OUTPUT = flags.DEFINE_string("output", None, "export: folder to create.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "export: of the weights.")
+    "target", "hf", list(conversion.TARGETS),
+    "export: hf is any model, with code of its own; llama a plain one, unrolled; gguf the same as a file of llama.cpp.")
+_OUTPUT = flags.DEFINE_string("output", None, "export: folder to create, or of --target=gguf the file, NAME.gguf.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"],
+                           "export: of the weights; float16 with --target=gguf.")
 _PROCESSES = {  # see mor/distributed.py
     "mode": flags.DEFINE_enum("distributed", "off", ["off", "auto"], "train, eval: auto asks the cluster for the rest."),
     "coordinator": flags.DEFINE_string("coordinator", None, "train, eval: HOST:PORT of process 0 that all reach."),
@@ -190,7 +192,7 @@ def _convert() -> int:
 
 def _export() -> int:
   if not _OUTPUT.value:
-    raise ValueError("--mode=export needs a folder to create; give --output=DIR")
+    raise ValueError("--mode=export needs something to create; give --output=DIR, for --target=gguf --output=NAME.gguf")
   print(json.dumps(conversion.export(_workdir("export"), _TARGET.value, _OUTPUT.value, _DTYPE.value)))
   return 0
 

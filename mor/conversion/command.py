@@ -1,4 +1,4 @@
-"""`--mode=convert` and `--mode=export`: pretrained models in, Hugging Face folders out.
+"""`--mode=convert` and `--mode=export`: pretrained models in, Hugging Face folders and GGUF files out.
 
   model = command.read("hf:models/SmolLM2-135M")
   model = command.read("gguf:SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -12,7 +12,7 @@ config goes on from, and beside it
                     chat template
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -27,6 +27,7 @@ from mor import checkpoint
 from mor import config as config_lib
 from mor import costs
 from mor import paths
+from mor.conversion import gguf_export
 from mor.conversion import gguf_import
 from mor.conversion import hf_export
 from mor.conversion import hf_import
@@ -38,7 +39,7 @@ from mor.train import step as step_lib
 
 _DESCRIBERS = {"hf": hf_import.describe, "gguf": gguf_import.describe}
 _READERS = {"hf": hf_import.read, "gguf": gguf_import.read, "official_mor": official_import.read}  # prefix -> reader
-TARGETS = {"hf": hf_export.write, "llama": hf_export.write_llama}
+TARGETS = {"hf": hf_export.write, "llama": hf_export.write_llama, "gguf": gguf_export.write}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,25 +112,33 @@ def convert(config: config_lib.Config, spec: str, workdir: str | os.PathLike) ->
 
 
 def export(workdir: str | os.PathLike, target: str, output: str | os.PathLike, dtype: str) -> dict[str, Any]:
-  """Writes a run's newest model as a folder that transformers loads.
+  """Writes a run's newest model as a folder that transformers loads, or a file that llama.cpp loads.
 
   Args:
     workdir: of the run.
     target: one of TARGETS.
-    output: folder to create.
-    dtype: of the tensors, "float32" or "bfloat16".
+    output: folder to create; of "gguf" the file, NAME.gguf.
+    dtype: of the tensors, "float32" or "bfloat16", of "gguf" also "float16".
 
   Raises:
-    ValueError: no checkpoint, or a model or folder that cannot be written.
+    ValueError: no checkpoint, or a model, folder or file that cannot be written.
   """
   config, step, variables = checkpoint.load_variables(workdir)
   about = checkpoint.load_pretrained(workdir) or {}
   tokenizer = text.load_tokenizer(config.data)
-  opening = {name: (tokenizer.eos_id,) for name in ("bos", "eos", "pad")}  # as documents are in training
   TARGETS[target](output, config.model, jax.tree.map(np.asarray, variables), tokenizer=tokenizer.serialized,
                   chat_template=about.get("chat_template"), context=about.get("context") or config.data.seq_len,
-                  dtype=dtype, special_ids=about["special_ids"] if about and step == 0 else opening)
+                  dtype=dtype, special_ids=_special_ids(about if step == 0 else {}, tokenizer.eos_id))
   return {"step": step, "target": target, "dtype": dtype, "output": str(output)}
+
+
+def _special_ids(about: Mapping[str, Any], eos_id: int) -> dict[str, Sequence[int]]:
+  """Returns the ids with which `generate` opens and ends a text, those of training unless the source has its own."""
+  if not about:
+    return {name: (eos_id,) for name in ("opening", "bos", "eos", "pad")}
+  ids = about["special_ids"]
+  return {**ids, "opening": tuple(ids.get("bos", ())[:1]) if about["add_bos"] else (),
+          "eos": tuple(dict.fromkeys([*ids.get("eos", ()), eos_id]))}
 
 
 def _find(spec: str, kinds: Collection[str]) -> tuple[str, pathlib.Path]:
