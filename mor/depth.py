@@ -19,6 +19,8 @@ from mor import config as config_lib
 from mor import types
 from mor.model import transformer
 
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # of bytes that are no whole character
+_CONTEXT = 8  # tokens whose text may depend on each other
 # From shallow to deep: 256-colour terminal code and the same colour on a page.
 _PALETTE = ((230, "#ffffd7"), (222, "#ffd787"), (215, "#ffaf5f"), (208, "#ff8700"), (202, "#ff5f00"), (160, "#d70000"))
 
@@ -70,15 +72,22 @@ def split_by_token(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
   If the bytes of a character are split over several tokens, the last token shows it.
   """
-  out, shown = [], 0
+  out, start, shown = [], 0, 0
   for i in range(len(ids)):
-    text = tokenizer.decode(ids[:i + 1])
-    if text.endswith("\N{REPLACEMENT CHARACTER}") and i + 1 < len(ids):
+    text = tokenizer.decode(ids[start:i + 1])
+    if text.endswith(_BROKEN) and i + 1 < len(ids):
       out.append("")
       continue
     out.append(text[shown:])
     shown = max(shown, len(text))
+    later = i + 1 - _CONTEXT
+    if later - start >= _CONTEXT and shown == len(text) and _is_whole(tokenizer.decode(ids[later:later + 1])):
+      start, shown = later, len(tokenizer.decode(ids[later:i + 1]))  # else the whole text would be decoded at every token
   return out
+
+
+def _is_whole(text: str) -> bool:
+  return bool(text) and _BROKEN not in text
 
 
 def format_terminal(parts: Sequence[str], depths: Sequence[int], num_recursions: int, coloured: bool,

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from mor import depth as depth_lib
 from mor import report
@@ -82,6 +83,42 @@ def test_pieces_join_to_the_text_even_where_a_character_is_split():
   parts = depth_lib.split_by_token(tokenizer, ids)
   assert len(parts) == len(ids) and "".join(parts) == "né €!"
   assert parts == ["", "n", "", "é", " ", "", "", "€", "!"]
+
+
+def _metaspace():
+  words = ["</s>", "\u2581", "\u2581a", "b", "\u2581the", "<0xE2>", "<0x82>", "<0xAC>", "\n"]
+  made = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, []))
+  made.decoder = tokenizers.decoders.Sequence([
+      tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(),
+      tokenizers.decoders.Strip(" ", 1, 0)])
+  made.add_special_tokens(["</s>"])
+  return made
+
+
+@pytest.mark.parametrize("tokenizer", [tokenizer_lib.ByteTokenizer(), _metaspace()], ids=["bytes", "metaspace"])
+def test_pieces_are_those_of_the_whole_text_at_a_cost_that_is_linear(tokenizer):
+  rng, handed = np.random.default_rng(0), []
+
+  class Counted:
+    def decode(self, ids):
+      handed.append(len(ids))
+      return tokenizer.decode(ids)
+
+  for length in (1, 17, 400):
+    if isinstance(tokenizer, tokenizer_lib.ByteTokenizer):
+      ids = [b for c in rng.choice(["a", " ", "\u00e9", "\u20ac", "\U0001f680"], length) for b in c.encode()]
+      ids[3:3] = [256, 0xE2, 0x82]  # a special token, and a character that never ends
+    else:
+      ids = rng.integers(0, 9, length).tolist()
+    decoded = [tokenizer.decode(ids[:i + 1]) for i in range(len(ids))]
+    wanted, shown = [], 0
+    for text in decoded[:-1] + [decoded[-1] + "."]:
+      wanted.append("" if text.endswith("\ufffd") else text[shown:])
+      shown = shown if text.endswith("\ufffd") else max(shown, len(text))
+    wanted[-1] = wanted[-1][:-1]
+    handed.clear()
+    assert depth_lib.split_by_token(Counted(), ids) == wanted
+    assert sum(handed) <= 40 * len(ids)
 
 
 def test_terminal_colours_each_token_once():
