@@ -19,9 +19,10 @@ and `calibrate` take the config from the workdir, and so does `eval` where none 
 Exit status: 0 done; 2 something given is wrong (one prompt of a file will do), or
 the disk is full; 1 training diverged; 75 (EX_TEMPFAIL) stopped by SIGINT or SIGTERM,
 and the same command goes on; 76 a step hung (train.step_timeout) or another process is
-gone, and the same command, for all processes, goes on from the newest checkpoint. jax may
-end a process whose coordinator is gone with SIGABRT first. Errors are one line;
-MOR_TRACEBACK=1 shows where they come from.
+gone, and the same command, for all processes, goes on from the newest checkpoint; 141 the
+reader of the output has gone (`| head -1`). jax may end a process whose coordinator is gone
+with SIGABRT first. Errors are one line; MOR_TRACEBACK=1 shows where they come
+from.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,7 @@ from mor.train import signals
 from mor.train import step as step_lib
 
 STOPPED, WRONG, DIVERGED, LOST = 75, 2, 1, signals.HUNG
+UNREAD = 141  # as a shell reports SIGPIPE
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment: a name of configs/, e.g. quickstart, or a file, with :ARGUMENT if it takes one, e.g. "
@@ -268,11 +270,14 @@ def _main(argv: Sequence[str]) -> int:
       raise ValueError(f"unexpected argument {argv[1]!r}; every option is --name=value")
     _join()
     status = MODES[_MODE.value]()
+    sys.stdout.flush()  # here a closed pipe is still an exception that is caught
     distributed.shutdown()
     return status
   except KeyboardInterrupt:
     print("interrupted; run the same command to go on", file=sys.stderr)
     return distributed.abandon(STOPPED)
+  except BrokenPipeError:
+    return distributed.abandon(_hang_up())
   except FloatingPointError as error:
     return distributed.abandon(_fail(error, DIVERGED))
   except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
@@ -282,6 +287,12 @@ def _main(argv: Sequence[str]) -> int:
     if isinstance(error, jax.errors.JaxRuntimeError):
       raise
     return distributed.abandon(_fail(error, WRONG))
+
+
+def _hang_up() -> int:
+  """Returns the status of a program whose reader has gone, as in `| head -1`; what is still buffered goes nowhere."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return UNREAD
 
 
 def _join() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from unittest import mock
@@ -186,3 +187,12 @@ def test_the_program_itself_exits_so():
                         capture_output=True, text=True, check=False)
   assert done.returncode == 2 and done.stdout == ""
   assert done.stderr.startswith("error: --config.train.stepz=3: unknown") and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_gone_ends_the_program_quietly(monkeypatch, capsys):
+  reader, writer = os.pipe()
+  os.close(reader)
+  with os.fdopen(writer, "w") as closed:
+    monkeypatch.setattr(sys, "stdout", closed)
+    assert run("--mode=fields") == 128 + signal.SIGPIPE
+  assert capsys.readouterr().err == ""
