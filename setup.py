@@ -19,6 +19,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8.1",
+        "etils>=1.9",
         "flax>=0.12.8",
         "gguf>=0.17",
         "grain>=0.2.12",
@@ -34,10 +35,11 @@ setuptools.setup(
         "rich>=13.0",
         "safetensors>=0.5",
         "scipy>=1.11",
-        "tensorboardX>=2.6.2",
+        "tensorboard>=2.18",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.20",
     ],
+    entry_points={"console_scripts": ["mor=mor.__main__:run"]},
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
@@ -45,6 +47,7 @@ setuptools.setup(
         "torch": ["torch>=2.4", "transformers>=5.0"],
         "peers": ["llama-cpp-python>=0.3.36", "torch>=2.4", "transformers>=5.0"],
         "gcs": ["gcsfs>=2026.8"],  # for gs:// workdirs
+        "hf": ["datasets>=4.0"],  # for data.source=hf:FOLDER
         "test": [
             "beartype>=0.20",
             "chex>=0.1.90",
@@ -53,7 +56,6 @@ setuptools.setup(
             "nbformat>=5.10",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
-            "tensorboard>=2.18",
             "torch>=2.4",
             "transformers>=5.0",
         ],

@@ -21,3 +21,7 @@ def __getattr__(name: str) -> Any:
   if name not in _PUBLIC:
     raise AttributeError(f"module 'mor' has no attribute {name!r}; it has {', '.join(_PUBLIC)}")
   return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

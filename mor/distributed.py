@@ -128,7 +128,7 @@ def is_lost(error: BaseException | None) -> bool:
   while error is not None:
     text = str(error)
     if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo " in text:  # a save raises it as ValueError
-      return jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in text
+      return jax.distributed.is_initialized() and jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in text
     error = error.__cause__ or error.__context__
   return False
 

@@ -27,13 +27,16 @@ from.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import difflib
 import json
 import os
 import pathlib
 import shlex
+import signal
 import sys
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below ends the program without a traceback
 
 from absl import app
 from absl import flags
@@ -41,12 +44,13 @@ from absl import logging
 import jax
 from ml_collections import config_flags
 
+from mor import arguments
 from mor import checkpoint
 from mor import config as config_lib
 from mor import costs
 from mor import distributed
-from mor import experiments
 from mor import fields
+from mor import paths
 from mor import report
 from mor import sharding
 from mor.aot import compiled
@@ -302,76 +306,50 @@ def _join() -> None:
     raise ValueError(f"--mode={_MODE.value} runs in one process; leave out --distributed, --coordinator, "
                      "--num_processes and --process_id")
   distributed.initialize(**given)
+  if _MODE.value not in ("info", "fields", "compile"):
+    _find_devices()
+
+
+def _find_devices() -> None:
+  """Raises ValueError if jax has no device of the platform that the environment names."""
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # a platform whose plugin finds no device is an AssertionError
+    reason = str(error).partition(". (")[0].splitlines()
+    raise ValueError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} has no device here"
+                     f"{f' ({reason[0]})' if reason else ''}; unset it, or install jax for that platform: "
+                     "pip install 'mor[cuda12]' or 'mor[tpu]'") from error
 
 
 def _fail(error: Exception, status: int) -> int:
   if os.environ.get("MOR_TRACEBACK"):
     raise error
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-  print(f"error{distributed.process_name()}: {lines[0]}", file=sys.stderr)
+  print(f"error{distributed.process_name()}: {_first_line(error)}", file=sys.stderr)
   return status
+
+
+def _first_line(error: Exception) -> str:
+  return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
   """Parses flags; a mistake in them, or in the config file, ends the program in one line."""
   try:
-    return flags.FLAGS(_with_files(argv))
+    return flags.FLAGS(arguments.with_files(argv))
   except Exception as error:  # a config file is a program and may raise anything
-    sys.exit(_fail(ValueError(_explain(error, argv)), WRONG))
-
-
-def _with_files(argv: Sequence[str]) -> list[str]:
-  """Returns the arguments, with the path of its file in place of an experiment's name."""
-  found, follows = [], False  # follows: the argument before is --config without a value
-  for arg in argv:
-    name, equals, value = ("--config", "", arg) if follows else arg.partition("=")
-    if name in ("-config", "--config") and (equals or follows):
-      try:
-        arg = (f"{name}=" if equals else "") + experiments.find(value)
-      except ValueError as error:
-        raise ValueError(f"--config={error}") from error
-    follows = not follows and arg in ("-config", "--config")
-    found.append(arg)
-  return found
-
-
-def _explain(error: Exception, argv: Sequence[str]) -> str:
-  """Returns the part of an error of absl or ml_collections that a user needs."""
-  message = str(error)
-  if isinstance(error, (AttributeError, KeyError)):  # these quote what they say, once or twice
-    message = message.replace("\\n", "\n").replace("\\'", "'").strip("'\"")
-  lines = [line.strip() for line in message.splitlines() if line.strip()] or [type(error).__name__]
-  if isinstance(error, flags.UnrecognizedFlagError):
-    if error.flagname.startswith("config."):
-      return f"--{error.flagname} without --config; give --config=NAME before it"
-    return f"{' '.join(lines)}; --help lists all"
-  if "before a value for --config" in lines[0]:
-    return f"{lines[0]}; give --config=NAME first"
-  if "Error whilst parsing config file" in lines[0]:
-    return f"{lines[0].split(': Error whilst')[0]}: {lines[-1].partition(': ')[2] or lines[-1]}"
-  if isinstance(error, (AttributeError, KeyError)):
-    name = lines[0].strip("'")
-    given = next((arg for arg in argv if arg.startswith("--config.") and name in arg.split("=")[0].split(".")), None)
-    if given:
-      return f"{given}: unknown config field; {_nearest(given)}--mode=fields lists all"
-  if isinstance(error, (flags.Error, ValueError)):
-    return " ".join(lines[:2])
-  return f"the config file fails with {type(error).__name__}: {lines[0]}"
-
-
-def _nearest(arg: str) -> str:
-  """Returns a question that names the config field most like the field of an argument, or ''."""
-  paths = [row.path for row in fields.rows(config_lib.Config())]
-  path = arg.partition("=")[0].removeprefix("--config.")
-  same_name = [other for other in paths if other.split(".")[-1] == path.split(".")[-1]]
-  found = difflib.get_close_matches(path, same_name or paths, n=1)
-  return f"did you mean --config.{found[0]}? " if found else ""
+    sys.exit(_fail(ValueError(arguments.explain(error, argv)), WRONG))
 
 
 def _keep_compiled_programs() -> None:
   """Keeps compiled programs on disk, so that a later run of the same program compiles nothing."""
-  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mor" / "jax"
-  for name, value in (("jax_compilation_cache_dir", str(cache)), ("jax_persistent_cache_min_compile_time_secs", 0.0),
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    cache = paths.user_cache()
+    if cache is None:
+      print("warning: no cache directory can be written, so compiled programs are not kept; set XDG_CACHE_HOME to a "
+            "directory of yours", file=sys.stderr)
+      return
+    jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
+  for name, value in (("jax_persistent_cache_min_compile_time_secs", 0.0),
                       ("jax_persistent_cache_min_entry_size_bytes", -1)):
     if name.upper() not in os.environ:
       jax.config.update(name, value)
@@ -379,7 +357,13 @@ def _keep_compiled_programs() -> None:
 
 def run() -> None:
   """Runs the command line."""
-  app.run(_main, flags_parser=_parse)
+  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+  sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of ASCII shows other characters as \\uXXXX
+  try:
+    app.run(_main, flags_parser=_parse)
+  except KeyboardInterrupt:  # while a config file runs, before `_main`
+    sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

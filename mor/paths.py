@@ -8,10 +8,15 @@ s3:// is refused: orbax 0.12 can read its metadata there, but writes arrays to l
 gs:// paths only, and renames directories, which a bucket cannot do in one step.
 """
 
+import atexit
+import functools
 import importlib.util
 import os
 import pathlib
 import re
+import shutil
+import sys
+import tempfile
 
 from etils import epath
 
@@ -58,3 +63,27 @@ def write_whole(path: pathlib.Path | epath.Path, content: str) -> None:
   temporary = path.parent / (path.name + ".partial")
   temporary.write_text(content, encoding="utf-8")
   temporary.replace(path)
+
+
+def user_cache() -> pathlib.Path | None:
+  """Returns the directory that keeps compiled programs and tokenised text; None if none can be written.
+
+  It is $XDG_CACHE_HOME/mor, or ~/.cache/mor. A user without a home, or with one that is read-only, has none.
+  """
+  given = os.environ.get("XDG_CACHE_HOME")
+  try:
+    path = (pathlib.Path(given) if given else pathlib.Path.home() / ".cache") / "mor"
+    path.mkdir(parents=True, exist_ok=True)
+  except (RuntimeError, OSError):  # RuntimeError: HOME is not set, and the user has no entry
+    return None
+  return path if os.access(path, os.W_OK) else None
+
+
+@functools.cache
+def temporary_cache() -> pathlib.Path:
+  """Makes a cache that lasts until this process ends, and says so once."""
+  path = pathlib.Path(tempfile.mkdtemp(prefix="mor-cache-"))
+  atexit.register(shutil.rmtree, path, ignore_errors=True)
+  print(f"warning: no cache directory can be written, so tokenised text is kept in {path} until this process ends; set "
+        "data.cache_dir, or XDG_CACHE_HOME, to a directory of yours", file=sys.stderr, flush=True)
+  return path

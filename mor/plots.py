@@ -10,6 +10,9 @@ import io
 import logging
 from typing import Any
 
+# Before the import, which warns of a home that cannot be written. A glyph that a font misses shows as a box.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
 from matplotlib import figure
 from matplotlib import patches
 
@@ -21,9 +24,6 @@ _BLUE, _ORANGE, _GREY = "#2563eb", "#ea580c", "#94a3b8"
 _MEMBER_COLOURS = ("#0f172a", "#94a3b8", "#16a34a", "#86c440", "#2563eb", "#06b6d4", "#ea580c", "#c026d3", "#d4b106",
                    "#7c3aed")
 _CHARS, _MOST_LINES = 118, 12  # of the heat map
-
-# A glyph that is missing in the font shows as a box, so a warning would add nothing.
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 def curves(rows: Sequence[Row], num_recursions: int) -> str:

@@ -17,15 +17,17 @@ import shutil
 import tempfile
 from typing import IO
 
+from mor import paths
+
 _RECORD = "complete.json"
 _FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 
 
 def root(cache_dir: str) -> pathlib.Path:
-  """Returns the cache directory of a config; "" is the cache of the user ($XDG_CACHE_HOME)."""
+  """Returns the cache directory of a config; "" is the cache of the user (`paths.user_cache`)."""
   if cache_dir:
     return pathlib.Path(cache_dir).expanduser()
-  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mor"
+  return paths.user_cache() or paths.temporary_cache()
 
 
 def key(*parts: str | int | float) -> str:

@@ -19,8 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import scipy.optimize
-import scipy.special
+import scipy  # its submodules are imported at first use
 
 _EDGE = 1e-4  # confidences are kept this far from 0 and 1, where the density of a Beta may be infinite
 

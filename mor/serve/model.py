@@ -5,6 +5,8 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
+
 from mor import checkpoint
 from mor import config as config_lib
 from mor.data import text
@@ -16,7 +18,7 @@ from mor.serve import generate as generate_lib
 from mor.serve import request as request_lib
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
   """A model and what its tokens mean.
 
@@ -39,6 +41,13 @@ class Model:
   stops: tuple[int, ...] | None = None
   step: int | None = None
   stored_exits: stored_lib.StoredExits | None = None
+
+  def __repr__(self) -> str:
+    model = self.config
+    num = sum(x.size for x in jax.tree.leaves(self.variables["params"]))
+    return (f"<mor.Model of {num:,} parameters: {model.num_layers} layers, width {model.d_model}, "
+            f"{model.num_recursions} recursion steps, router {model.router.name}, context {self.context}, "
+            f"step {self.step}>")
 
   @property
   def vocab_size(self) -> int:

@@ -14,16 +14,18 @@ resumed run measures these steps again.
 import json
 import os
 import pathlib
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import rich.console
 import rich.progress
-from tensorboardX import event_file_writer
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2
+from tensorboard.compat.proto import event_pb2
+from tensorboard.compat.proto import summary_pb2
+from tensorboard.summary.writer import record_writer
 
 from mor import paths
 
@@ -111,13 +113,13 @@ class Writer:
     self._lines = path.open("a", encoding="utf-8")
     board = path.parent / "tensorboard"
     board.mkdir(exist_ok=True)
-    # Events are written in this thread: tensorboardX's own writer thread would
-    # leave the run waiting for ever when the disk is full.
-    self._events = event_file_writer.EventsWriter(str(board / "events"), f".{os.getpid()}.{start_step}")
+    # Events are written in this thread: the writer thread of TensorBoard's
+    # EventFileWriter hides a full disk until much later.
+    name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{start_step}"
+    self._events = record_writer.RecordWriter((board / name).open("wb"))
+    self._put_event(file_version="brain.Event:2")
     if start_step:
-      self._events.write_event(event_pb2.Event(
-          wall_time=time.time(), step=start_step + 1,
-          session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+      self._put_event(step=start_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
     self.copy()
 
   def __enter__(self) -> "Writer":
@@ -159,15 +161,17 @@ class Writer:
     try:
       self._lines.write(json.dumps({"step": step, **values}) + "\n")
       self._lines.flush()
-      for name, value in values.items():
-        self._events.write_event(event_pb2.Event(
-            wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+      scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+      self._put_event(step=step, summary=summary_pb2.Summary(value=scalars))
       self._events.flush()
     except OSError as error:
       raise OSError(f"cannot write {self._lines.name}: {error.strerror}; "
                     "free some space and run the same command again") from error
     if group == "eval":
       self.copy()
+
+  def _put_event(self, **fields: Any) -> None:
+    self._events.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, float]]:

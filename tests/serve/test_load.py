@@ -42,6 +42,11 @@ def test_variables_are_those_of_the_checkpoint_bit_for_bit(run):
   assert model.tokenizer.decode(model.tokenizer.encode("of")) == "of" and model.vocab_size == 257
 
 
+def test_a_model_is_shown_in_one_line(run):
+  shown = repr(mor.load(run[0]))
+  assert shown.startswith("<mor.Model of ") and "router token_choice" in shown and len(shown) < 200
+
+
 def test_only_the_variables_are_read(run, monkeypatch):
   """The optimizer's state is twice as large as the model."""
   read, restore = [], ocp.PyTreeCheckpointHandler.restore
