@@ -193,6 +193,8 @@ class Config:
   mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
+    for row in fields.rows(self):
+      fields.require_finite(row.value, row.path)
     n, a = self.data.batch_size, self.train.accumulation
     _require(n % a == 0, f"data.batch_size={n} is not a multiple of train.accumulation={a}",
              f"use {n - n % a or a} or {n - n % a + a} rows")

@@ -5,6 +5,7 @@ type is a dataclass.
 """
 
 import dataclasses
+import math
 import typing
 from typing import Any, Literal
 
@@ -13,6 +14,12 @@ def require(ok: bool, what: str, remedy: str) -> None:
   """Raises ValueError with what is wrong and what to do about it."""
   if not ok:
     raise ValueError(f"{what}; {remedy}")
+
+
+def require_finite(value: Any, path: str) -> None:
+  """Raises ValueError if a value is, or holds, a float that is infinite or no number."""
+  for one in value if isinstance(value, tuple) else (value,):
+    require(not isinstance(one, float) or math.isfinite(one), f"{path}={one}", "use a finite number")
 
 
 def field(default: Any, help_text: str = "", added: bool = False) -> Any:
@@ -95,6 +102,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   require(type(value) is hint, f"{path}={value!r} is of type {type(value).__name__}", f"use a {hint.__name__}")
+  require_finite(value, path)
   return value
 
 

@@ -1,8 +1,9 @@
 """The training loop: one run from its latest checkpoint to its last step.
 
 The loop never waits for the step that it has just dispatched: it reads the metrics of
-the step before. Before an evaluation or a save it reads the metrics of all steps, so a
-state whose loss or gradient is not finite is never saved.
+the step before. Before an evaluation or a save it reads the metrics of all steps, and
+before a save it looks at the state. So a state whose loss, gradient or arrays are not
+finite is never saved.
 
 A run writes checkpoints/, metrics.jsonl and tensorboard/ in its workdir. The argument
 `finish` writes the rest, e.g. the report (`mor/report.py`).
@@ -62,7 +63,7 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, finish: Finish 
     finish: function that all processes call after the last step, e.g. `report.finish`.
 
   Raises:
-    FloatingPointError: the loss or the gradient of a step is not finite.
+    FloatingPointError: the loss or the gradient of a step is not finite, or the state that was to be saved.
     OSError: a checkpoint or the metrics cannot be written.
     ValueError: the config, the data and the workdir do not fit together.
   """
@@ -134,6 +135,7 @@ def _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoint
       if last or stopping or step % plan.checkpoint_every == 0:
         log.flush()
         log.copy()
+        step_lib.check_state(state, step)
         checkpoints.save(step, state, config)
       if stopping:
         break
@@ -180,7 +182,12 @@ class _Log:
     self._writer.copy()
 
   def put_evaluation(self, step: int, held_out: Mapping[str, float]) -> None:
-    """Writes and shows the figures of an evaluation."""
+    """Writes and shows the figures of an evaluation; raises FloatingPointError if one is not finite."""
+    bad = [name for name, value in held_out.items() if not math.isfinite(value)]
+    if bad:
+      raise FloatingPointError(
+          f"{bad[0]}={held_out[bad[0]]} in the evaluation of step {step}, so its state was not saved; lower "
+          "optim.learning_rate or lengthen optim.warmup_steps, in another --workdir")
     self._writer.write(step, "eval", held_out)
     self._shown.say(describe_eval(step, held_out))
 

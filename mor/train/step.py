@@ -21,6 +21,9 @@ from mor.train import loss as loss_lib
 from mor.train import optim
 
 
+LARGEST = 1e5  # absolute value that no parameter reaches in training that works: trained models stay below 1e3
+
+
 @struct.dataclass
 class TrainState:
   """The state that a step changes: arrays, or their shapes or shardings.
@@ -69,6 +72,35 @@ def start(config: config_lib.Config, variables: Mapping[str, Any]) -> TrainState
   params = variables["params"]
   balance = dict(variables.get("balance", {}))
   return TrainState(jnp.zeros((), jnp.int32), params, optim.make(config).init(params), balance)
+
+
+def check_state(state: TrainState, step: int) -> None:
+  """Refuses a state that has diverged, although the loss of its last step was finite; waits for the state.
+
+  Args:
+    state: state after `step`.
+    step: number of finished updates.
+
+  Raises:
+    FloatingPointError: a value is not finite, or a parameter is beyond `LARGEST`.
+  """
+  unsound = jax.device_get(_find_unsound(state))
+  paths = [jax.tree_util.keystr(path, simple=True, separator="/")
+           for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+  bad = [path for path, is_bad in zip(paths, unsound, strict=True) if is_bad]
+  if bad:
+    raise FloatingPointError(
+        f"{bad[0]}{f' and {len(bad) - 1} more arrays' if bad[1:] else ''} of the state after step {step} are not finite, "
+        f"or beyond {LARGEST:g}, so the state was not saved; lower optim.learning_rate or lengthen optim.warmup_steps, "
+        "in another --workdir")
+
+
+@jax.jit
+def _find_unsound(state: TrainState) -> list[jax.Array]:
+  """Returns for each array whether it has a value that is not finite, or a parameter that is too large."""
+  limits = jax.tree.map(lambda _: jnp.inf, state).replace(params=jax.tree.map(lambda _: LARGEST, state.params))
+  return [~jnp.all(jnp.abs(x) < limit) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.zeros((), bool)
+          for x, limit in zip(jax.tree.leaves(state), jax.tree.leaves(limits), strict=True)]
 
 
 @struct.dataclass

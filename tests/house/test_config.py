@@ -1,11 +1,13 @@
 """Bad configurations: one line with what, the value and the remedy."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
 
 from mor import config
+from mor import fields as fields_lib
 from tests.helpers import tiny
 
 
@@ -60,7 +62,7 @@ BAD = [  # overrides, words of the message: what, value, remedy
     (dict(data=dict(validation_fraction=1.0)), ["data.validation_fraction=1.0", "(0, 1)"]),
     (dict(data=dict(max_bytes=-1)), ["data.max_bytes=-1", "0 for all"]),
     (dict(optim=dict(learning_rate=0.0)), ["optim.learning_rate=0.0", "> 0"]),
-    (dict(optim=dict(learning_rate=float("nan"))), ["optim.learning_rate=nan", "> 0"]),
+    (dict(optim=dict(learning_rate=float("nan"))), ["optim.learning_rate=nan", "finite"]),
     (dict(optim=dict(cooldown_fraction=1.2)), ["optim.cooldown_fraction=1.2", "[0, 1]"]),
     (dict(optim=dict(warmup_steps=6)), ["optim.warmup_steps=6", "train.steps=5", "longer"]),
     (dict(optim=dict(clip_norm=-1.0)), ["optim.clip_norm=-1.0", "0 for off"]),
@@ -83,6 +85,24 @@ def test_bad_fields_are_named(overrides, words):
   assert "; " in message, "what and the value, then the remedy"
   for word in words:
     assert word in message, message
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_no_field_takes_a_float_that_is_not_finite(value):
+  floats = [row.path for row in fields_lib.rows(config.Config()) if isinstance(row.value, float)]
+  assert len(floats) > 15
+  for path in floats:
+    values = config.to_dict(config.Config())
+    *groups, name = path.split(".")
+    functools.reduce(dict.__getitem__, groups, values)[name] = value
+    with pytest.raises(ValueError, match=f"{path}={value}"):
+      config.from_dict(values)
+  with pytest.raises(ValueError, match="optim.learning_rate=inf; use a finite number"):
+    config.Config(optim=config.OptimConfig(learning_rate=float("inf")))
+  values = config.to_dict(config.Config())
+  values["model"]["router"]["capacity"] = [1.0, value]
+  with pytest.raises(ValueError, match=rf"model.router.capacity\[1\]={value}; use a finite number"):
+    config.from_dict(values)
 
 
 def test_missing_field_is_named():

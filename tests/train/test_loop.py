@@ -121,6 +121,43 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_not_saved(bad, make_conf
     assert checkpoints.latest_step() == 2
 
 
+@pytest.mark.parametrize("value", [np.nan, 2e5])
+def test_a_state_that_has_diverged_is_not_saved(value, make_config, tmp_path, monkeypatch):
+  make = step_lib.make_train_step
+
+  def poisoned(config, mesh, teacher):
+    train_step = make(config, mesh, teacher)
+
+    def step_fn(state, batch, step):
+      state, values = train_step(state, batch, step)
+      if step == 3:  # the update breaks the parameters; its loss and gradient are finite
+        state = state.replace(params={**state.params, "embedding": state.params["embedding"].at[1, 2].set(value)})
+      return state, values
+
+    return step_fn
+
+  monkeypatch.setattr(step_lib, "make_train_step", poisoned)
+  with pytest.raises(FloatingPointError, match="params/embedding of the state after step 4 .* was not saved; lower"):
+    loop.train(make_config(), tmp_path)
+  with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.latest_step() == 2
+
+
+@pytest.mark.slow
+def test_a_rate_that_is_absurd_saves_nothing(make_config, tmp_path):
+  with pytest.raises(FloatingPointError, match="of the state after step 1 .* was not saved"):
+    loop.train(make_config(optim=dict(learning_rate=1e9), train=dict(checkpoint_every=1)), tmp_path)
+  with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.latest_step() is None
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(make_config, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "make_evaluate", lambda *unused: lambda state: dict(nll_causal=float("nan")))
+  with pytest.raises(FloatingPointError, match="nll_causal=nan in the evaluation of step 3"):
+    loop.train(make_config(), tmp_path)
+  assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_metrics_are_read_one_step_late(make_config, tmp_path, monkeypatch):
   read = []
   monkeypatch.setattr(loop._Log, "_read", lambda log, step, values: read.append(step))
