@@ -11,6 +11,8 @@ local directory and copied to the store as a whole: at every evaluation, at ever
 resumed run measures these steps again.
 """
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -18,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import rich.console
@@ -98,6 +100,10 @@ class Writer:
       workdir: run directory.
       start_step: finished steps of the state that the run starts from.
       enabled: whether to write; True on one process only.
+
+    Raises:
+      OSError: the files cannot be written.
+      ValueError: metrics.jsonl is damaged.
     """
     self._lines = self._events = self._remote = None
     if not enabled:
@@ -108,8 +114,15 @@ class Writer:
       path = pathlib.Path(self._temporary.name) / "metrics.jsonl"
     else:
       path = pathlib.Path(workdir).expanduser() / "metrics.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _keep_until(start_step, workdir, path)
+    self._path = path
+    with _writing(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      _keep_until(start_step, workdir, path)
+      self._open(start_step)
+    self.copy()
+
+  def _open(self, start_step: int) -> None:
+    path = self._path
     self._lines = path.open("a", encoding="utf-8")
     board = path.parent / "tensorboard"
     board.mkdir(exist_ok=True)
@@ -120,18 +133,22 @@ class Writer:
     self._put_event(file_version="brain.Event:2")
     if start_step:
       self._put_event(step=start_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-    self.copy()
 
   def __enter__(self) -> "Writer":
     return self
 
-  def __exit__(self, *unused) -> None:
-    if self._lines:
-      self._lines.close()
-      self._events.close()
-      self.copy()
-    if self._remote:
-      self._temporary.cleanup()
+  def __exit__(self, kind, *unused) -> None:
+    try:
+      if self._lines:
+        with _writing(self._path), contextlib.closing(self._events), self._lines:
+          pass
+        self.copy()
+    except OSError:
+      if kind is None:  # an error on its way says more than a second error of the same disk
+        raise
+    finally:
+      if self._remote:
+        self._temporary.cleanup()
 
   def copy(self) -> None:
     """Copies the files to the workdir if it is an object store.
@@ -158,15 +175,12 @@ class Writer:
     if self._lines is None:
       return
     values = {f"{group}/{k}": v for k, v in values.items()}
-    try:
+    with _writing(self._path):
       self._lines.write(json.dumps({"step": step, **values}) + "\n")
       self._lines.flush()
       scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
       self._put_event(step=step, summary=summary_pb2.Summary(value=scalars))
       self._events.flush()
-    except OSError as error:
-      raise OSError(f"cannot write {self._lines.name}: {error.strerror}; "
-                    "free some space and run the same command again") from error
     if group == "eval":
       self.copy()
 
@@ -175,17 +189,46 @@ class Writer:
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, float]]:
-  """Returns the lines of the metrics.jsonl of a run, without a last line that was cut short."""
+  """Returns the lines of the metrics.jsonl of a run, without a last line that was cut short.
+
+  Raises:
+    ValueError: another line is damaged.
+  """
   path = paths.directory(workdir) / "metrics.jsonl"
   if not path.exists():
     return []
   rows = []
-  for line in path.read_text(encoding="utf-8").splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:  # the process was killed while writing it
-      continue
+  *whole, last = path.read_bytes().split(b"\n")
+  for number, line in enumerate([*whole, last], 1):
+    row = _parse(line)
+    if row is not None:
+      rows.append(row)
+    elif number <= len(whole) and line.strip():  # the last line may lack its end: the process was killed
+      raise ValueError(f"{path} line {number} is not a JSON object with a step and figures: {line[:60]!r}; delete "
+                       "that line")
   return rows
+
+
+def _parse(line: bytes) -> dict[str, float] | None:
+  """Returns the object of a line; None if it is not what `Writer.write` writes."""
+  try:
+    row = json.loads(line.decode("utf-8"))
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(row, dict) or type(row.get("step")) is not int:
+    return None
+  return row if all(isinstance(value, int | float) for value in row.values()) else None
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+  """Turns any error of the disk into an OSError of one line with the path and the remedy."""
+  try:
+    yield
+  except OSError as error:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space" if full else "make its directory writable, or give another --workdir"
+    raise OSError(f"cannot write {path}: {error.strerror or error}; {remedy} and run the same command again") from error
 
 
 def _keep_until(step: int, workdir: str | os.PathLike, path: pathlib.Path) -> None:

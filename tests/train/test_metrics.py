@@ -1,6 +1,7 @@
 """Every step is written once, whatever happened in between."""
 
 import json
+import pathlib
 import time
 
 import pytest
@@ -43,15 +44,53 @@ def test_a_disabled_writer_writes_nothing(tmp_path):
   assert not (tmp_path / "other").exists() and metrics.read(tmp_path / "other") == []
 
 
+def full(*unused_args, **unused_kwargs):
+  raise OSError(28, "No space left on device")
+
+
+FULL = "cannot write .*/metrics.jsonl: No space left on device; free some space and run the same command again"
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
   writer = metrics.Writer(tmp_path, 0)
-
-  def full():
-    raise OSError(28, "No space left on device")
-
   monkeypatch.setattr(writer._events, "flush", full)
-  with pytest.raises(OSError, match="cannot write .*metrics.jsonl: No space left on device; free some space"):
+  with pytest.raises(OSError, match=FULL):
     writer.write(1, "train", dict(loss=1.0))
+
+
+def test_a_disk_that_is_full_before_and_at_the_end_is_one_line(tmp_path, monkeypatch):
+  with monkeypatch.context() as patched:
+    patched.setattr(pathlib.Path, "write_text", full)
+    with pytest.raises(OSError, match=FULL):
+      metrics.Writer(tmp_path, 0)
+  with pytest.raises(OSError, match=FULL):
+    with metrics.Writer(tmp_path, 0) as writer:
+      monkeypatch.setattr(writer._events, "close", full)
+  with pytest.raises(ValueError, match="the first error"):
+    with metrics.Writer(tmp_path, 0) as writer:
+      monkeypatch.setattr(writer._events, "close", full)
+      raise ValueError("the first error")
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+  (tmp_path / "tensorboard").write_text("a file")
+  with pytest.raises(OSError, match="cannot write .*/metrics.jsonl: File exists; make its directory writable"):
+    metrics.Writer(tmp_path, 0)
+
+
+@pytest.mark.parametrize("line", [b"5", b"null", b"[]", b"{}", b'{"step": 1', b'{"step": "1"}', b'{"step": true}', b"\xff\xfe",
+                                  b'{"step": 1, "train/loss": "x"}', b"[" * 100_000])
+def test_a_damaged_line_is_named_but_for_the_last(line, tmp_path):
+  write(tmp_path, 0, 2)
+  path = tmp_path / "metrics.jsonl"
+  whole = path.read_bytes()
+  path.write_bytes(whole + line)  # the process was killed here
+  assert len(metrics.read(tmp_path)) == 3
+  path.write_bytes(line + b"\n" + whole)
+  with pytest.raises(ValueError, match=f"{path} line 1 is not a JSON object .*; delete that line") as caught:
+    metrics.Writer(tmp_path, 1)
+  assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+  assert path.read_bytes() == line + b"\n" + whole
 
 
 @pytest.mark.parametrize("kind, peak", [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12),
