@@ -91,8 +91,8 @@ def read(workdir: str | os.PathLike) -> StoredExits | None:
   if not path.is_file():
     return None
   try:
-    fields = json.loads(path.read_text())
+    fields = json.loads(path.read_text(encoding="utf-8"))
     return StoredExits(**{**fields, "after": tuple(fields["after"])})
-  except (ValueError, TypeError, KeyError) as error:
+  except (ValueError, TypeError, KeyError, RecursionError) as error:
     raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); write it again with --mode=calibrate, or "
                      "delete it") from error

@@ -190,7 +190,7 @@ def test_a_threshold_of_another_step_is_told(capsys):
 
 
 @pytest.mark.parametrize("change", [
-    lambda fields: "{", lambda fields: "[]", lambda fields: json.dumps(fields | {"threshold": 2}),
+    lambda fields: "{", lambda fields: "[]", lambda fields: "[" * 100_000, lambda fields: "7", lambda fields: "", lambda fields: json.dumps(fields | {"threshold": 2}),
     lambda fields: json.dumps(fields | {"threshold": "high"}), lambda fields: json.dumps(fields | {"measure": "luck"}),
     lambda fields: json.dumps(fields | {"more": 1}), lambda fields: json.dumps(fields | {"after": []}),
     lambda fields: json.dumps({k: v for k, v in fields.items() if k != "step"}),
