@@ -6,9 +6,12 @@ resumes from the state and one integer, on any number of processes.
 A save writes to a temporary directory in the background and renames it when it is
 complete. So a process that is killed at any moment leaves the previous checkpoint as the
 newest one. The remains of such a save are never read, and they are removed when the
-directory is opened for training again. A checkpoint that is damaged later (by a failing
-disk, or an incomplete copy) is renamed to STEP.damaged, and training resumes from the
-checkpoint before it.
+directory is opened for training again.
+
+The files have hashes (`mor/integrity.py`), which are written just before that rename and
+checked before a checkpoint is read. A checkpoint that is damaged (by a failing disk, or
+an incomplete copy) is renamed to STEP.damaged by training, which resumes from the
+checkpoint before it. Everybody else reads the checkpoint before it, and renames nothing.
 """
 
 from collections.abc import Callable
@@ -27,6 +30,7 @@ import orbax.checkpoint as ocp
 
 from mor import config as config_lib
 from mor import distributed
+from mor import integrity
 from mor import paths
 from mor.model import transformer
 from mor.model.routers import table as router_table
@@ -38,6 +42,8 @@ FREE_FIELDS = frozenset((
     "data.cache_dir", "model.attention", "train.loss_block", "train.log_every", "train.eval_every", "train.eval_rows",
     "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.step_timeout",
     "train.sample_prompt", "train.sample_tokens", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"))
+
+_ATTEMPTS = 20  # of a reader whose checkpoints are removed by a run that saves meanwhile
 
 
 class Checkpoints:
@@ -54,11 +60,13 @@ class Checkpoints:
     """
     self.directory = paths.directory(workdir) / "checkpoints"
     self._manager = None
+    self._saved: int | None = None  # step of the newest save, which may not be complete
     if not read_only:
       with _one_line(f"cannot write {self.directory}", "give a --workdir that you may write", errors=OSError):
         self.directory.mkdir(parents=True, exist_ok=True)
       self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-          max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True))
+          max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True,
+          async_options=ocp.AsyncOptions(post_finalization_callback=self._write_hashes)))
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -76,8 +84,9 @@ class Checkpoints:
     return max(self._steps(), default=None)
 
   def config(self) -> config_lib.Config:
-    """Returns the config of the newest checkpoint."""
-    config = config_lib.from_dict(self._meta(self.latest_step())["config"])
+    """Returns the config of the newest checkpoint whose config is readable."""
+    _, meta = self._newest(self._meta)
+    config = config_lib.from_dict(meta["config"])
     router_table.make(config.model)  # refuses a router that this code does not have
     return config
 
@@ -99,12 +108,11 @@ class Checkpoints:
       raise ValueError(f"train.steps={config.train.steps} but {self.directory} is at step {step}; "
                        f"use at least {step} steps, or another --workdir")
 
-  def restore(self, target: Any, partial: bool = False) -> Any:
-    """Returns the newest state, sharded like `target`.
+  def restore(self, target: Any, partial: bool = False) -> tuple[Any, int]:
+    """Returns the newest state, sharded like `target`, and its step.
 
-    For training, a checkpoint that any process finds damaged is set aside, and the
-    checkpoint before it becomes the newest one. With `read_only`, a damaged checkpoint
-    raises.
+    A checkpoint that any process finds damaged is left out, with a warning, for the
+    checkpoint before it. Training sets it aside, so that its step can be saved again.
 
     Args:
       target: a tree of arrays or `jax.ShapeDtypeStruct`s with shardings.
@@ -115,15 +123,25 @@ class Checkpoints:
       ValueError: the arrays of checkpoint and target differ in name, shape or type.
     """
     def read(step):
-      return self._read(step, target, partial)
+      state = self._read(step, target, partial)
+      with self._reading(step):
+        if self._manager is None and not integrity.is_whole(self._path(step)):
+          raise OSError("it was removed while it was read")
+      return state
 
-    if self._manager is None:
-      return read(self.latest_step())
     newest = self.latest_step()
-    step, state = self._newest(read, together=True)
-    if step != newest:
+    step, state = self._newest(self._check_hashes, read, together=True)
+    if self._manager and step != newest:
       self._set_aside([other for other in self._steps() if other > step], step)
-    return state
+    return state, step
+
+  def _check_hashes(self, step: int) -> None:
+    """Compares the files with their hashes; each process takes its share of them."""
+    with self._reading(step):
+      hashed = integrity.check(self._path(step), share=(jax.process_index(), jax.process_count()))
+      if not hashed and distributed.is_main():
+        print(f"warning: the checkpoint {self._path(step)} was made by a version without hashes, so damage of its files "
+              "may go unnoticed", file=sys.stderr, flush=True)
 
   def _read(self, step: int, target: Any, partial: bool) -> Any:
     path = self._path(step) / "state"
@@ -150,9 +168,17 @@ class Checkpoints:
     if step == self.latest_step():
       return
     with self._saving():
+      self._manager.wait_until_finished()  # the save before knows its step by `_saved`
+      self._saved = step
       self._manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(_to_plain(state)),
           meta=ocp.args.JsonSave(dict(step=step, config=config_lib.to_dict(config)))))
+
+  def _write_hashes(self) -> None:
+    """Hashes a save of which all files are written; orbax calls it in the thread that renames the directory then."""
+    path = self._path(self._saved)
+    temporary = path.with_name(path.name + ocp.utils.TMP_DIR_SUFFIX)
+    integrity.write(temporary if temporary.is_dir() else path)  # an object store does not rename
 
   def wait(self) -> None:
     """Waits until the last save is on disk; raises as `save` does."""
@@ -171,26 +197,47 @@ class Checkpoints:
   def _path(self, step: int) -> epath.Path:
     return self.directory / str(step)
 
-  def _newest(self, read: Callable[[int], Any], together: bool = False) -> tuple[int, Any] | None:
-    """Returns the newest undamaged step and the result of `read`; None if there is no step.
+  def _newest(self, *reads: Callable[[int], Any], together: bool = False) -> tuple[int, Any] | None:
+    """Returns the newest undamaged step and the result of the last read; None if there is no step.
+
+    A run removes a checkpoint only after it has saved a newer one. So a reader that fails
+    and finds a newer one begins again.
 
     Args:
-      read: function of the step; raises OSError if the checkpoint is damaged.
+      *reads: functions of the step; they raise OSError if the checkpoint is damaged.
       together: whether a step counts as damaged if any process finds it damaged.
     """
-    first = None
-    for step in reversed(self._steps()):
+    error = None
+    for _ in range(_ATTEMPTS):
+      steps, first = self._steps(), None
+      for step in reversed(steps):
+        found, error = self._try(step, reads, together)
+        if error is None:
+          if first and together and self._manager is None and distributed.is_main():
+            print(f"warning: {first}; reading the one before, {self._path(step)}", file=sys.stderr, flush=True)
+          return step, found
+        first = first or error
+        newer = max(self._steps(), default=-1) > steps[-1]
+        if distributed.any_process(newer) if together else newer:
+          break
+      else:
+        if first:
+          raise first
+        return None
+    raise OSError(f"{self.directory}: a run replaced each of {_ATTEMPTS} checkpoints while it was read; raise its "
+                  "train.keep_checkpoints, or wait until it has ended") from error
+
+  def _try(self, step: int, reads: tuple[Callable[[int], Any], ...], together: bool) -> tuple[Any, OSError | None]:
+    found = None
+    for read in reads:
       error = None
       try:
         found = read(step)
       except OSError as caught:
         error = caught
-      if not (distributed.any_process(error is not None) if together else error):
-        return step, found
-      first = first or error or OSError(f"another process cannot read the checkpoint {self._path(step)}")
-    if first:
-      raise first
-    return None
+      if distributed.any_process(error is not None) if together else error:
+        return None, error or OSError(f"another process cannot read the checkpoint {self._path(step)}")
+    return found, None
 
   def _set_aside(self, damaged: list[int], step: int) -> None:
     """Renames damaged checkpoints, so that their steps can be saved again."""
@@ -207,6 +254,7 @@ class Checkpoints:
 
   def _meta(self, step: int) -> dict[str, Any]:
     with self._reading(step):
+      integrity.check(self._path(step), "meta/")
       meta = json.loads((self._path(step) / "meta" / "metadata").read_text(encoding="utf-8"))
       return {**meta, "config": config_lib.upgrade(meta["config"])}
 
@@ -233,8 +281,7 @@ def load_variables(workdir: str | os.PathLike, placed: Any = None) -> tuple[conf
     OSError: the checkpoint is damaged.
   """
   with Checkpoints(workdir, read_only=True) as checkpoints:
-    step = checkpoints.latest_step()
-    if step is None:
+    if checkpoints.latest_step() is None:
       raise ValueError(f"{checkpoints.directory} holds no checkpoint; train first, or give the directory of a run")
     config = checkpoints.config()
     shapes = dict(jax.eval_shape(transformer.Transformer(config.model).init, jax.random.key(0),
@@ -244,13 +291,29 @@ def load_variables(workdir: str | os.PathLike, placed: Any = None) -> tuple[conf
     else:
       shardings = placed(config, shapes)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return config, step, checkpoints.restore(target, partial=True)
+    variables, step = checkpoints.restore(target, partial=True)
+    return config, step, variables
 
 
 def load_pretrained(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """Returns the facts about the source of a converted run (`conversion/command.py`); None for any other run."""
+  """Returns the facts about the source of a converted run (`conversion/command.py`); None for any other run.
+
+  Raises:
+    ValueError: the file is damaged.
+  """
   path = paths.directory(workdir) / "pretrained.json"
-  return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+  if not path.is_file():
+    return None
+  try:
+    about = json.loads(path.read_text(encoding="utf-8"))
+    ids = [number for numbers in about["special_ids"].values() for number in numbers]
+    sound = isinstance(about["add_bos"], bool) and all(type(number) is int for number in ids)
+  except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+    sound = False
+  if not sound:
+    raise ValueError(f"{path} is damaged: it is not the JSON object that --mode=convert writes; convert again, to "
+                     "another --workdir, and copy the file from there")
+  return about
 
 
 @contextlib.contextmanager

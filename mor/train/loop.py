@@ -102,8 +102,7 @@ def restore_or_init(config: config_lib.Config, mesh: jax.sharding.Mesh,
     return step_lib.init_state(config, mesh), 0
   shapes, shardings = step_lib.state_shapes(config), step_lib.state_shardings(config, mesh)
   target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-  state = checkpoints.restore(target)
-  return state, checkpoints.latest_step()  # restoring may have changed the newest step
+  return checkpoints.restore(target)
 
 
 def make_evaluate(config: config_lib.Config, mesh: jax.sharding.Mesh,

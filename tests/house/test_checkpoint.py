@@ -1,9 +1,11 @@
-"""What is restored is bitwise what was saved; a failed save loses nothing."""
+"""What is restored is bitwise what was saved; a failed save loses nothing, and damage is found."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mor import checkpoint
+from mor import integrity
 from tests.helpers import tiny
 
 
@@ -50,8 +53,8 @@ def saved(tmp_path_factory):
 def test_latest_is_restored_bitwise_and_older_ones_are_dropped(saved):
   with checkpoint.Checkpoints(saved, read_only=True) as checkpoints:
     assert checkpoints.latest_step() == 3
-    restored = checkpoints.restore(make_state(0))
-    assert checkpoints.config() == tiny.config()
+    restored, step = checkpoints.restore(make_state(0))
+    assert step == 3 and checkpoints.config() == tiny.config()
   assert isinstance(restored, State)
   assert equal(restored, make_state(3)) and not equal(restored, make_state(2))
   assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["2", "3"]
@@ -63,7 +66,7 @@ def test_restores_onto_another_mesh(saved):
       mesh, jax.sharding.PartitionSpec("data", "model") if x.ndim == 2 else jax.sharding.PartitionSpec())
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), make_state(0))
   with checkpoint.Checkpoints(saved, read_only=True) as checkpoints:
-    restored = checkpoints.restore(target)
+    restored, _ = checkpoints.restore(target)
   assert equal(restored, make_state(3))
   assert len(restored.params["stack"]["w"].sharding.device_set) == 8
 
@@ -79,7 +82,7 @@ def test_a_donated_state_does_not_change_its_checkpoint(tmp_path):
       state = advance(state)
     jax.block_until_ready(state)
     checkpoints.wait()
-    assert equal(checkpoints.restore(make_state(0)), kept)
+    assert equal(checkpoints.restore(make_state(0))[0], kept)
 
 
 @pytest.mark.parametrize("change", [
@@ -131,7 +134,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path, monke
   monkeypatch.undo()
   with checkpoint.Checkpoints(tmp_path) as reopened:
     assert reopened.latest_step() == 1
-    assert equal(reopened.restore(make_state(0)), make_state(1))
+    assert equal(reopened.restore(make_state(0))[0], make_state(1))
 
 
 def test_an_unfinished_save_is_ignored_and_removed(tmp_path):
@@ -144,7 +147,7 @@ def test_an_unfinished_save_is_ignored_and_removed(tmp_path):
     assert checkpoints.latest_step() == 1
     checkpoints.save(2, make_state(2), tiny.config())
     checkpoints.wait()
-    assert equal(checkpoints.restore(make_state(0)), make_state(2))
+    assert equal(checkpoints.restore(make_state(0))[0], make_state(2))
   assert not left.exists()
 
 
@@ -184,24 +187,137 @@ def test_training_goes_on_before_damaged_checkpoints(harm, tmp_path, capsys):
   for step in (2, 3):
     harm(directory / str(step))
   with checkpoint.Checkpoints(tmp_path, read_only=True) as reader:
-    with pytest.raises(OSError, match="/checkpoints/3: "):
-      reader.restore(make_state(0))
+    state, step = reader.restore(make_state(0))
+    assert step == 1 and equal(state, make_state(1)) and reader.config() == tiny.config()
+    said = capsys.readouterr().err
+    assert f"warning: cannot read the checkpoint {directory}/3: " in said and said.count("\n") == 1
+    assert said.endswith(f"; reading the one before, {directory}/1\n")
     reader.check(tiny.config())
     with pytest.raises(ValueError, match="another config"):
       reader.check(tiny.config(seed=7))
   with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
-    assert equal(checkpoints.restore(make_state(0)), make_state(1)) and checkpoints.latest_step() == 1
+    assert equal(checkpoints.restore(make_state(0))[0], make_state(1)) and checkpoints.latest_step() == 1
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if f"{directory}/3 is damaged and kept as 3.damaged" in line and
             line.endswith(f"the one before, {directory}/1")] and len(said) == 2
     checkpoints.save(3, make_state(33), tiny.config())
     checkpoints.wait()
-    assert equal(checkpoints.restore(make_state(0)), make_state(33))
+    assert equal(checkpoints.restore(make_state(0))[0], make_state(33))
   assert sorted(path.name for path in directory.iterdir()) == ["1", "2.damaged", "3", "3.damaged"]
   harm(directory / "3")
   with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    assert equal(checkpoints.restore(make_state(0)), make_state(1))
+    assert equal(checkpoints.restore(make_state(0))[0], make_state(1))
   assert (directory / "3.damaged-2").is_dir()
+
+
+def flip(path, bit):
+  """Flips one bit of a file, counted from its first byte."""
+  content = bytearray(path.read_bytes())
+  content[bit // 8] ^= 1 << bit % 8
+  path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+  """A workdir with the checkpoints of steps 1 and 2, which differ in their config, too."""
+  workdir = tmp_path_factory.mktemp("two")
+  with checkpoint.Checkpoints(workdir, keep=2) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, make_state(step), tiny.config(train=dict(log_every=step)))
+  return workdir
+
+
+def test_no_flip_of_the_config_is_read_as_another(two):
+  path = two / "checkpoints" / "2" / "meta" / "metadata"
+  whole = path.read_bytes()
+  with checkpoint.Checkpoints(two, read_only=True) as reader:
+    for bit in range(0, 8 * len(whole), 307):
+      flip(path, bit)
+      assert reader.config().train.log_every == 1, f"bit {bit} is not found"
+      path.write_bytes(whole)
+    assert reader.config().train.log_every == 2
+
+
+def test_flips_of_any_file_are_found_or_harmless(two, capsys):
+  directory = two / "checkpoints" / "2"
+  files = sorted(path for path in directory.rglob("*") if path.is_file())
+  assert len(files) > 8
+  with checkpoint.Checkpoints(two, read_only=True) as reader:
+    for path in files:
+      whole = path.read_bytes()
+      flip(path, 8 * (len(whole) // 2))
+      state, step = reader.restore(make_state(0))
+      assert equal(state, make_state(step)), path
+      assert (step == 2) == (path.parent == directory and path.name in integrity.OF_THE_COMMIT), path
+      assert capsys.readouterr().err.count("reading the one before") == (step == 1)
+      path.write_bytes(whole)
+
+
+def test_files_that_come_and_go_are_damage(two, tmp_path):
+  shutil.copytree(two, tmp_path / "run")
+  directory = tmp_path / "run" / "checkpoints" / "2"
+  with checkpoint.Checkpoints(tmp_path / "run", read_only=True) as reader:
+    (directory / "state" / "more").write_text("")
+    assert reader.restore(make_state(0))[1] == 1
+    (directory / "state" / "more").unlink()
+    assert reader.restore(make_state(0))[1] == 2
+    (directory / "state" / "_sharding").unlink()
+    assert reader.restore(make_state(0))[1] == 1
+
+
+def test_a_checkpoint_without_hashes_is_read_and_told(two, tmp_path, capsys):
+  shutil.copytree(two, tmp_path / "run")
+  (tmp_path / "run" / "checkpoints" / "2" / integrity.NAME).unlink()
+  with checkpoint.Checkpoints(tmp_path / "run", read_only=True) as reader:
+    assert reader.restore(make_state(0))[1] == 2
+  said = capsys.readouterr().err
+  assert "checkpoints/2 was made by a version without hashes" in said and said.count("\n") == 1
+
+
+def test_a_reader_beside_a_run_reads_the_newest_whole_checkpoint(tmp_path, capsys):
+  saved, stop = threading.Event(), threading.Event()
+
+  def save():
+    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+      for step in itertools.count(1):
+        checkpoints.save(step, make_state(step), tiny.config())
+        checkpoints.wait()
+        saved.set()
+        if stop.is_set():
+          break
+
+  run = threading.Thread(target=save)
+  run.start()
+  saved.wait()
+  steps = []
+  try:
+    with checkpoint.Checkpoints(tmp_path, read_only=True) as reader:
+      for _ in range(15):
+        assert reader.config() == tiny.config()
+        state, step = reader.restore(make_state(0))
+        assert equal(state, make_state(step))
+        steps.append(step)
+  finally:
+    stop.set()
+    run.join()
+  assert steps == sorted(steps) and steps[-1] > steps[0]
+  assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_is_always_late_says_so(two, monkeypatch):
+  reader = checkpoint.Checkpoints(two, read_only=True)
+  newest = itertools.count(2)
+  monkeypatch.setattr(reader, "_steps", lambda: [next(newest)])
+  with pytest.raises(OSError, match="replaced each of 20 checkpoints while it was read; raise its train.keep_check"):
+    reader.restore(make_state(0))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"special_ids": [1], "add_bos": true}', "[" * 100_000,
+                                     '{"special_ids": {"eos": ["2"]}, "add_bos": true}'])
+def test_damaged_facts_about_the_source_are_named(content, tmp_path):
+  (tmp_path / "pretrained.json").write_text(content)
+  with pytest.raises(ValueError, match=f"{tmp_path}/pretrained.json is damaged"):
+    checkpoint.load_pretrained(tmp_path)
 
 
 def test_chosen_steps_are_kept_for_ever(tmp_path):

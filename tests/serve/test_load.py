@@ -76,9 +76,13 @@ def test_a_directory_without_a_checkpoint_is_named(name, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_checkpoint_is_one_line(run, tmp_path):
+def test_of_a_damaged_checkpoint_the_one_before_is_loaded(run, tmp_path, capsys):
   shutil.copytree(run[0], tmp_path / "run")
   (tmp_path / "run" / "checkpoints" / "3" / "state" / "_METADATA").write_text("{")
+  assert mor.load(tmp_path / "run").step == 2
+  said = capsys.readouterr().err
+  assert "checkpoints/3: the hash of state/_METADATA" in said and said.endswith("checkpoints/2\n") and said.count("\n") == 1
+  (tmp_path / "run" / "checkpoints" / "2" / "state" / "_METADATA").unlink()
   with pytest.raises(OSError, match="cannot read the checkpoint .*; remove that directory") as error:
     mor.load(tmp_path / "run")
   assert "\n" not in str(error.value)
