@@ -8,7 +8,7 @@ Text that spells a special token is encoded as ordinary text: only the data pipe
 writes `eos_id`. Byte-level tokens decode to exactly the same text.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import hashlib
 import json
@@ -16,12 +16,16 @@ import pathlib
 import re
 from typing import Any, Protocol, runtime_checkable, SupportsIndex
 
+from absl import logging
 import numpy as np
 import tokenizers
 
 from mor import config as config_lib
+from mor import json_file
 from mor.data import cache
 from mor.data import sources
+from mor.data import special_tokens
+from mor.data import token_bytes
 
 END_OF_TEXT = ("<|endoftext|>", "<|im_end|>", "</s>", "<eos>")
 _PIECE_CHARACTERS = 65536
@@ -36,8 +40,8 @@ class Tokenizer(Protocol):
   Attributes:
     vocab_size: one more than the largest id.
     eos_id: opens every document; also the target of a document's last token.
-    num_bytes_V: bytes of text that each id encodes, 0 for special tokens; exact
-      if tokens are bytes or byte-level BPE.
+    num_bytes_V: bytes of text that each id encodes, 0 for special tokens; `token_bytes.py`
+      says when they are exact.
     identity: text that changes whenever the encoding of a text may change.
     serialized: the same tokenizer as a `tokenizers` .json.
   """
@@ -53,6 +57,9 @@ class Tokenizer(Protocol):
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Encodes each text, on all cores."""
+
+  def encode_special(self, text: str) -> np.ndarray:
+    """Encodes a text; special tokens that it spells are such tokens, as in `tokenizers`."""
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """Returns the text of the ids; special tokens add nothing, broken UTF-8 becomes U+FFFD."""
@@ -83,8 +90,9 @@ def load(config: config_lib.DataConfig, texts: sources.Documents | None) -> Toke
     raise FileNotFoundError(f"data.tokenizer={config.tokenizer!r}: no such file; use 'bytes', "
                             "'bpe:SIZE' or the path of a tokenizers .json")
   try:
-    return JsonTokenizer(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+    serialized = path.read_text(encoding="utf-8")
+    return JsonTokenizer(serialized, find_eos(path, serialized))
+  except (ValueError, OSError) as error:
     raise ValueError(f"data.tokenizer={config.tokenizer!r}: {error}") from error
 
 
@@ -113,6 +121,8 @@ class ByteTokenizer:
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     return [self.encode(text) for text in texts]
 
+  encode_special = encode
+
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
     return bytes(i for i in map(int, ids) if i < self.eos_id).decode("utf-8", errors="replace")
 
@@ -122,47 +132,46 @@ class JsonTokenizer:
 
   Args:
     serialized: content of its .json file.
+    eos_id: id of the end of a text; None is the first of `END_OF_TEXT` that it has.
 
   Raises:
-    ValueError: the file is of another kind, or has none of `END_OF_TEXT`.
+    ValueError: the file is of another kind, it has none of `END_OF_TEXT`, or no token `eos_id`.
   """
 
-  def __init__(self, serialized: str):
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
-    except Exception as error:  # the library raises bare Exception
-      reason = str(error).splitlines()[0]
-      raise ValueError(f"not a tokenizers file ({reason}); save one with Tokenizer.save") from error
+  def __init__(self, serialized: str, eos_id: int | None = None):
+    self._tokenizer = special_tokens.parse(serialized)
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-    end = next((token for token in END_OF_TEXT if token in vocabulary), None)
+    known = next((vocabulary[token] for token in END_OF_TEXT if token in vocabulary), None)
+    self.eos_id = known if eos_id is None else eos_id
+    if self.eos_id is None:
+      raise ValueError(f"no end-of-text token; add one of {', '.join(END_OF_TEXT)}, or name it as eos_token in a "
+                       "tokenizer_config.json beside it")
+    end = self._tokenizer.id_to_token(self.eos_id) if 0 <= self.eos_id < 2**32 else None
     if end is None:
-      raise ValueError(f"no end-of-text token; add one of {', '.join(END_OF_TEXT)}")
+      raise ValueError(f"its end of a text is id {self.eos_id}, and it has no such token; use an id below "
+                       f"{max(vocabulary.values()) + 1}")
     self._tokenizer.add_special_tokens([end])
     self._tokenizer.encode_special_tokens = True
-    self._tokenizer.no_truncation()
-    self._tokenizer.no_padding()
-    self.eos_id = vocabulary[end]
     self.vocab_size = max(vocabulary.values()) + 1
     self.serialized = serialized
-    self.identity = hashlib.sha256(serialized.encode("utf-8")).hexdigest()
+    told = "" if self.eos_id == known else f"\0{self.eos_id}"
+    self.identity = hashlib.sha256((serialized + told).encode("utf-8")).hexdigest()
     fields = json.loads(serialized)
     self._divisible = _splits_words(fields)
-    self.num_bytes_V = self._count_bytes(vocabulary, _is_byte_level(fields))
+    self.num_bytes_V = token_bytes.count(self._tokenizer, fields)
+    prefix = token_bytes.prefix(self._tokenizer, self.num_bytes_V)
+    problem = token_bytes.check(self._tokenizer, self.num_bytes_V, prefix)
+    if problem:
+      logging.warning("Bits per byte of this tokenizer are an estimate: %s.", problem)
+    self.num_bytes_V[self.eos_id] = -prefix
 
-  def _count_bytes(self, vocabulary: dict[str, int], byte_level: bool) -> np.ndarray:
-    added = self._tokenizer.get_added_tokens_decoder()
-    num_bytes_V = np.zeros(self.vocab_size, np.int32)
-    for token, index in vocabulary.items():
-      if index in added:
-        special = added[index].special
-        num_bytes_V[index] = 0 if special else len(token.encode("utf-8"))
-      elif byte_level:
-        num_bytes_V[index] = len(token)  # one character stands for one byte
-      elif re.fullmatch("<0x[0-9A-F]{2}>", token):
-        num_bytes_V[index] = 1
-      else:
-        num_bytes_V[index] = len(token.replace("\u2581", " ").encode("utf-8"))
-    return num_bytes_V
+  @functools.cached_property
+  def _matching(self) -> tokenizers.Tokenizer:
+    """The tokenizer as the library reads the file."""
+    return special_tokens.parse(self.serialized)
+
+  def encode_special(self, text: str) -> np.ndarray:
+    return np.array(self._matching.encode(text, add_special_tokens=False).ids, np.int32)
 
   def encode(self, text: str) -> np.ndarray:
     return self.encode_batch([text])[0]
@@ -177,6 +186,37 @@ class JsonTokenizer:
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
     return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+
+
+def find_eos(path: pathlib.Path, serialized: str) -> int | None:
+  """Returns the end of a text of a tokenizer.json by what lies beside it; None if nothing tells.
+
+  Raises:
+    ValueError: a file is no tokenizer, or broken.
+    OSError: a file cannot be read.
+  """
+  kept = path.parent / "pretrained.json"  # of a converted run
+  told = json_file.ids(json_file.read_optional(kept), "eos_id", kept)
+  parsed = special_tokens.parse(serialized)
+  return told[0] if told else choose_eos(parsed, lambda: special_tokens.read(path.parent, parsed).stops)
+
+
+def choose_eos(parsed: tokenizers.Tokenizer, read_stops: Callable[[], Sequence[int]]) -> int | None:
+  """Returns the id between documents; None if nothing tells.
+
+  An added token of a known name goes before what its makers say, because theirs may end an
+  answer of a chat; a token of that name in the vocabulary alone goes behind, because it may be text.
+
+  Args:
+    parsed: tokenizer of the documents.
+    read_stops: function that returns the ids that end a text, as the makers say; best first.
+  """
+  vocabulary = parsed.get_vocab(with_added_tokens=True)
+  added = parsed.get_added_tokens_decoder()
+  known = [vocabulary[token] for token in END_OF_TEXT if token in vocabulary]
+  named = [index for index in known if index in added]
+  told = [] if named else [index for index in read_stops() if parsed.id_to_token(index) is not None]
+  return next(iter([*named, *told, *known]), None)
 
 
 def _byte_characters() -> dict[int, str]:
@@ -220,14 +260,13 @@ def _load_trained(size: str, texts: sources.Documents, root: pathlib.Path) -> Js
   return JsonTokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"))
 
 
-def _is_byte_level(fields: dict[str, Any]) -> bool:
-  decoder = fields["decoder"] or {}
-  return any(part["type"] == "ByteLevel" for part in decoder.get("decoders", [decoder]) if part)
-
-
 def _splits_words(fields: dict[str, Any]) -> bool:
   """Returns True if cutting a text at `_WORD_BREAK` does not change its tokens."""
-  before = fields["pre_tokenizer"] or {}
-  return fields["normalizer"] is None and any(
-      part["type"] == "ByteLevel" and part["use_regex"]
+  if any(not token["special"] and (token["rstrip"] or token["single_word"] or token["content"].endswith(" ")
+                                        or _WORD_BREAK.search(token["content"]))
+         for token in fields.get("added_tokens") or []):
+    return False  # the library matches such a token across the cut
+  before = fields.get("pre_tokenizer") or {}
+  return fields.get("normalizer") is None and any(
+      part["type"] == "ByteLevel" and part.get("use_regex", True)
       for part in before.get("pretokenizers", [before]) if part)
