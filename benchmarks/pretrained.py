@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
   source = command.read(args.source)
   if source.tokenizer is None:
     raise ValueError(f"--source={args.source}: there is no tokenizer beside the model; give a folder or file with one")
-  tokenizer = tokenizer_lib.JsonTokenizer(source.tokenizer)
+  tokenizer = tokenizer_lib.JsonTokenizer(source.tokenizer, source.eos_id)
   windows = excerpts(args.books, tokenizer.encode, args.tokens, _STARTS[:1])
   first = imported(source, tokenizer, args.wikitext, args.books)
   print(json.dumps(first), file=sys.stderr, flush=True)

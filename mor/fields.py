@@ -99,7 +99,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     require(isinstance(value, (tuple, list)), f"{path}={value!r} is not a list", "use e.g. (1.0, 0.5)")
     inner = typing.get_args(hint)[0]
     return tuple(_convert(inner, v, f"{path}[{i}]") for i, v in enumerate(value))
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+  if hint is float and type(value) is int and abs(value) < 2**1000:
     value = float(value)
   require(type(value) is hint, f"{path}={value!r} is of type {type(value).__name__}", f"use a {hint.__name__}")
   require_finite(value, path)

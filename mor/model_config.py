@@ -142,7 +142,7 @@ class ModelConfig:
       _require(getattr(self, field) >= 1, f"model.{field}={getattr(self, field)}", "use a value >= 1")
     _require(self.num_heads % self.num_kv_heads == 0,
              f"model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
-             f"use num_kv_heads in {[k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]}")
+             f"use num_kv_heads in {[k for k in range(1, min(self.num_heads, 1024) + 1) if self.num_heads % k == 0]}")
     _require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} is odd", "rotary embedding needs an even width")
     edge = 2 if self.sharing.startswith("middle") else 0
     inner, r = self.num_layers - edge, self.num_recursions

@@ -8,8 +8,16 @@ A converted workdir holds a checkpoint of step 0, which `--mode=train` with the 
 config goes on from, and beside it
 
   tokenizer.json    the source's tokenizer, which data.tokenizer must name
-  pretrained.json   what else the source says of itself: special tokens, context,
-                    chat template
+  pretrained.json   what else the source says of itself:
+                      opening         ids that its makers put before a text
+                      stops           ids that end one
+                      eos_id          id between documents in training
+                      context         positions that it was trained for
+                      chat_template   Jinja text, or null
+                      special_ids, special_tokens, add_bos   what its files say of bos, eos, pad and unk
+
+A converted model that was not trained here is asked with `opening` and `stops`; after
+training, a text opens and ends with `eos_id`, as the documents of the training do.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,6 +34,7 @@ import numpy as np
 from mor import checkpoint
 from mor import config as config_lib
 from mor import costs
+from mor import json_file
 from mor import paths
 from mor.conversion import gguf_export
 from mor.conversion import gguf_import
@@ -35,6 +44,7 @@ from mor.conversion import official_import
 from mor.conversion import pretrained
 from mor.conversion import recursive_init
 from mor.data import text
+from mor.data import tokenizer as tokenizer_lib
 from mor.train import step as step_lib
 
 _DESCRIBERS = {"hf": hf_import.describe, "gguf": gguf_import.describe}
@@ -137,8 +147,8 @@ def _special_ids(about: Mapping[str, Any], eos_id: int) -> dict[str, Sequence[in
   if not about:
     return {name: (eos_id,) for name in ("opening", "bos", "eos", "pad")}
   ids = about["special_ids"]
-  return {**ids, "opening": tuple(ids.get("bos", ())[:1]) if about["add_bos"] else (),
-          "eos": tuple(dict.fromkeys([*ids.get("eos", ()), eos_id]))}
+  opening = about["opening"] if "opening" in about else ids.get("bos", ())[:1] if about["add_bos"] else ()
+  return {**ids, "opening": tuple(opening), "eos": tuple(dict.fromkeys([*about.get("stops", ids.get("eos", ())), eos_id]))}
 
 
 def _find(spec: str, kinds: Collection[str]) -> tuple[str, pathlib.Path]:
@@ -146,7 +156,10 @@ def _find(spec: str, kinds: Collection[str]) -> tuple[str, pathlib.Path]:
   if kind not in kinds or not colon or not path:
     raise ValueError(f"source {spec!r}; use {', '.join(f'{known}:PATH' for known in kinds)}, or mor:WORKDIR to "
                      "convert a run")
-  expanded = pathlib.Path(path).expanduser()
+  try:
+    expanded = pathlib.Path(path).expanduser()
+  except RuntimeError as error:  # no such user
+    raise ValueError(f"source {spec!r}: {error}; give the whole path") from error
   if not expanded.exists():
     raise FileNotFoundError(f"source {spec!r}: there is no {expanded}")
   return kind, expanded
@@ -155,23 +168,54 @@ def _find(spec: str, kinds: Collection[str]) -> tuple[str, pathlib.Path]:
 def _given(spec: str, target: config_lib.ModelConfig) -> _Given:
   kind, _, path = spec.partition(":")
   if kind == "mor":
-    config, _, variables = checkpoint.load_variables(path)
+    config, step, variables = checkpoint.load_variables(path)
     file = pathlib.Path(path).expanduser() / "tokenizer.json"
     tokenizer = file.read_text(encoding="utf-8") if file.is_file() else None
-    return _Given(config.model, jax.tree.map(np.asarray, variables), tokenizer, checkpoint.load_pretrained(path))
+    variables = jax.tree.map(np.asarray, variables)
+    _check_finite(path, variables)
+    return _Given(config.model, variables, tokenizer, _about_run(path, step))
   source = read(spec, target)
-  about = dict(context=source.context, special_ids=source.special_ids, special_tokens=source.special_tokens,
-               add_bos=source.add_bos, chat_template=source.chat_template)
+  about = dict(opening=source.opening, stops=source.stops, eos_id=source.eos_id, context=source.context,
+               special_ids=source.special_ids, special_tokens=source.special_tokens, add_bos=source.add_bos,
+               chat_template=source.chat_template)
   return _Given(source.model, source.variables, source.tokenizer, about)
 
 
+def _about_run(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
+  """Returns pretrained.json for a run made of another; once it was trained, texts open and end as its documents do."""
+  about = checkpoint.load_pretrained(workdir)
+  if about is None or step == 0 or about.get("eos_id") is None:
+    return about
+  return about | dict(opening=[about["eos_id"]], stops=[about["eos_id"]])
+
+
+def _check_finite(workdir: str | os.PathLike, variables: Mapping[str, Any]) -> None:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    if not np.isfinite(leaf).all():
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise ValueError(f"{workdir}: parameter {name!r} has numbers that are not finite; take a checkpoint from before "
+                       "they came")
+
+
 def _check_tokenizer(config: config_lib.Config, given: _Given, directory: pathlib.Path) -> None:
-  """Raises where the run would read text with another tokenizer than the source's."""
+  """Raises ValueError if the run could not be asked with text, or would read it otherwise than the source does."""
+  name, ours = config.data.tokenizer, directory / "tokenizer.json"
+  is_ours = pathlib.Path(name).expanduser().absolute() == ours.absolute()
   if given.tokenizer is None:
+    if is_ours:
+      raise ValueError(f"data.tokenizer={name!r} is where a source's tokenizer goes, and the source has none; give the "
+                       "path of its tokenizer.json, or put it beside the source")
     return
-  named, ours = pathlib.Path(config.data.tokenizer).expanduser(), directory / "tokenizer.json"
-  if named.absolute() == ours.absolute():
+  eos_id = (given.about or {}).get("eos_id")
+  try:
+    expected = tokenizer_lib.JsonTokenizer(given.tokenizer, eos_id)
+  except ValueError as error:
+    raise ValueError(f"the source's tokenizer: {error}") from error
+  if is_ours:
     return
-  if not named.is_file() or json.loads(named.read_text(encoding="utf-8")) != json.loads(given.tokenizer):
-    raise ValueError(f"data.tokenizer={config.data.tokenizer!r} is not the source's tokenizer; "
-                     f"give --config.data.tokenizer={ours}, where this command writes it")
+  remedy = f"give --config.data.tokenizer={ours}, where this command writes the source's"
+  named = pathlib.Path(name).expanduser()
+  if not named.is_file() or json_file.read(named) != json_file.parse(given.tokenizer, "the source's tokenizer"):
+    raise ValueError(f"data.tokenizer={name!r} is not the source's tokenizer; {remedy}")
+  if tokenizer_lib.load(config.data, None).eos_id != expected.eos_id:
+    raise ValueError(f"data.tokenizer={name!r} ends a text with another token than the source's; {remedy}")

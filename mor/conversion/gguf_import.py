@@ -20,9 +20,13 @@ from typing import Any
 import gguf
 import numpy as np
 
+from mor import json_file
 from mor import model_config
 from mor.conversion import gguf_tokenizer
 from mor.conversion import pretrained
+from mor.conversion import rope_factors
+from mor.conversion import tensors as tensors_lib
+from mor.data import special_tokens
 
 FAMILIES = {  # architecture -> form of its names (`layout.FORMS`), and fields of our config that it fixes
     "llama": ("gguf", {}),
@@ -42,7 +46,11 @@ _KNOWN = {"block_count", "context_length", "embedding_length", "feed_forward_len
           "attention.value_length", "rope.freq_base", "rope.dimension_count", "vocab_size", "tensor_data_layout",
           "rope.scaling.original_context_length", "rope.scaling.finetuned", *_ALTERING}
 
-_IDS = dict(bos="bos", eos="eos", pad="padding", unk="unknown")
+_IDS = dict(bos=("bos",), eos=("eos", "eot", "eom"), pad=("padding",), unk=("unknown",))
+_ROPE_FACTORS = "rope_freqs.weight"
+_LLAMA3_CONTEXT = 8192  # positions that Llama 3 was trained on before its context was extended
+_QUOTES = "'\""  # around the message of a KeyError
+_SWAPPED = {"F32": "u4", "F16": "u2"}  # type -> what is turned in a file of the other byte order
 _ADDED = {int(gguf.TokenType.CONTROL): True, int(gguf.TokenType.USER_DEFINED): False}  # type -> special
 
 
@@ -57,7 +65,7 @@ def read(path: pathlib.Path) -> pretrained.Source:
   form, _ = FAMILIES[metadata.family]
   return pretrained.Source(
       model=model, variables=pretrained.assemble(tensors, model, form),
-      context=metadata.of_family("context_length", int), **_tokenizer(metadata.take, str(path)))
+      context=metadata.of_family("context_length", int), **_tokenizer(metadata.take, str(path), model.vocab_size))
 
 
 def describe(path: pathlib.Path) -> model_config.ModelConfig:
@@ -89,21 +97,36 @@ def _fields(metadata: "_Metadata", tensors: "_Tensors") -> dict[str, Any]:
     value = take(key, None, plain[0])
     if value not in plain:
       raise ValueError(f"{where}: {family}.{key}={value!r} is unsupported; only {plain[0]!r} is a plain model")
-  if "rope_freqs.weight" in tensors.shapes:
-    raise ValueError(f"{where}: tensor 'rope_freqs.weight' is rope scaling, which is unsupported")
   heads, d_model = take("attention.head_count", int), take("embedding_length", int)
   head_dim = take("attention.key_length", int, d_model // max(heads, 1))
   for key in ("attention.value_length", "rope.dimension_count"):
     if take(key, int, head_dim) != head_dim:
       raise ValueError(f"{where}: {family}.{key}={take(key)} with heads of width {head_dim} is unsupported; "
                        "they must be equal")
+  rope_theta = take("rope.freq_base", float, 10000.0)
   return dict(
       vocab_size=take("vocab_size", int, tensors.shapes.get("token_embd.weight", (0,))[0]), d_model=d_model,
       num_heads=heads, num_kv_heads=take("attention.head_count_kv", int, heads), head_dim=head_dim,
       d_ff=take("feed_forward_length", int), num_layers=take("block_count", int),
-      rope_theta=take("rope.freq_base", float, 10000.0),
+      rope_theta=rope_theta, rope_scaling=_rope_scaling(metadata, tensors, head_dim, rope_theta),
       norm_eps=take("attention.layer_norm_rms_epsilon", float), init_std=0.02,
       tie_embeddings="output.weight" not in tensors.shapes, **FAMILIES[family][1])
+
+
+def _rope_scaling(metadata: "_Metadata", tensors: "_Tensors", head_dim: int,
+                  rope_theta: float) -> model_config.RopeScalingConfig:
+  """Returns the scaling of Llama 3 that the file's divisors of its frequencies mean, or none."""
+  if tensors.rope_factors_H is None:
+    return pretrained.NO_SCALING
+  if tensors.rope_factors_H.shape != (head_dim // 2,):
+    raise ValueError(f"{tensors.where}: tensor {_ROPE_FACTORS!r} has shape {tensors.rope_factors_H.shape}, its metadata "
+                     f"say {(head_dim // 2,)}; fetch the file again")
+  context = metadata.of_family("rope.scaling.original_context_length", int, 0) or _LLAMA3_CONTEXT
+  try:
+    return rope_factors.scaling(tensors.rope_factors_H, rope_theta, context)
+  except ValueError as error:
+    raise ValueError(f"{tensors.where}: tensor {_ROPE_FACTORS!r}: {error}; convert the Hugging Face folder that the file "
+                     "was made from, with --source=hf:FOLDER") from error
 
 
 class _Metadata:
@@ -130,6 +153,8 @@ class _Metadata:
       raise ValueError(f"{self._path}: {key} is broken ({error}); fetch the file again") from error
     if field.types[0] == gguf.GGUFValueType.FLOAT32:
       value = float(str(np.float32(value)))
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f"{self._path}: {key}={value} is no number; fetch the file again")
     if kind is not None and type(value) is not kind:
       raise ValueError(f"{self._path}: {key} is a {type(value).__name__}, expected one {kind.__name__}; "
                        "a value for each layer is unsupported")
@@ -146,7 +171,12 @@ class _Tensors:
   def __init__(self, path: pathlib.Path, reader: gguf.GGUFReader):
     self.where = str(path)
     self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+    self._swapped = reader.byte_order == "S"
     self.shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+    self.rope_factors_H = None
+    if _ROPE_FACTORS in self.shapes:  # part of the config, not of the weights
+      self.rope_factors_H = tensors_lib.read_finite(self, _ROPE_FACTORS)
+      del self.shapes[_ROPE_FACTORS]
 
   def file(self, key: str) -> str:
     return self.where
@@ -154,10 +184,22 @@ class _Tensors:
   def read(self, key: str) -> np.ndarray:
     tensor = self._tensors[key]
     try:
-      return np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+      return np.asarray(gguf.dequantize(self._native(key), tensor.tensor_type), np.float32)
     except NotImplementedError as error:
       raise ValueError(f"{self.where}: tensor {key!r} has unsupported quantisation {tensor.tensor_type.name}; "
                        "quantise the model to another type") from error
+
+
+  def _native(self, key: str) -> np.ndarray:
+    """Returns the data of a tensor in the byte order of this machine."""
+    tensor = self._tensors[key]
+    if not self._swapped:
+      return tensor.data
+    if tensor.tensor_type.name not in _SWAPPED:
+      raise ValueError(f"{self.where}: tensor {key!r} is of type {tensor.tensor_type.name} in a file of the other "
+                       f"byte order, where only {', '.join(_SWAPPED)} are read; turn it with gguf-convert-endian of llama.cpp")
+    raw = np.frombuffer(tensor.data.tobytes(), _SWAPPED[tensor.tensor_type.name]).byteswap()
+    return raw.view(tensor.data.dtype.newbyteorder("=")).reshape(tensor.data.shape)
 
 
 class _Reader(gguf.GGUFReader):
@@ -191,26 +233,28 @@ def _open(path: pathlib.Path) -> gguf.GGUFReader:
   except OSError:
     raise
   except Exception as error:  # the library lets through what NumPy raises on broken bytes
-    reason = str(error).strip("'\"").splitlines() or [type(error).__name__]
-    raise ValueError(f"{path}: {reason[0]}; fetch the file again") from error
+    raise ValueError(f"{path}: {json_file.first_line(error).strip(_QUOTES)}; fetch the file again") from error
 
 
-def _tokenizer(take: Callable[..., Any], where: str) -> dict[str, Any]:
+def _tokenizer(take: Callable[..., Any], where: str, vocab_size: int) -> dict[str, Any]:
   """Returns the fields of a `Source` that the metadata tell of the tokenizer.
 
   Args:
     take: returns the value of a key, given its type and a default.
     where: name of the file, for messages.
+    vocab_size: rows of the embedding.
 
   Raises:
     ValueError: a tokenizer of a kind that is unsupported, or a broken one.
   """
-  ids = {name: take(f"tokenizer.ggml.{key}_token_id", int, None) for name, key in _IDS.items()}
+  named = {name: [take(f"tokenizer.ggml.{key}_token_id", int, None) for key in keys] for name, keys in _IDS.items()}
+  ids = {name: tuple(dict.fromkeys(index for index in each if index is not None)) for name, each in named.items()}
+  ids = {name: each for name, each in ids.items() if each}
   template = take("tokenizer.chat_template", str, None)
   kind = take("tokenizer.ggml.model", str, "none")
   if kind in ("none", "no_vocab"):
-    return dict(tokenizer=None, chat_template=template, special_ids=pretrained.special(where, ids), special_tokens={},
-                add_bos=False)
+    said = special_tokens.SpecialTokens((), ids, {}, False)
+    return dict(chat_template=template, **pretrained.tokenizer_fields(where, None, said, vocab_size))
   if kind != "gpt2":
     raise ValueError(f"{where}: tokenizer.ggml.model={kind!r} is unsupported; use a model with 'gpt2' (byte-level BPE)")
   pre = take("tokenizer.ggml.pre", str, "default")
@@ -220,21 +264,24 @@ def _tokenizer(take: Callable[..., Any], where: str) -> dict[str, Any]:
   tokens = take("tokenizer.ggml.tokens", list)
   types = take("tokenizer.ggml.token_type", list, [int(gguf.TokenType.NORMAL)] * len(tokens))
   merges = take("tokenizer.ggml.merges", list)
+  if not all(isinstance(text, str) for text in (*tokens, *merges)):
+    raise ValueError(f"{where}: tokenizer.ggml.tokens or merges are no text; fetch the file again")
   if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
     raise ValueError(f"{where}: {len(set(tokens))} different tokens of {len(tokens)} with {len(types)} types; "
                      "fetch the file again")
-  bad = [index for index in ids.values() if index is not None and not 0 <= index < len(tokens)]
+  bad = [index for each in ids.values() for index in each if not 0 <= index < len(tokens)]
   if bad:
     raise ValueError(f"{where}: special token {bad[0]} of {len(tokens)} tokens; fetch the file again")
   add_bos = take("tokenizer.ggml.add_bos_token", bool, pre in gguf_tokenizer.WHOLE_WORDS)
-  bos = ids["bos"] if add_bos else None
+  bos = ids.get("bos", (None,))[0] if add_bos else None
   text = json.dumps(_tokenizer_fields(tokens, types, merges, pre, bos), ensure_ascii=False)
   try:
-    pretrained.parse_tokenizer(text)
+    special_tokens.parse(text)
   except ValueError as error:
     raise ValueError(f"{where}: its tokenizer is {error}") from error
-  return dict(tokenizer=text, chat_template=template, special_ids=pretrained.special(where, ids), add_bos=add_bos,
-              special_tokens={name: tokens[index] for name, index in ids.items() if index is not None})
+  said = special_tokens.SpecialTokens(() if bos is None else (bos,), ids,
+                                      {name: tokens[each[0]] for name, each in ids.items()}, bos is not None)
+  return dict(chat_template=template, **pretrained.tokenizer_fields(where, text, said, vocab_size))
 
 
 def _tokenizer_fields(tokens: list[str], types: list[int], merges: list[str], pre: str,

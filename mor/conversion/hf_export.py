@@ -26,12 +26,14 @@ from safetensors import numpy as safetensors_numpy
 import tokenizers
 
 from mor import fields as fields_lib
+from mor import json_file
 from mor import model_config
 from mor import parameters
 from mor.conversion import layout
 from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
 from mor.conversion import unrolled
+from mor.conversion import wrapped
 from mor.model.routers import table as router_table
 
 MODELING = pathlib.Path(__file__).with_name("modeling_mor.py")
@@ -134,8 +136,8 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     model = fields_lib.build(model_config.ModelConfig, fields | pretrained.EXECUTION, "model")
   except ValueError as error:
     raise ValueError(f"{directory / 'config.json'} is no config of `write` ({error}); export again") from error
-  tensors = tensors_lib.open_path(directory / "model.safetensors")
   expected = {entry.key: entry for entry in layout.layout(model, "mor")}
+  tensors = wrapped.unwrap(tensors_lib.open_path(directory / "model.safetensors"), expected)
   for name in sorted(expected.keys() ^ tensors.shapes.keys()):
     problem = "misses" if name in expected else "has, and config.json does not ask for,"
     raise ValueError(f"{tensors.where} {problem} tensor {name!r}; export again")
@@ -144,7 +146,7 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     if tensors.shapes[name] != entry.shape:
       raise ValueError(f"{tensors.where}: tensor {name!r} has shape {tensors.shapes[name]}, and config.json asks for "
                        f"{entry.shape}; export again")
-    leaves.setdefault(entry.path, {})[entry.index] = entry.read(tensors.read(name))
+    leaves.setdefault(entry.path, {})[entry.index] = entry.read(tensors_lib.read_finite(tensors, name))
   variables: dict[str, Any] = {}
   for path, parts in leaves.items():
     lead = tuple(n + 1 for n in max(parts))
@@ -156,15 +158,15 @@ def read_fields(path: pathlib.Path) -> dict[str, Any]:
   """Reads the fields of `ModelConfig` from config.json alone; raises as `read` does."""
   if not path.is_file():
     raise ValueError(f"{path}: no such file; name the folder of an export")
-  config = tensors_lib.read_json(path)
+  config = json_file.read(path)
   if config.get("model_type") != "mor":
     raise ValueError(f"{path} is of model_type {config.get('model_type')!r}, not 'mor'; import it with hf:")
   missing = [field for field in (*_SIZES, *_OWN, "rotary_scaling", "lora", "router") if field not in config]
   if missing:
     raise ValueError(f"{path} misses {', '.join(missing)}; export again")
-  ranks = {row.name: config["lora"].get(_short(row.hf), 0) for row in parameters.PROJECTIONS}
-  said = config["rotary_scaling"]
-  scaling = ({ours: said[theirs] for theirs, ours in ROPE_SCALING.items()} if said
+  lora, said = (json_file.group(config, name, path) for name in ("lora", "rotary_scaling"))
+  ranks = {row.name: lora.get(_short(row.hf), 0) for row in parameters.PROJECTIONS}
+  scaling = ({ours: said.get(theirs) for theirs, ours in ROPE_SCALING.items()} if said
              else dataclasses.asdict(pretrained.NO_SCALING))
   return {**{ours: config[theirs] for theirs, ours in _SIZES.items()}, **{field: config[field] for field in _OWN},
           "qk_norm": config.get("qk_norm", False),  # a model without qk_norm writes no such field

@@ -6,14 +6,17 @@ models/qwen3 for Qwen3, which also norms queries and keys.
 """
 
 from collections.abc import Mapping
+import os
 import pathlib
 from typing import Any
 
 from mor import fields as fields_lib
+from mor import json_file
 from mor import model_config
 from mor.conversion import hf_export
 from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
+from mor.data import special_tokens
 
 _LLAMA = dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, tie_word_embeddings=False,
               initializer_range=0.02)
@@ -33,7 +36,7 @@ _PLAIN = {  # field -> values of a plain Llama; any other value changes the comp
     "partial_rotary_factor": (None, 1.0),
 }
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
-_SPECIAL = ("bos", "eos", "pad", "unk")
+_OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "tekken.json", "vocab.json", "vocab.txt")
 
 
 def read(path: pathlib.Path) -> pretrained.Source:
@@ -49,7 +52,7 @@ def read(path: pathlib.Path) -> pretrained.Source:
   else:
     variables = pretrained.assemble(tensors_lib.open_path(path), model, "hf")
   return pretrained.Source(model=model, variables=variables, context=context(config, config_path),
-                           **companions(path, config))
+                           **companions(path, config, model.vocab_size))
 
 
 def describe(path: pathlib.Path) -> model_config.ModelConfig:
@@ -64,14 +67,15 @@ def _begin(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any], model_conf
   config_path = path / "config.json"
   if not config_path.is_file():
     raise ValueError(f"hf:{path} holds no config.json; name the folder of a model, with config.json and safetensors")
-  config = tensors_lib.read_json(config_path)
+  config = json_file.read(config_path)
   if config.get("model_type") == "mor":
     own = hf_export.read_fields(config_path)
+    pretrained.check_sizes(config_path, own)
     return config_path, config, fields_lib.build(
         model_config.ModelConfig, own | pretrained.EXECUTION, str(config_path))
   architectures = config.get("architectures") or [_ARCHITECTURES[0]]
   if not isinstance(architectures, list) or not any(name in _ARCHITECTURES for name in architectures):
-    raise ValueError(f"{config_path}: architectures {architectures!r} are unsupported; "
+    raise ValueError(f"{config_path}: architectures {json_file.show(architectures)} are unsupported; "
                      f"use {' or '.join(_ARCHITECTURES)}")
   return config_path, config, pretrained.build(config_path, **fields(config, config_path))
 
@@ -84,16 +88,17 @@ def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
   """
   kind = config.get("model_type")
   if not isinstance(kind, str) or kind not in DEFAULTS:
-    raise ValueError(f"{where}: model_type {kind!r} is unsupported; use one of {', '.join(DEFAULTS)}")
+    raise ValueError(f"{where}: model_type {json_file.show(kind)} is unsupported; use one of {', '.join(DEFAULTS)}")
   config = DEFAULTS[kind] | config
   if config.get("use_sliding_window") is False:
     config["sliding_window"] = None  # no layer uses the width that the file may give
   for name, plain in _PLAIN.items():
     if config.get(name, plain[0]) not in plain:
-      raise ValueError(f"{where}: {name}={config[name]!r} is unsupported; only {name}={plain[0]!r} is a plain Llama")
+      raise ValueError(f"{where}: {name}={json_file.show(config[name])} is unsupported; only {name}={plain[0]!r} is a "
+                       "plain Llama")
 
   def take(name, *default):
-    return _number(config, name, int, where, *default)
+    return json_file.number(config, name, int, where, *default)
 
   heads, d_model = take("num_attention_heads"), take("hidden_size")
   return dict(
@@ -101,89 +106,80 @@ def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
       num_kv_heads=take("num_key_value_heads", heads), head_dim=take("head_dim", d_model // max(heads, 1)),
       d_ff=take("intermediate_size"), num_layers=take("num_hidden_layers"), rope_theta=_rope_theta(config, where),
       rope_scaling=_rope_scaling(config, where),
-      norm_eps=_number(config, "rms_norm_eps", float, where),
-      init_std=_number(config, "initializer_range", float, where) or _LLAMA["initializer_range"],
-      tie_embeddings=_flag(config, "tie_word_embeddings", where), **_FIXED.get(kind, {}))
+      norm_eps=json_file.number(config, "rms_norm_eps", float, where),
+      init_std=json_file.number(config, "initializer_range", float, where) or _LLAMA["initializer_range"],
+      tie_embeddings=json_file.flag(config, "tie_word_embeddings", where), **_FIXED.get(kind, {}))
 
 
 def context(config: Mapping[str, Any], where: pathlib.Path) -> int:
   """Returns the number of positions that the model was trained for."""
-  return _number(DEFAULTS.get(config["model_type"], {}) | config, "max_position_embeddings", int, where)
+  positions = json_file.number(
+      DEFAULTS.get(config["model_type"], {}) | config, "max_position_embeddings", int, where)
+  if not 1 <= positions < 2**31:
+    raise ValueError(f"{where}: max_position_embeddings={positions}; give a number of positions")
+  return positions
 
 
-def companions(folder: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def companions(folder: pathlib.Path, config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
   """Reads the fields of a `Source` from the files beside the weights: tokenizer, template, special tokens."""
-  tokenizer = _text(folder / "tokenizer.json")
-  if tokenizer is not None:
-    try:
-      pretrained.parse_tokenizer(tokenizer)
-    except ValueError as error:
-      raise ValueError(f"{folder / 'tokenizer.json'} is {error}") from error
+  tokenizer = json_file.read_text(folder / "tokenizer.json")
+  if tokenizer is None:
+    _refuse_other_tokenizers(folder)
+  try:
+    parsed = None if tokenizer is None else special_tokens.parse(tokenizer)
+  except ValueError as error:
+    raise ValueError(f"{folder / 'tokenizer.json'} is {error}") from error
+  return dict(chat_template=_chat_template(folder), **pretrained.tokenizer_fields(
+      folder, tokenizer, special_tokens.read(folder, parsed, config), vocab_size))
+
+
+def _refuse_other_tokenizers(folder: pathlib.Path) -> None:
+  found = [name for name in _OTHER_TOKENIZERS if os.path.lexists(folder / name)]
+  if found:
+    raise ValueError(
+        f"{folder} has {found[0]} and no tokenizer.json, which is the only kind of tokenizer that is read; make it there "
+        f"with transformers: t = AutoTokenizer.from_pretrained({str(folder)!r}); t.save_pretrained({str(folder)!r})")
+
+
+def _chat_template(folder: pathlib.Path) -> str | None:
   path = folder / "tokenizer_config.json"
-  said = tensors_lib.read_json(path) if path.exists() else {}
-  template = _text(folder / "chat_template.jinja")
+  template = json_file.read_text(folder / "chat_template.jinja")
   if template is None:
-    template = said.get("chat_template")
+    template = json_file.read_optional(path).get("chat_template")
   if isinstance(template, list):  # several templates, by name
     named = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
     template = named.get("default")
-  tokens = {name: said.get(f"{name}_token") for name in _SPECIAL}
-  tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-  tokens = {name: token for name, token in tokens.items() if token is not None}
-  for name, text in {"chat_template": "" if template is None else template, **tokens}.items():
-    if not isinstance(text, str):
-      raise ValueError(f"{path}: {name} is a {type(text).__name__}, not text; fetch it again")
-  ids = {name: config.get(f"{name}_token_id") for name in _SPECIAL}
-  return dict(tokenizer=tokenizer, chat_template=template, special_ids=pretrained.special(folder, ids),
-              special_tokens=tokens, add_bos=bool(said.get("add_bos_token", False)))
-
-
-def _text(path: pathlib.Path) -> str | None:
-  try:
-    return path.read_text(encoding="utf-8") if path.exists() else None
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not UTF-8; fetch it again") from error
+  if template is not None and not isinstance(template, str):
+    raise ValueError(f"{path}: chat_template is a {type(template).__name__}, not text; fetch it again")
+  return template
 
 
 def _rope_theta(config: Mapping[str, Any], where: pathlib.Path) -> float:
   """Returns the rotary base, from `rope_theta` or the newer `rope_parameters`."""
-  said = config.get("rope_parameters") or {}
-  return _number(said if said.get("rope_theta") else config, "rope_theta", float, where)
+  said = json_file.group(config, "rope_parameters", where)
+  return json_file.number(said if said.get("rope_theta") else config, "rope_theta", float, where)
 
 
 def _rope_scaling(config: Mapping[str, Any], where: pathlib.Path) -> model_config.RopeScalingConfig:
   """Returns the scaling of Llama 3 or no scaling, from `rope_scaling` or the newer `rope_parameters`."""
   scaling = pretrained.NO_SCALING
   for group in ("rope_scaling", "rope_parameters"):
-    said = config.get(group) or {}
-    if not isinstance(said, dict):
-      raise ValueError(f"{where}: {group}={said!r}; give a group of options")
+    said = json_file.group(config, group, where)
     kind = said.get("rope_type", said.get("type", "default"))
     if kind == "llama3":
-      numbers = {ours: _number(said, theirs, int if ours == "original_context" else float, where)
+      numbers = {ours: json_file.number(said, theirs, int if ours == "original_context" else float, where)
                  for theirs, ours in hf_export.ROPE_SCALING.items()}
       try:
         scaling = model_config.RopeScalingConfig(**numbers)
       except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     elif kind != "default":
-      raise ValueError(f"{where}: {group} of type {kind!r} is unsupported; use a model with 'llama3' or none")
-    if said.get("partial_rotary_factor", 1.0) != 1.0:
-      raise ValueError(f"{where}: partial_rotary_factor={said['partial_rotary_factor']} is unsupported; "
+      raise ValueError(f"{where}: {group} of type {json_file.show(kind)} is unsupported; use a model with 'llama3' or "
+                       "none")
+    elif said.get("factor") not in (None, 1, 1.0) or any(isinstance(value, dict) for value in said.values()):
+      raise ValueError(f"{where}: {group}={json_file.show(said)} is unsupported; use a model with one scaling, of type "
+                       "'llama3' or none")
+    if said.get("partial_rotary_factor") not in (None, 1, 1.0):
+      raise ValueError(f"{where}: partial_rotary_factor={json_file.show(said['partial_rotary_factor'])} is unsupported; "
                        "only whole heads rotate")
   return scaling
-
-
-def _number(config: Mapping[str, Any], name: str, kind: type, where: pathlib.Path, *default: Any) -> Any:
-  value = config.get(name)
-  if value is None and default:
-    return default[0]
-  if isinstance(value, bool) or not isinstance(value, (int, kind)):
-    raise ValueError(f"{where}: {name}={value!r}; give a number of type {kind.__name__}")
-  return kind(value)
-
-
-def _flag(config: Mapping[str, Any], name: str, where: pathlib.Path) -> bool:
-  if not isinstance(config[name], bool):
-    raise ValueError(f"{where}: {name}={config[name]!r}; use true or false")
-  return config[name]

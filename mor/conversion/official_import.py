@@ -17,12 +17,14 @@ official repository.
 
 from collections.abc import Mapping
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
 import yaml
 
 from mor import fields
+from mor import json_file
 from mor import model_config
 from mor.conversion import hf_import
 from mor.conversion import pretrained
@@ -63,12 +65,12 @@ def read(path: pathlib.Path, target: model_config.ModelConfig | None) -> pretrai
   _check_arch(tensors, model)
   context = _NO_CONTEXT if llama is None else hf_import.context(llama, config_path)
   return pretrained.Source(model=model, variables=pretrained.assemble(tensors, model, "official_mor"), context=context,
-                           **hf_import.companions(folder, llama or {}))
+                           **hf_import.companions(folder, llama or {}, model.vocab_size))
 
 
 def _llama(folder: pathlib.Path) -> dict[str, Any] | None:
   path = folder / "config.json"
-  return tensors_lib.read_json(path) if path.exists() else None
+  return json_file.read(path) if os.path.lexists(path) else None
 
 
 def _recipe(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
@@ -79,19 +81,28 @@ def _recipe(folder: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]] | None:
   if not paths:
     return None
   try:
-    recipe = yaml.safe_load(paths[0].read_text(encoding="utf-8"))
-  except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise ValueError(f"{paths[0]} is not YAML ({str(error).splitlines()[0]}); fetch it again") from error
+    recipe = yaml.load(paths[0].read_text(encoding="utf-8"), _Loader)
+  except (yaml.YAMLError, ValueError, RecursionError) as error:
+    raise ValueError(f"{paths[0]} is not YAML ({json_file.first_line(error)}); fetch it again") from error
   if not isinstance(recipe, dict):
     raise ValueError(f"{paths[0]} holds a {type(recipe).__name__}, not groups of options; fetch it again")
   return paths[0], recipe
+
+
+class _Loader(yaml.SafeLoader):
+  """Refuses aliases: a short text of them describes a value without end."""
+
+  def compose_node(self, parent, index):
+    if self.check_event(yaml.AliasEvent):
+      raise yaml.YAMLError("it has aliases, which no recipe needs")
+    return super().compose_node(parent, index)
 
 
 def _group(where: pathlib.Path, options: Mapping[str, Any], name: str) -> dict[str, Any]:
   """Returns a group of options, or {} if the group is missing or not enabled."""
   group = options.get(name) or {}
   if not isinstance(group, dict):
-    raise ValueError(f"{where}: {name}={group!r}; give a group of options")
+    raise ValueError(f"{where}: {name}={json_file.show(group)}; give a group of options")
   return group if group.get("enable", True) else {}
 
 
@@ -110,8 +121,9 @@ def _recursion(where: pathlib.Path, recipe: Mapping[str, Any], tensors: tensors_
     return dict(sharing="vanilla", num_recursions=1, kv_plan="recursion_wise", router=pretrained.NO_ROUTER)
   said = dict(sharing=recursive.get("sharing"), num_recursions=steps,
                 kv_plan=_PLANS[bool(sharing_kv), bool(sharing_kv.get("update_cache"))])
-  if said["sharing"] not in list(schedule_lib.SCHEMES) or not isinstance(steps, int):
-    raise ValueError(f"{where}: recursive.sharing={said['sharing']!r}, num_recursion={steps!r}; use a scheme of "
+  if said["sharing"] not in list(schedule_lib.SCHEMES) or type(steps) is not int:
+    raise ValueError(f"{where}: recursive.sharing={json_file.show(said['sharing'])}, "
+                     f"num_recursion={json_file.show(steps)}; use a scheme of "
                      f"{', '.join(schedule_lib.SCHEMES)} and a count")
   router = _router(where, mor, steps) if mor else pretrained.NO_ROUTER
   if router.arch in scores.WIDTHS:
@@ -122,7 +134,7 @@ def _recursion(where: pathlib.Path, recipe: Mapping[str, Any], tensors: tensors_
 def _router(where: pathlib.Path, mor: Mapping[str, Any], steps: int) -> model_config.RouterConfig:
   kind = mor.get("type")
   if kind not in ("expert", "token"):
-    raise ValueError(f"{where}: mor.type={kind!r}; use 'expert' or 'token'")
+    raise ValueError(f"{where}: mor.type={json_file.show(kind)}; use 'expert' or 'token'")
   if mor.get("rand_router") and kind == "token":
     raise ValueError(f"{where}: mor.rand_router with type 'token' is unsupported; use a trained router")
   read, own = {"expert": _expert, "token": _token}[kind], _group(where, mor, kind)
@@ -133,8 +145,8 @@ def _router(where: pathlib.Path, mor: Mapping[str, Any], steps: int) -> model_co
                   z_loss_coef=float(mor.get("z_coeff", 0.001)) if mor.get("z_loss") else 0.0)
     said = dataclasses.asdict(pretrained.NO_ROUTER) | common | gating | read(mor, own, steps)
     return fields.build(model_config.RouterConfig, said, "mor")
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{where}: {error}") from error
+  except (ValueError, TypeError, OverflowError) as error:
+    raise ValueError(f"{where}: {json_file.first_line(error)}") from error
 
 
 def _expert(mor: Mapping[str, Any], own: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -167,7 +179,8 @@ def _default_capacity(steps: int) -> tuple[float, ...]:
 
 def _arch(tensors: tensors_lib.Tensors, said: str) -> str:
   """Returns the router architecture whose width the weights have, or `said` if no weights of a router are found."""
-  shape = next((shape for key, shape in tensors.shapes.items() if key.endswith(".mor_router.router.0.weight")), (0, 1))
+  widths = (shape for key, shape in tensors.shapes.items() if key.endswith(".mor_router.router.0.weight"))
+  shape = next((shape for shape in widths if len(shape) == 2 and shape[1]), (0, 1))
   return {factor: arch for arch, factor in scores.WIDTHS.items()}.get(shape[0] / shape[-1], said)
 
 

@@ -11,13 +11,17 @@ import pathlib
 import re
 from typing import Any
 
+from absl import logging
 import numpy as np
-import tokenizers
 
+from mor import json_file
 from mor import model_config
 from mor import parameters
 from mor.conversion import layout
 from mor.conversion import tensors as tensors_lib
+from mor.conversion import wrapped
+from mor.data import special_tokens
+from mor.data import tokenizer as tokenizer_lib
 
 # Fields that no checkpoint of others tells: those that do not change a model's numbers, with their defaults.
 EXECUTION = {name: getattr(model_config.ModelConfig(), name) for name in (
@@ -28,6 +32,7 @@ NO_SCALING = model_config.RopeScalingConfig()
 # Fields that every file tells, in its own words: a default must not stand in for them.
 _TOLD = frozenset("vocab_size d_model num_heads num_kv_heads head_dim d_ff num_layers rope_theta norm_eps init_std "
                   "tie_embeddings".split())
+_SIZES = ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "num_layers")
 _BUFFERS = re.compile(r".*\brotary_emb\.inv_freq")  # follow from the config; old files have them
 _SHOWN = 4  # names in a message
 _UNTIED = {  # where a checkpoint's copies of a shared parameter differ: what it is instead
@@ -50,7 +55,9 @@ class Source:
     context: positions it was trained for.
     special_ids: ids of "bos", "eos", "pad", "unk", as far as known; "eos" may be several.
     special_tokens: their text; the first where there are several.
-    add_bos: whether a text starts with "bos".
+    add_bos: True if a text starts with "bos".
+    opening: ids that its makers put before a text.
+    eos_id: id between documents in training; None if there is no tokenizer, or it has none.
   """
 
   model: model_config.ModelConfig
@@ -61,26 +68,51 @@ class Source:
   special_ids: dict[str, tuple[int, ...]]
   special_tokens: dict[str, str]
   add_bos: bool
+  opening: tuple[int, ...]
+  eos_id: int | None
 
-  def __post_init__(self):
-    if self.tokenizer is not None:
-      vocabulary = parse_tokenizer(self.tokenizer).get_vocab(with_added_tokens=True)
-      last = max(vocabulary.values(), default=-1)
-      if last >= self.model.vocab_size:
-        raise ValueError(f"the tokenizer has id {last} and the embedding {self.model.vocab_size} rows; "
-                         "use the tokenizer that belongs to the model")
+  @property
+  def stops(self) -> tuple[int, ...]:
+    """Ids that end a text: all that its makers name, and the one between documents."""
+    return tuple(dict.fromkeys((*self.special_ids.get("eos", ()), *([] if self.eos_id is None else [self.eos_id]))))
 
 
-def parse_tokenizer(text: str) -> tokenizers.Tokenizer:
-  """Returns the tokenizer that a .json describes.
+def tokenizer_fields(where: str | pathlib.Path, tokenizer: str | None, said: special_tokens.SpecialTokens,
+                     vocab_size: int) -> dict[str, Any]:
+  """Returns the fields of a `Source` that are about its tokenizer, without the ids that the model has no row for.
+
+  Args:
+    where: folder or file, for messages.
+    tokenizer: text of a `tokenizers` .json, or None.
+    said: special tokens that the files name.
+    vocab_size: rows of the embedding.
 
   Raises:
-    ValueError: it describes none.
+    ValueError: it is no tokenizer, or not the one of the model.
   """
-  try:
-    return tokenizers.Tokenizer.from_str(text)
-  except Exception as error:  # the library raises bare Exception
-    raise ValueError(f"not a tokenizers file ({str(error).splitlines()[0]}); save one with Tokenizer.save") from error
+  def known(ids):
+    return tuple(index for index in ids if index < vocab_size)
+
+  eos_id = None
+  if tokenizer is not None:
+    try:
+      tokenizer, dropped = special_tokens.drop_beyond(tokenizer, vocab_size)
+    except ValueError as error:
+      raise ValueError(f"{where}: {error}") from error
+    if dropped:
+      logging.warning("%s: the embedding has %d rows, and none for the added tokens %s; they are left out, so text that "
+                      "spells them is ordinary text.", where, vocab_size, _some(dropped))
+    eos_id = tokenizer_lib.choose_eos(special_tokens.parse(tokenizer), lambda: known(said.stops))
+  if known(said.opening) != said.opening:
+    raise ValueError(f"{where}: a text begins with the ids {said.opening}, and the embedding has {vocab_size} rows; use "
+                     "the tokenizer that belongs to the model")
+  ids = {name: known(each) for name, each in said.ids.items()}
+  for name in ids:
+    if ids[name] != said.ids[name]:
+      logging.warning("%s: the embedding has %d rows, so the model never draws %s_token_id=%s.", where, vocab_size, name,
+                      said.ids[name])
+  return dict(tokenizer=tokenizer, special_ids={name: each for name, each in ids.items() if each},
+              special_tokens=said.tokens, add_bos=said.add_bos, opening=said.opening, eos_id=eos_id)
 
 
 def build(where: pathlib.Path, **said: Any) -> model_config.ModelConfig:
@@ -90,11 +122,19 @@ def build(where: pathlib.Path, **said: Any) -> model_config.ModelConfig:
     ValueError: they do not fit together.
   """
   assert _TOLD <= said.keys(), f"a reader forgot {', '.join(sorted(_TOLD - said.keys()))}"
+  check_sizes(where, said)
   plain = dict(sharing="vanilla", num_recursions=1, kv_plan="recursion_wise", router=NO_ROUTER)
   try:
     return model_config.ModelConfig(**(plain | said))
   except ValueError as error:
     raise ValueError(f"{where}: {error}") from error
+
+
+def check_sizes(where: str | pathlib.Path, said: Mapping[str, Any]) -> None:
+  """Raises ValueError if a size is one that no model has, because work grows with it before a tensor is looked at."""
+  for name in _SIZES:
+    if isinstance(said[name], int) and said[name] >= (2**16 if name == "num_layers" else 2**31):
+      raise ValueError(f"{where}: {name}={json_file.show(said[name])} is no size of a model; fetch the file again")
 
 
 def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form: str) -> dict[str, Any]:
@@ -117,6 +157,8 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
     raise ValueError(f"{tensors.where} has {len(tensors.shapes)} tensors, its config says {model.num_layers} layers; "
                      "is it whole, and is it what its config says?")
   entries = layout.layout(model, form)
+  tensors = wrapped.unwrap(tensors, [entry.key for entry in entries],
+                           re.compile(f"{_BUFFERS.pattern}|{re.escape(_head(form))}"))
   _check(tensors, model, entries, form)
   lengths: dict[str, tuple[int, ...]] = {}  # of the leading axes of each leaf
   for entry in entries:
@@ -126,7 +168,7 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
   for entry in entries:
     if entry.key not in tensors.shapes:
       continue
-    ours = entry.read(tensors.read(entry.key))
+    ours = entry.read(tensors_lib.read_finite(tensors, entry.key))
     if not any(path == entry.path for path, _ in first):
       parameters.put(variables, entry.path, np.empty((*lengths[entry.path], *ours.shape), np.float32))
     leaf = parameters.get(variables, entry.path)
@@ -184,17 +226,3 @@ def _some(keys: Iterable[str]) -> str:
   keys = list(keys)
   shown = ", ".join(repr(key) for key in keys[:_SHOWN])
   return shown if len(keys) <= _SHOWN else f"{shown} and {len(keys) - _SHOWN} more"
-
-
-def special(where: str | pathlib.Path, ids: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """Returns ids by name, without those that are not given or, in old files, -1; "eos" may have several.
-
-  Raises:
-    ValueError: one is no id.
-  """
-  several = {name: tuple(value) if isinstance(value, list) else (value,)
-             for name, value in ids.items() if value not in (None, -1)}
-  for name, values in several.items():
-    if not all(type(value) is int and value >= 0 for value in values):
-      raise ValueError(f"{where}: {name}_token_id={ids[name]!r}; give an id, or a list of them")
-  return several

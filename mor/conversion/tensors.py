@@ -14,12 +14,15 @@ Every ValueError is one line that names the file, and the tensor where it is one
 from collections.abc import Mapping
 import json
 import math
+import os
 import pathlib
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import ml_dtypes  # also teaches NumPy "bfloat16", which safetensors asks it for
 import numpy as np
 import safetensors
+
+from mor import json_file
 
 _PICKLES = (".bin", ".pt", ".pth")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -28,6 +31,7 @@ _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
          "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
 _MAX_HEADER = 100_000_000  # bytes; the library's limit
+_MAX_AXES = 64
 
 
 @runtime_checkable
@@ -71,19 +75,19 @@ def open_path(path: pathlib.Path) -> Tensors:
   raise ValueError(f"{path} holds none of {', '.join(_SINGLE + _INDEX)}; name the folder of the checkpoint")
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object of a JSON file.
+def read_finite(tensors: Tensors, key: str) -> np.ndarray:
+  """Returns a tensor as float32.
 
   Raises:
-    ValueError: not JSON, or not an object.
+    ValueError: it has a number that is not finite, or of a kind that float32 does not hold.
   """
-  try:
-    fields = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is not JSON ({str(error).splitlines()[0]}); fetch it again") from error
-  if not isinstance(fields, dict):
-    raise ValueError(f"{path} holds a {type(fields).__name__}, not an object; fetch it again")
-  return fields
+  array = tensors.read(key)
+  if not np.isfinite(array).all():
+    bad = ~np.isfinite(array)
+    first = tuple(int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
+    raise ValueError(f"{tensors.file(key)}: tensor {key!r} has {bad.sum()} numbers that are not finite, the first at "
+                     f"{first}; take a checkpoint from before they came")
+  return array
 
 
 def _open_file(path: pathlib.Path) -> Tensors:
@@ -104,7 +108,7 @@ class _Safetensors:
     try:
       self._file = safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
-      raise ValueError(f"{path}: {_lie(path) or str(error).splitlines()[0]}; fetch the file again") from error
+      raise ValueError(f"{path}: {_lie(path) or json_file.first_line(error)}; fetch the file again") from error
     slices = {key: self._file.get_slice(key) for key in self._file.keys()}
     self.shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
     self._dtypes = {key: part.get_dtype() for key, part in slices.items()}
@@ -134,13 +138,16 @@ class _Pickle:
       raise
     except Exception as error:  # a broken pickle can raise anything
       raise ValueError(f"{path} is not a file of tensors that torch.load(weights_only=True) reads "
-                       f"({str(error).splitlines()[0]}); save the state dict alone") from error
+                       f"({json_file.first_line(error)}); save the state dict alone") from error
     if not isinstance(state, dict):
       raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict; save model.state_dict()")
     for key, value in state.items():
       if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         raise ValueError(f"{path}: entry {key!r} is a {type(value).__name__}, not a dense tensor; "
                          "save model.state_dict() alone")
+      if value.numel() * value.element_size() > path.stat().st_size:
+        raise ValueError(f"{path}: tensor {key!r} of shape {tuple(value.shape)} is larger than the file; save a copy of "
+                         "it that repeats nothing")
     self._state, self.shapes = state, {key: tuple(value.shape) for key, value in state.items()}
     self._floats = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -160,7 +167,7 @@ class _Shards:
 
   def __init__(self, folder: pathlib.Path, index: pathlib.Path):
     self.where = str(folder)
-    weight_map = read_json(index).get("weight_map")
+    weight_map = json_file.read(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
       raise ValueError(f"{index} has no weight_map from tensors to files; fetch it again")
     files = {name: _open_file(_inside(folder, index, name)) for name in sorted(set(weight_map.values()))}
@@ -188,13 +195,13 @@ def _inside(folder: pathlib.Path, index: pathlib.Path, name: str) -> pathlib.Pat
 
   The hub's cache is let through: snapshots/REVISION/FILE links to blobs/HASH.
   """
-  root, path = folder.resolve(), folder / name
+  root, path = pathlib.Path(os.path.realpath(folder)), folder / name
   roots = [root] + ([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])
   if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts or not any(
-      path.resolve().is_relative_to(allowed) for allowed in roots):
+      pathlib.Path(os.path.realpath(path)).is_relative_to(allowed) for allowed in roots):
     raise ValueError(f"{index} names the file {name!r}, which is not in its folder; copy it there")
   if not path.is_file():
-    keys = [key for key, file in read_json(index)["weight_map"].items() if file == name]
+    keys = [key for key, file in json_file.read(index)["weight_map"].items() if file == name]
     raise ValueError(f"{index} names the file {name!r} for tensor {keys[0]!r}, and there is none; fetch it")
   return path
 
@@ -215,7 +222,8 @@ def _lie(path: pathlib.Path) -> str:
     entries = [(key, dict(entry)) for key, entry in pairs if key != "__metadata__"]
     spans = [(*entry["data_offsets"], key, entry["dtype"], entry["shape"]) for key, entry in entries]
     numbers = [number for start, stop, _, _, shape in spans for number in (start, stop, *shape)]
-    regular = all(isinstance(number, int) and number >= 0 for number in numbers)
+    regular = (all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers)
+               and all(isinstance(dtype, str) and len(shape) < _MAX_AXES for _, _, _, dtype, shape in spans))
   except (ValueError, TypeError, KeyError, RecursionError):
     regular = False
   if not regular:

@@ -58,7 +58,8 @@ class Model:
     """Returns a request of a text or of token ids.
 
     A text opens a document, as in training, and the token that opens the next one
-    ends it; a converted model that was not trained here has its own such tokens.
+    ends it. A converted model that was not trained here has its own such tokens, and a
+    special token that the text spells is one, as its makers have it.
 
     Raises:
       ValueError: an option is unknown or wrong, or the prompt is text and there is
@@ -70,7 +71,8 @@ class Model:
       if not prompt:
         raise ValueError("the prompt is empty; give some text")
       opening = (self.tokenizer.eos_id,) if self.opening is None else self.opening
-      prompt = [*opening, *(int(t) for t in self.tokenizer.encode(prompt))]
+      encode = self.tokenizer.encode if self.opening is None else self.tokenizer.encode_special
+      prompt = [*opening, *(int(t) for t in encode(prompt))]
     if self.tokenizer is not None:
       options.setdefault("stop_tokens", (self.tokenizer.eos_id,) if self.stops is None else self.stops)
     return request_lib.make(prompt, **options)
@@ -125,6 +127,9 @@ def open_run(workdir: str | os.PathLike) -> tuple[Model, config_lib.Config]:
   about = checkpoint.load_pretrained(workdir) if step == 0 else None
   if about is None:
     return model, config
-  ids = about["special_ids"]
+  if "opening" in about:
+    opening, stops = tuple(about["opening"]), tuple(dict.fromkeys((*about["stops"], tokenizer.eos_id)))
+    return dataclasses.replace(model, opening=opening, stops=stops), config
+  ids = about["special_ids"]  # written before `opening` and `stops` were
   opening = tuple(ids.get("bos", ())[:1]) if about["add_bos"] else ()
   return dataclasses.replace(model, opening=opening, stops=tuple({*ids.get("eos", ()), tokenizer.eos_id})), config

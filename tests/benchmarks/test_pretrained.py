@@ -18,7 +18,7 @@ from tests.helpers import weights
 
 MODEL = tiny.config(model=tiny.VANILLA | dict(num_layers=4, scan_layers=False)).model
 SOURCE = conversion.Source(model=MODEL, variables={"params": weights.draw(MODEL)}, tokenizer=None, chat_template=None,
-                           context=48, special_ids={}, special_tokens={}, add_bos=False)
+                           context=48, special_ids={}, special_tokens={}, add_bos=False, opening=(), eos_id=None)
 WINDOWS = [np.arange(9), np.arange(20, 26)]
 
 

@@ -1,5 +1,6 @@
 """GGUF files: weights, tokenizer, and what is refused."""
 
+import dataclasses
 import json
 
 import gguf
@@ -119,6 +120,62 @@ def test_tokens_are_llama_cpps(pre, tmp_path):
     theirs.close()
 
 
+def test_llama_3_scaling_is_that_of_the_folder(tmp_path):
+  """The file has the divisors of the frequencies, the folder the numbers behind them."""
+  model = checkpoints.llama(rope_scaling=dict(factor=4.0, low_freq_factor=0.5, high_freq_factor=1.5, original_context=12))
+  model = dataclasses.replace(model, head_dim=10)
+  variables = draw(model)
+  divisors_H = rope_divisors(model)
+  assert set(np.round(divisors_H, 3)) > {1.0, 4.0}
+  checkpoints.write_gguf(tmp_path / "m.gguf", model, arrays_of(model, variables) | {"rope_freqs.weight": divisors_H})
+  read = command.read(f"gguf:{tmp_path / 'm.gguf'}")
+  scaling = dict(rope_type="llama3", factor=4.0, low_freq_factor=0.5, high_freq_factor=1.5,
+                 original_max_position_embeddings=12)
+  folder = checkpoints.write_folder(tmp_path / "hf", checkpoints.hf_config(model, rope_scaling=scaling),
+                                    dict(layout.write(variables, model, "hf")))
+  theirs = command.read(f"hf:{folder}")
+  assert theirs.model.rope_scaling == model.rope_scaling
+  np.testing.assert_allclose(checkpoints.logits(read.model, read.variables),
+                             checkpoints.logits(theirs.model, theirs.variables), rtol=0, atol=1e-5)
+  plain = dataclasses.replace(read.model, rope_scaling=type(model.rope_scaling)())
+  assert np.abs(checkpoints.logits(plain, read.variables) - checkpoints.logits(theirs.model, variables)).max() > 1e-3
+
+
+def rope_divisors(model):
+  """By hand."""
+  scaling, half = model.rope_scaling, model.head_dim // 2
+  turns_H = scaling.original_context * model.rope_theta ** (-np.arange(half) / half) / (2 * np.pi)
+  smooth_H = (turns_H - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+  return 1 / (np.clip(smooth_H, 0, 1) + (1 - np.clip(smooth_H, 0, 1)) / scaling.factor)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16"])
+def test_big_endian_files_are_read(kind, tmp_path):
+  model = checkpoints.llama(num_layers=1)
+  arrays = arrays_of(model, draw(model))
+  for order in ("LITTLE", "BIG"):
+    checkpoints.write_gguf(tmp_path / order, model, arrays, kind, endianess=gguf.GGUFEndian[order])
+  little, big = (command.read(f"gguf:{tmp_path / order}") for order in ("LITTLE", "BIG"))
+  assert big.model == little.model and checkpoints.equal(big.variables, little.variables)
+  assert big.variables["params"]["embedding"].dtype.isnative
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "BF16"])
+def test_other_types_of_big_endian_files_are_refused(kind, tmp_path):
+  """Also bfloat16, which the library writes unswapped."""
+  model = checkpoints.llama(**WIDE)
+  checkpoints.write_gguf(tmp_path / "m.gguf", model, arrays_of(model, draw(model)), kind,
+                         endianess=gguf.GGUFEndian.BIG)
+  refuses(f"gguf:{tmp_path / 'm.gguf'}", f"is of type {kind} in a file of the other byte order")
+
+
+def test_every_end_of_the_metadata_is_a_stop(tmp_path):
+  extra = vocabulary(**{"ggml.eot_token_id": 1, "ggml.eom_token_id": 9, "ggml.bos_token_id": 7,
+                        "ggml.add_bos_token": True})
+  read = command.read(file_with(tmp_path, extra))
+  assert read.special_ids["eos"] == (0, 1, 9) and read.stops == (0, 1, 9) and read.opening == (7,)
+
+
 def test_tokenizer_and_template_come_along(tmp_path):
   extra = vocabulary(**{"ggml.padding_token_id": 5, "ggml.unknown_token_id": 0, "ggml.add_bos_token": True})
   extra["tokenizer.ggml.token_type"][7] = 4
@@ -155,6 +212,9 @@ def test_tokenizer_and_template_come_along(tmp_path):
     (vocabulary(**{"ggml.model": "llama"}), "tokenizer.ggml.model='llama' is unsupported"),
     (vocabulary(**{"ggml.merges": ["no merge"]}), "its tokenizer is not a tokenizers file"),
     (vocabulary(**{"ggml.merges": None}), "has no tokenizer.ggml.merges"),
+    (vocabulary(**{"ggml.merges": [1, 2]}), "tokenizer.ggml.tokens or merges are no text"),
+    ({"llama.rope.freq_base": float("nan")}, "rope.freq_base=nan is no number"),
+    ({"llama.attention.head_count": 2**31}, "num_heads=2147483648 is no size of a model"),
     (vocabulary(**{"ggml.tokens": ["a", "a"]}), "1 different tokens of 2 with 2.. types"),
     (vocabulary(**{"ggml.eos_token_id": 999}), "special token 999 of 2.. tokens"),
 ])
@@ -171,7 +231,10 @@ def test_a_vocabulary_beyond_the_embedding_is_refused(tmp_path):
 @pytest.mark.parametrize("change,message", [
     (lambda a: a.pop("output_norm.weight"), "m.gguf has no tensor 'output_norm.weight'"),
     (lambda a: a.update({"blk.0.attn_q.bias": np.ones(24)}), "has tensor 'blk.0.attn_q.bias', which a gguf model"),
-    (lambda a: a.update({"rope_freqs.weight": np.ones(3)}), "'rope_freqs.weight' is rope scaling"),
+    (lambda a: a.update({"rope_freqs.weight": np.ones(4)}), r"'rope_freqs.weight' has shape \(4,\), its metadata say"),
+  (lambda a: a.update({"rope_freqs.weight": np.array([1.0, 9.0, 2.0])}), "not those of a Llama 3; convert the Hugging"),
+  (lambda a: a.update({"rope_freqs.weight": np.full(3, np.nan)}), "'rope_freqs.weight' has 3 numbers that are not fin"),
+  (lambda a: a["blk.0.attn_q.weight"].__setitem__((0, 0), np.inf), "'blk.0.attn_q.weight' has 1 numbers that are not"),
 ])
 def test_tensors_that_are_refused(change, message, tmp_path):
   model = checkpoints.llama()

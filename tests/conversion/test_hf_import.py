@@ -177,7 +177,19 @@ def test_harmless_tensors_are_passed_over(tmp_path):
     (dict(hidden_size="20"), "config.json: hidden_size='20'; give a number"),
     (dict(num_hidden_layers=None), "num_hidden_layers=None"),
     (dict(num_attention_heads=0), "num_heads=0"),
-    (dict(num_hidden_layers=2**70), "has 29 tensors, its config says 1180591620717411303424 layers"),
+    (dict(num_hidden_layers=2**70), "num_layers=1180591620717411303424 is no size of a model"),
+    (dict(num_hidden_layers=60000), "has 29 tensors, its config says 60000 layers"),
+    (dict(num_attention_heads=10**12), "num_heads=1000000000000 is no size of a model"),
+    (dict(hidden_size=10**200), "hidden_size=10+.*0; give a number of type int"),
+    (dict(rms_norm_eps=10**400), "rms_norm_eps=1.*; give a number of type float"),
+    (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan; give a number"),
+    (dict(rope_parameters="x"), "rope_parameters='x'; give a group"),
+    (dict(rope_parameters=dict(full_attention=dict(rope_type="yarn"))), "use a model with one scaling"),
+    (dict(rope_scaling=dict(factor=2.0)), "rope_scaling=.'factor': 2.0. is unsupported"),
+    (dict(rope_scaling=dict(rope_type=["llama3"])), "rope_scaling of type .'llama3'. is unsupported"),
+    (dict(rope_theta=[1.0]), "rope_theta=.1.0.; give a number"),
+    (dict(max_position_embeddings=0), "max_position_embeddings=0; give a number of positions"),
+    (dict(hidden_act=["silu"]), "hidden_act=.'silu'. is unsupported"),
     (dict(architectures=3), "architectures 3 are unsupported"),
     (dict(model_type=["llama"]), "model_type .'llama'. is unsupported"),
     (dict(rope_scaling=True), "rope_scaling=True; give a group"),
@@ -217,6 +229,9 @@ def test_tensors_that_are_refused(change, message, tmp_path):
     ("config.json", "{", "config.json is not JSON"),
     ("config.json", "[1]", "config.json holds a list"),
     ("tokenizer.json", "{}", "tokenizer.json is not a tokenizers file"),
+    ("config.json", "[" * 100000, "config.json is not JSON"),
+    ("config.json", '{"vocab_size": 1' + "0" * 5000 + "}", "config.json is not JSON"),
+    ("generation_config.json", "[]", "generation_config.json holds a list"),
     ("tokenizer_config.json", "x", "tokenizer_config.json is not JSON"),
     ("tokenizer_config.json", '{"chat_template": 3}', "tokenizer_config.json: chat_template is a int, not text"),
     ("tokenizer_config.json", '{"eos_token": ["a"]}', "tokenizer_config.json: eos is a list, not text"),
@@ -225,6 +240,24 @@ def test_files_that_are_refused(name, text, message, tmp_path):
   checkpoints.hf_folder(tmp_path, checkpoints.llama())
   (tmp_path / name).write_text(text)
   refuses(tmp_path, message)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+                                  "chat_template.jinja", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["directory", "loop", "nowhere", "bytes"])
+def test_things_in_place_of_files_are_refused(name, kind, tmp_path):
+  checkpoints.hf_folder(tmp_path, checkpoints.llama())
+  path = tmp_path / name
+  path.unlink(missing_ok=True)
+  if kind == "directory":
+    path.mkdir()
+  elif kind == "bytes":
+    path.write_bytes(b"\xff\xfe{")
+  else:
+    path.symlink_to(name if kind == "loop" else "absent")
+  with pytest.raises((ValueError, OSError), match=path.stem) as caught:
+    command.read(f"hf:{tmp_path}")
+  assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):

@@ -166,6 +166,10 @@ def test_a_config_of_another_model_is_refused(kind, changes, message, tmp_path):
     ("expert", dict(mor=dict(expert=dict(router_func="relu"))), "tiny.yaml: mor.activation='relu'"),
     ("expert", dict(mor=dict(router_type="conv")), "tiny.yaml: mor.arch='conv'"),
     ("expert", dict(mor=dict(capacity="1.0,0.5")), "has 2 entries for 3 recursions"),
+    ("expert", dict(mor=dict(temp=10**400)), "tiny.yaml: "),
+    ("expert", dict(mor=dict(temp=[1])), "tiny.yaml: "),
+    ("expert", dict(mor=dict(router_type=["linear"])), "tiny.yaml: mor.arch"),
+    ("expert", dict(recursive=dict(num_recursion=10**12)), "does not fit|is another model"),
     ("expert", dict(mor=dict(capacity="all")), "tiny.yaml: .*'all'"),
     ("token", dict(mor=dict(rand_router=True)), "mor.rand_router with type 'token' is unsupported"),
     ("expert", dict(relaxation=dict(enable=True)), "tiny.yaml: relaxation is unsupported"),
@@ -215,7 +219,10 @@ def test_what_a_recipe_need_not_say(kind, said, tmp_path):
 def test_recipes_that_are_no_recipes(tmp_path):
   model, variables = make("expert")
   official_files.write(tmp_path, model, variables)
-  for text, message in [("a: [", "tiny.yaml is not YAML"), ("3", "tiny.yaml holds a int")]:
+  for text, message in [("a: [", "tiny.yaml is not YAML"), ("3", "tiny.yaml holds a int"),
+                        ("[" * 20000, "tiny.yaml is not YAML"), ("a: " + "9" * 5000, "tiny.yaml is not YAML"),
+                        ("a: &x [1]\nb: *x", "tiny.yaml is not YAML .it has aliases"),
+                        ("a: 2001-99-99", "tiny.yaml is not YAML")]:
     (tmp_path / "tiny.yaml").write_text(text)
     refuses(tmp_path, message)
   (tmp_path / "other.yaml").write_text("")

@@ -99,12 +99,14 @@ def tokenizer() -> tokenizers.Tokenizer:
 
 
 def write_gguf(path: pathlib.Path, model: config_lib.ModelConfig, arrays: dict[str, np.ndarray], kind: str = "F32",
-               extra: dict[str, Any] | None = None, family: str = "llama") -> None:
+               extra: dict[str, Any] | None = None, family: str = "llama",
+               endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE) -> None:
   """A GGUF file; matrices of the type `kind`.
 
   Args:
     extra: metadata over what the model says; None drops a key.
     family: architecture, with which the keys begin.
+    endianess: byte order of the file.
   """
   metadata = {key.replace("llama.", f"{family}."): value for key, value in {
       "llama.block_count": model.num_layers, "llama.context_length": 77, "llama.embedding_length": model.d_model,
@@ -113,7 +115,7 @@ def write_gguf(path: pathlib.Path, model: config_lib.ModelConfig, arrays: dict[s
       "llama.attention.value_length": model.head_dim, "llama.rope.dimension_count": model.head_dim,
       "llama.rope.freq_base": float(model.rope_theta), "llama.attention.layer_norm_rms_epsilon": model.norm_eps,
       "llama.vocab_size": model.vocab_size}.items()} | (extra or {})
-  writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", family))
+  writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", family), endianess=endianess)
   for key, value in metadata.items():
     if isinstance(value, bool):
       writer.add_bool(key, value)
