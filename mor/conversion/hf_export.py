@@ -37,6 +37,7 @@ from mor.conversion import wrapped
 from mor.model.routers import table as router_table
 
 MODELING = pathlib.Path(__file__).with_name("modeling_mor.py")
+CACHE = MODELING.with_name("cache_mor.py")  # imported by MODELING
 ROUTERS = ("fixed", "expert_choice", "token_choice")  # routers that modeling_mor.py implements
 _SIZES = {  # field of Hugging Face -> field of `ModelConfig`
     "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_ff",
@@ -82,7 +83,8 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
          **({"qk_norm": True} if model.qk_norm else {})}
   config = {
       "architectures": ["MorForCausalLM"], "model_type": "mor",
-      "auto_map": {"AutoConfig": "modeling_mor.MorConfig", "AutoModelForCausalLM": "modeling_mor.MorForCausalLM"},
+      "auto_map": {"AutoConfig": "modeling_mor.MorConfig", "AutoModel": "modeling_mor.MorModel",
+                   "AutoModelForCausalLM": "modeling_mor.MorForCausalLM"},
       **_shared_fields(model, context, dtype, special_ids), **own,
       "lora": {_short(row.hf): model.lora.ranks[row.name] for row in parameters.PROJECTIONS
                if row.name in model.lora.ranks},
@@ -91,7 +93,8 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
   state = {key: _cast(theirs, "float32" if key.startswith(_FLOAT32) else dtype)
            for key, theirs in layout.write(variables, model, "mor")}
   with _publish(directory) as folder:
-    shutil.copyfile(MODELING, folder / MODELING.name)
+    for code in (MODELING, CACHE):
+      shutil.copyfile(code, folder / code.name)
     _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, special_ids))
 
 

@@ -1,4 +1,4 @@
-"""An adaptive-depth language model for transformers: one file, torch only.
+"""An adaptive-depth language model for transformers: this file and cache_mor.py, torch only.
 
   model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -9,12 +9,15 @@ a token that left costs no more compute:
 
   x = state[kept];  y = stack(x);  state[kept] = merge(x, y, gate)
 
+With `execution="masked"`, and under torch.compile and torch.export, every token is run
+instead, and kept results are picked (cache_mor.py).
+
 Every step may add low-rank deltas of its own, y = W x + b(a(x)). Routing is causal, as
 in inference, so the loss is the language modeling loss alone.
 
 Arrays are named by their axes: B batch rows, T columns of the input, S columns with
-the past, M tokens that run (flat), b batch rows that run, C queries of a batch row,
-D model width, F inner width, N query heads, K key heads, H head width.
+the past, M tokens that run (flat), D model width, F inner width, N query heads, K key
+heads, H head width.
 
 Source: arXiv 2507.10524 (MoR), arXiv 2410.20672 (low-rank deltas), transformers models/llama.
 """
@@ -25,9 +28,11 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput, can_return_tuple
 
-BLOCK = 64  # columns by which a cache grows
+from .cache_mor import EXECUTIONS, MorCache
+
 WIDTHS = {"linear": 0, "mlp": 2, "wide_mlp": 4}  # hidden width of a router / model width
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "none": lambda x: x, "softmax": lambda x: x.softmax(-1)}
 
@@ -45,6 +50,7 @@ class MorConfig(PreTrainedConfig):
     rotary_scaling: the four fields of transformers' rope_type "llama3", or None.
     router: name (fixed, expert_choice, token_choice), arch, activation, alpha,
       temperature, capacity, gating, sampling and balancing; the others serve training.
+    execution: "gathered", or "masked", which runs every token; see cache_mor.py.
   """
 
   model_type = "mor"
@@ -54,7 +60,7 @@ class MorConfig(PreTrainedConfig):
   num_attention_heads, num_key_value_heads, head_dim, max_position_embeddings = 8, 8, 64, 2048
   rope_theta, rms_norm_eps, initializer_range, use_cache, tie_word_embeddings = 10000.0, 1e-5, 0.02, True, True
   sharing, num_recursions, kv_plan, lora, router = "vanilla", 1, "recursion_wise", {}, {"name": "fixed"}
-  rotary_scaling, qk_norm = None, False
+  rotary_scaling, qk_norm, execution = None, False, "gathered"
 
   def edge(self):
     """Returns the number of unshared layers at each end."""
@@ -80,99 +86,31 @@ class MorConfig(PreTrainedConfig):
 
 
 @dataclasses.dataclass
+class MorModelOutput(ModelOutput):
+  """Result of `MorModel`.
+
+  Attributes:
+    last_hidden_state: normed, [B, T, D].
+    depths: number of steps of each token, 0 on padding, [B, T].
+    hidden_states: on request, the embedded tokens, the state behind the first unshared
+      layer if there is one, behind each step, and last the normed state.
+  """
+
+  last_hidden_state: torch.Tensor | None = None
+  past_key_values: Cache | None = None
+  depths: torch.Tensor | None = None
+  hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
 class MorOutput(ModelOutput):
-  """Result of `forward`; `depths` [B, T] counts the steps of each token, 0 on padding."""
+  """Result of `MorForCausalLM`; see `MorModelOutput`."""
 
   loss: torch.Tensor | None = None
   logits: torch.Tensor | None = None
   past_key_values: Cache | None = None
   depths: torch.Tensor | None = None
-
-
-class _Slot:
-  """Keys (rotated) and values [B, S, K, H] of one unrolled layer, and which columns were written [B, S]."""
-
-  tensors = None
-
-  def write(self, view, k_MKH, v_MKH):
-    fresh = (k_MKH, v_MKH, torch.ones_like(view.row_M, dtype=torch.bool))
-    old = self.tensors or [x.new_zeros(view.batch, 0, *x.shape[1:]) for x in fresh]
-    blocks = -(-(view.num_columns - old[0].shape[1]) // BLOCK)
-    if blocks > 0:
-      old = [torch.cat([x, x.new_zeros(view.batch, blocks * BLOCK, *x.shape[2:])], 1) for x in old]
-    for x, new in zip(old, fresh):
-      x[view.row_M, view.column_M] = new
-    self.tensors = old
-
-  def read(self, view):
-    columns = [x[:, :view.num_columns] for x in self.tensors]
-    return columns if view.rows is None else [x[view.rows] for x in columns]
-
-
-class MorCache(Cache):
-  """Keys and values of the unrolled layers, one slot each.
-
-  A slot has a place for every token of every batch row, whether or not the layer ran it:
-  routing saves compute, not this memory. Shared plans take the memory of the unique layers.
-  """
-
-  def __init__(self, config):
-    super().__init__(layers=[])
-    self.slots = [_Slot() for _ in range(config.num_hidden_layers)]
-    self.valid_BS = None  # False in padded columns
-
-  def __len__(self):
-    return len(self.slots)
-
-  def get_seq_length(self, layer_idx=0):
-    return 0 if self.valid_BS is None else self.valid_BS.shape[1]
-
-  def reorder_cache(self, beam_idx):
-    self.valid_BS = self.valid_BS[beam_idx]
-    for slot in self.slots:
-      slot.tensors = slot.tensors and [x[beam_idx] for x in slot.tensors]
-
-  def _refuse(self, *unused):
-    raise ValueError("a MorCache only grows; make a new one, and generate without an assistant model")
-
-  crop = reset = batch_repeat_interleave = batch_select_indices = activate_past_recording = _refuse
-
-
-class _View:
-  """A pass over the flat tokens of `run_BT`: their places and the columns that they may see.
-
-  Attention lays queries out [b, C]: b batch rows with a token, C tokens of the fullest
-  batch row. An empty place sees its whole batch row, because softmax over no key is NaN.
-  """
-
-  def __init__(self, run_BT, valid_BS, rotation_BTH):
-    self.at = self.row_M, index_M = run_BT.nonzero(as_tuple=True)
-    self.batch, self.num_columns = valid_BS.shape
-    self.column_M = index_M + self.num_columns - run_BT.shape[1]
-    self.rotation_M1H = [x[self.at][:, None] for x in rotation_BTH]
-    any_B = run_BT.any(1)
-    self.rows = None if any_B.all() else any_B.nonzero()[:, 0]
-    self.size = int(any_B.sum()), int(run_BT.sum(1).max())
-    self.place = (any_B.cumsum(0) - 1)[self.row_M], (run_BT.cumsum(1) - 1)[self.at]
-    last_bC = self.column_M.new_full(self.size, self.num_columns - 1).index_put(self.place, self.column_M)
-    past_bCS = torch.arange(self.num_columns, device=run_BT.device) <= last_bC[..., None]
-    self.mask_bCS = past_bCS & (valid_BS if self.rows is None else valid_BS[self.rows])[:, None]
-
-  def attend(self, q_MNH, own, base):
-    """Returns attention over the keys of `own`, of `base`, or of `base` overlaid by `own`."""
-    k_bSKH, v_bSKH, written_bS = (base if own is None else own).read(self)
-    if own is not None and base is not None:
-      under, pick = base.read(self), written_bS[:, :, None, None]
-      k_bSKH, v_bSKH = torch.where(pick, k_bSKH, under[0]), torch.where(pick, v_bSKH, under[1])
-      written_bS = written_bS | under[2]
-    (b, c), num_kv = self.size, k_bSKH.shape[2]
-    q_bCNH = q_MNH.new_zeros(b, c, *q_MNH.shape[1:]).index_put(self.place, q_MNH)
-    group = q_MNH.shape[1] // num_kv  # query heads of one key head become further queries, so no key is copied
-    q_bKXH = q_bCNH.unflatten(2, (num_kv, group)).transpose(1, 2).flatten(2, 3)
-    mask_bXS = (self.mask_bCS & written_bS[:, None]).repeat_interleave(group, 1)
-    out_bKXH = F.scaled_dot_product_attention(
-        q_bKXH, k_bSKH.transpose(1, 2), v_bSKH.transpose(1, 2), attn_mask=mask_bXS[:, None])
-    return out_bKXH.unflatten(2, (c, group)).transpose(1, 2).flatten(2, 3)[self.place]
+  hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 def frequencies(config, device):
@@ -209,7 +147,7 @@ class MorDeltas(nn.Module):
           for name, (ins, outs) in widths.items() if config.lora.get(name)}))
 
 
-class MorLayer(nn.Module):
+class MorLayer(GradientCheckpointingLayer):
   """A layer: x + attention(norm(x)), then x + swiglu(norm(x)); many unrolled layers may share it."""
 
   def __init__(self, config):
@@ -235,7 +173,7 @@ class MorLayer(nn.Module):
 
     normed_MD = self.input_layernorm(x_MD)
     if own is not None:
-      own.write(view, heads("k"), heads("v"))
+      view.write(own, heads("k"), heads("v"))
     out_MNH = view.attend(heads("q"), own, base)
     x_MD = x_MD + project("self_attn", "o_proj", out_MNH.flatten(1))
     normed_MD = self.post_attention_layernorm(x_MD)
@@ -259,12 +197,26 @@ class MorScore(nn.Module):
       return F.linear(x, self.out.weight.float())
 
 
-class MorModel(nn.Module):
-  """The layers and routers, which turn embedded tokens into normed hidden states [B, T, D] and depths [B, T]."""
+class MorPreTrainedModel(PreTrainedModel):
+  """What models of a `MorConfig` have in common."""
+
+  config_class, base_model_prefix, _supports_sdpa = MorConfig, "model", True
+  supports_gradient_checkpointing = True
+  _no_split_modules = ["MorModel"]
+  _keep_in_fp32_modules_strict = ["router", "balance_bias"]  # aux_router too
+
+  def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **options):
+    if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
+      raise ValueError("use_reentrant=True loses gradients of keys that later steps read; give "
+                       "gradient_checkpointing_kwargs={'use_reentrant': False}")
+    super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+
+
+class MorModel(MorPreTrainedModel):
+  """The layers and routers, without a head. Columns where `attention_mask` is 0 never run and are never seen."""
 
   def __init__(self, config):
-    super().__init__()
-    self.config = config
+    super().__init__(config)
     router, steps = config.router, config.steps()
 
     def repeat(num, kind, *given):
@@ -280,35 +232,89 @@ class MorModel(nn.Module):
     if router.get("balancing") == "loss_free":
       self.register_buffer("balance_bias", torch.zeros(len(steps)))
     self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+    self.gradient_checkpointing = False
+    self.post_init()
 
-  def forward(self, h_BTD, valid_BT, rotation_BTH, cache):
+  @can_return_tuple
+  def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+              use_cache=None, output_hidden_states=None, output_attentions=None, **unused):
+    """Runs the model, with the arguments of any decoder of transformers; returns a `MorModelOutput`."""
+    use_cache = self._check(input_ids, inputs_embeds, past_key_values, use_cache, output_attentions)
+    h_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    cache = MorCache(self.config) if past_key_values is None else past_key_values
+    start, (batch, width) = cache.get_seq_length(), h_BTD.shape[:2]
+    if attention_mask is None:
+      attention_mask = torch.ones(batch, width, dtype=torch.bool, device=h_BTD.device)
+      attention_mask = attention_mask if start == 0 else torch.cat([cache.valid_BS, attention_mask], 1)
+    if attention_mask.shape != (batch, start + width):
+      raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; give [rows, past + new columns], "
+                       f"here {(batch, start + width)}")
+    cache.valid_BS = attention_mask.bool()
+    if position_ids is None:
+      position_ids = (cache.valid_BS.cumsum(1) - 1)[:, start:]
+    angle_BTH = position_ids.expand(batch, -1)[..., None] * frequencies(self.config, h_BTD.device)
+    states, depth_BT = self._run(h_BTD, start, (angle_BTH.cos(), angle_BTH.sin()), cache)
+    wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    return MorModelOutput(last_hidden_state=states[-1], past_key_values=cache if use_cache else None, depths=depth_BT,
+                          hidden_states=tuple(states) if wanted else None)
+
+  def _check(self, input_ids, inputs_embeds, past_key_values, use_cache, output_attentions):
+    """Raises ValueError for what `forward` cannot do; returns whether it returns its cache."""
+    if (input_ids is None) == (inputs_embeds is None):
+      raise ValueError("give input_ids or inputs_embeds, one of them")
+    if self.config.execution not in EXECUTIONS:
+      raise ValueError(f"config.execution={self.config.execution!r}; use one of {', '.join(EXECUTIONS)}")
+    if self.config.output_attentions if output_attentions is None else output_attentions:
+      raise ValueError("output_attentions=True: attention weights are never formed; read `depths` of the output")
+    if not isinstance(past_key_values, (MorCache, type(None))):
+      raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; give a MorCache, or None to make one")
+    again = self.training and self.gradient_checkpointing
+    if again and past_key_values is not None:
+      raise ValueError("gradient checkpointing runs whole texts; give no past_key_values, or call model.eval()")
+    if use_cache and torch.compiler.is_exporting():
+      raise ValueError("use_cache=True: torch.export cannot return a MorCache; give use_cache=False")
+    if use_cache is None:
+      use_cache = self.config.use_cache and not torch.compiler.is_exporting()
+    return use_cache and not again
+
+  def _run(self, h_BTD, start, rotation_BTH, cache):
+    """Returns the states that `MorModelOutput` lists, and the depths [B, T]."""
+    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    execution = "masked" if compiling else self.config.execution
+    valid_BT = cache.valid_BS[:, start:]
+
     def run(state_BTD, run_BT, calls, keep_BT=None, merge=None):
       """Runs layers on the tokens of `run_BT`; with `merge`, only tokens of `keep_BT` change."""
-      if not run_BT.any():
+      if execution == "gathered" and not run_BT.any():
         return state_BTD
-      view = _View(run_BT, cache.valid_BS, rotation_BTH)
-      x_MD = y_MD = state_BTD[view.at]
+      view = EXECUTIONS[execution](run_BT, start, cache.valid_BS, rotation_BTH)
+      x_MD = y_MD = view.take(state_BTD)
       for layer, *places in calls:
         y_MD = layer(y_MD, view, *places)
       if merge is not None:
-        y_MD = torch.where(keep_BT[view.at][:, None], merge(x_MD, y_MD, view.at), x_MD)
-      return state_BTD.index_put(view.at, y_MD)
+        y_MD = torch.where(view.take(keep_BT)[:, None], merge(x_MD, y_MD, view.take), x_MD)
+      return view.put(state_BTD, y_MD)
 
     def slot(index):
       return None if index is None else cache.slots[index]
 
-    state_BTD = h_BTD = run(h_BTD, valid_BT, zip(self.prelude, cache.slots))
+    states = [h_BTD]
+    if self.prelude:
+      states.append(run(h_BTD, valid_BT, zip(self.prelude, cache.slots)))
+    entry_BTD = states[-1]
     alive_BT, depth_BT = valid_BT, torch.zeros_like(valid_BT, dtype=torch.long)
-    chosen = self._choose(h_BTD) if self.config.router["name"] == "token_choice" else None
+    chosen = self._choose(entry_BTD) if self.config.router["name"] == "token_choice" else None
     for step, layers in enumerate(self.config.steps()):
       calls = [(self.stack[row], slot(own), slot(base), lora)
                for (row, own, base), lora in zip(layers, self.lora[step])]
-      alive_BT, merge = self._route(step, state_BTD, alive_BT, h_BTD, chosen)
+      alive_BT, merge = self._route(step, states[-1], alive_BT, entry_BTD, chosen)
       everyone = step == 0 and self.config.kv_plan != "recursion_wise"  # later steps read all keys of the first
-      state_BTD = run(state_BTD, valid_BT if everyone else alive_BT, calls, alive_BT, merge)
+      states.append(run(states[-1], valid_BT if everyone else alive_BT, calls, alive_BT, merge))
       depth_BT = depth_BT + alive_BT
-    state_BTD = run(state_BTD, valid_BT, zip(self.coda, cache.slots[len(cache.slots) - len(self.coda):]))
-    return self.norm(state_BTD), depth_BT
+    if self.coda:
+      last_BTD = run(states[-1], valid_BT, zip(self.coda, cache.slots[len(cache.slots) - len(self.coda):]))
+      return [*states, self.norm(last_BTD)], depth_BT
+    return [*states[:-1], self.norm(states[-1])], depth_BT
 
   def _choose(self, h_BTD):
     """Returns, for token-choice, the last step of every token and its gate."""
@@ -322,11 +328,11 @@ class MorModel(nn.Module):
     """Returns the tokens that the step keeps, and a function that merges the output y into the state x of a token."""
     router, num_steps = self.config.router, self.config.num_recursions
 
-    def times(gate_BT, x_MD, at):
-      return gate_BT[at][:, None].to(x_MD.dtype) * x_MD
+    def times(gate_BT, x_MD, take):
+      return take(gate_BT)[:, None].to(x_MD.dtype) * x_MD
 
     if router["name"] == "fixed":
-      return alive_BT, lambda x, y, at: y
+      return alive_BT, lambda x, y, take: y
     additive, residual = (router["gating"] == name for name in ("additive", "residual"))
     if router["name"] == "expert_choice":
       logit_BT = self.router[step](state_BTD / router["temperature"])[..., 0]
@@ -335,9 +341,9 @@ class MorModel(nn.Module):
       capacity = router["capacity"][step] if router["capacity"] else (num_steps - step) / num_steps
       keep_BT = alive_BT & ((predictor_BT >= 0) | (capacity == 1.0))  # a step of full capacity keeps all live tokens
 
-      def merge(x_MD, y_MD, at):
+      def merge(x_MD, y_MD, take):
         change_MD = y_MD - x_MD if residual else y_MD
-        return x_MD + (change_MD if additive else times(gate_BT, change_MD, at))
+        return x_MD + (change_MD if additive else times(gate_BT, change_MD, take))
 
       return keep_BT, merge
     last_BT, gate_BT = chosen
@@ -345,15 +351,13 @@ class MorModel(nn.Module):
     gated_BT = torch.ones_like(exit_BT) if router["gating"] == "every_step" else exit_BT & (not additive)
     factor_BT = torch.where(gated_BT, gate_BT, one_BT)
     entry_BT = exit_BT * (one_BT - gate_BT if residual else one_BT)  # factor of the state before the first step
-    return alive_BT & (last_BT >= step), lambda x, y, at: times(factor_BT, y, at) + times(entry_BT, entry_BTD[at], at)
+    return alive_BT & (last_BT >= step), (
+        lambda x, y, take: times(factor_BT, y, take) + times(entry_BT, take(entry_BTD), take))
 
 
-class MorForCausalLM(PreTrainedModel, GenerationMixin):
-  """The model with its head. Columns where `attention_mask` is 0 never run and are never seen."""
+class MorForCausalLM(MorPreTrainedModel, GenerationMixin):
+  """The model with its head."""
 
-  config_class, base_model_prefix, _supports_sdpa = MorConfig, "model", True
-  _no_split_modules = ["MorModel"]
-  _keep_in_fp32_modules_strict = ["router", "balance_bias"]  # aux_router too
   _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
   def __init__(self, config):
@@ -362,36 +366,20 @@ class MorForCausalLM(PreTrainedModel, GenerationMixin):
     self.lm_head = linear(config.hidden_size, config.vocab_size)
     self.post_init()
 
+  @can_return_tuple
   def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-              labels=None, use_cache=None, logits_to_keep=0, return_dict=True, output_hidden_states=False,
-              output_attentions=False, **kwargs):
+              labels=None, use_cache=None, logits_to_keep=0, output_hidden_states=None, output_attentions=None,
+              **kwargs):
     """Runs the model, with the arguments of any causal model of transformers; returns a `MorOutput`."""
-    if output_hidden_states or output_attentions:
-      raise ValueError("output_hidden_states and output_attentions are not supported; read `depths` of the output")
-    if not isinstance(past_key_values, (MorCache, type(None))):
-      raise ValueError(f"past_key_values is a {type(past_key_values).__name__}; give a MorCache, or None to make one")
-    h_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    cache = MorCache(self.config) if past_key_values is None else past_key_values
-    start, (batch, width) = cache.get_seq_length(), h_BTD.shape[:2]
-    if attention_mask is None:
-      attention_mask = torch.ones(batch, width, dtype=torch.bool, device=h_BTD.device)
-      attention_mask = attention_mask if start == 0 else torch.cat([cache.valid_BS, attention_mask], 1)
-    if attention_mask.shape != (batch, start + width):
-      raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; give [rows, past + new columns], "
-                       f"here {(batch, start + width)}")
-    cache.valid_BS = attention_mask.bool()
-    if position_ids is None:
-      position_ids = (cache.valid_BS.cumsum(1) - 1)[:, start:]
-    angle_BTH = position_ids.expand(batch, -1)[..., None] * frequencies(self.config, h_BTD.device)
-    h_BTD, depths = self.model(h_BTD, cache.valid_BS[:, start:], (angle_BTH.cos(), angle_BTH.sin()), cache)
+    out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                     output_hidden_states, output_attentions, return_dict=True)
     keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-    logits = self.lm_head(h_BTD[:, keep]).float()
+    logits = self.lm_head(out.last_hidden_state[:, keep]).float()
     loss = None
     if labels is not None:
       loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-    use_cache = self.config.use_cache if use_cache is None else use_cache
-    output = MorOutput(loss=loss, logits=logits, past_key_values=cache if use_cache else None, depths=depths)
-    return output if return_dict else output.to_tuple()
+    return MorOutput(loss=loss, logits=logits, past_key_values=out.past_key_values, depths=out.depths,
+                     hidden_states=out.hidden_states)
 
   def _prepare_cache_for_generation(self, generation_config, model_kwargs, *unused):
     if generation_config.cache_implementation not in (None, "dynamic"):

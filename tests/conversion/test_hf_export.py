@@ -161,8 +161,9 @@ def test_bytes_on_disk(tmp_path):
   case = exported.make(tmp_path / "full", **LOSS_FREE)
   exported.write(tmp_path / "half", case.config, case.variables, dtype="bfloat16")
   assert sorted(path.name for path in case.folder.iterdir()) == [
-      "config.json", "generation_config.json", "model.safetensors", "modeling_mor.py"]
-  assert (case.folder / "modeling_mor.py").read_bytes() == hf_export.MODELING.read_bytes()
+      "cache_mor.py", "config.json", "generation_config.json", "model.safetensors", "modeling_mor.py"]
+  for code in (hf_export.MODELING, hf_export.CACHE):
+    assert (case.folder / code.name).read_bytes() == code.read_bytes()
   half = safetensors_numpy.load_file(tmp_path / "half/model.safetensors")
   assert half["model.stack.0.mlp.down_proj.weight"].dtype == ml_dtypes.bfloat16
   assert half["model.router.0.out.weight"].dtype == np.float32

@@ -1,5 +1,7 @@
 """The exported PyTorch model computes what ours does, whole or cached, padded or not."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,16 @@ def forward(case: exported.Case) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(logits_BTV)[segment_BT > 0], depth_BT[segment_BT > 0]
 
 
+@contextlib.contextmanager
+def executed(model, execution: str):
+  """Runs the model so for a while."""
+  model.config.execution = execution
+  try:
+    yield
+  finally:
+    model.config.execution = "gathered"
+
+
 def generate(model, inputs, **options) -> list[list[int]]:
   """New tokens of each row."""
   torch.manual_seed(0)
@@ -91,24 +103,26 @@ def test_forward_is_ours(case):
   logits_MV, depth_M = forward(case)
   if case.config.router.name != "fixed":
     assert len(set(depth_M)) > 1, "the routers do not split the tokens; draw others"
-  for side in ("right", "left"):
-    with torch.no_grad():
+  for side, execution in [("right", "gathered"), ("left", "gathered"), ("right", "masked"), ("left", "masked")]:
+    with torch.no_grad(), executed(model, execution):
       got = model(**pad(draw_tokens(), side))
     np.testing.assert_array_equal(unpad(got.depths, side), depth_M)
     np.testing.assert_allclose(unpad(got.logits, side), logits_MV, rtol=0, atol=1e-5 * np.abs(logits_MV).max())
 
 
 @all_cases
+@pytest.mark.parametrize("executions", [("gathered",), ("masked",), ("masked", "gathered")], ids="-".join)
 @torch.no_grad()
-def test_cached_steps_are_the_forward(case):
+def test_cached_steps_are_the_forward(case, executions):
   _, model = case
   inputs = pad(draw_tokens(), "left")
   whole = model(**inputs)
   cache, at, logits, depths = None, 0, [], []
-  for width in (5, 1, 1, 3, 1, 1):  # row 2 is padding in the first chunk
+  for i, width in enumerate((5, 1, 1, 3, 1, 1)):  # row 2 is padding in the first chunk
     at += width
-    got = model(inputs["input_ids"][:, at - width:at], attention_mask=inputs["attention_mask"][:, :at],
-                past_key_values=cache, use_cache=True)
+    with executed(model, executions[i % len(executions)]):
+      got = model(inputs["input_ids"][:, at - width:at], attention_mask=inputs["attention_mask"][:, :at],
+                  past_key_values=cache, use_cache=True)
     cache = got.past_key_values
     logits.append(got.logits)
     depths.append(got.depths)
@@ -245,9 +259,15 @@ def test_refusals(case):
     model(**inputs, past_key_values=transformers.DynamicCache())
   with pytest.raises(ValueError, match=r"shape \(3, 11\); give \[rows, past \+ new columns\], here \(3, 12\)"):
     model(inputs["input_ids"], attention_mask=inputs["attention_mask"][:, 1:])
-  with pytest.raises(ValueError, match="output_hidden_states"):
-    model(**inputs, output_hidden_states=True)
+  with pytest.raises(ValueError, match="output_attentions=True: attention weights are never formed"):
+    model(**inputs, output_attentions=True)
   with pytest.raises(ValueError, match="cache_implementation='static'"):
     model.generate(**inputs, cache_implementation="static", max_new_tokens=2)
-  with pytest.raises(ValueError, match="only grows"):
-    model.generate(input_ids=inputs["input_ids"][:1], prompt_lookup_num_tokens=2, max_new_tokens=4)
+  with pytest.raises(ValueError, match="give input_ids or inputs_embeds, one of them"):
+    model(**inputs, inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
+  with executed(model, "fused"), pytest.raises(ValueError, match="execution='fused'; use one of gathered, masked"):
+    model(**inputs)
+  with pytest.raises(ValueError, match="holds keys of a MorModel only"):
+    modeling_mor.MorCache(model.config).update(None, None, 0)
+  with pytest.raises(ValueError, match="use_reentrant=True loses gradients"):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=True))

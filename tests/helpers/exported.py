@@ -4,9 +4,10 @@
   case.config, case.variables, case.folder
 """
 
-import importlib.util
+import importlib
 import pathlib
 import sys
+import types
 from typing import Any, NamedTuple
 
 from mor import config as config_lib
@@ -19,11 +20,10 @@ RANKS = dict(q=2, k=1, v=3, o=2, gate=1, up=2, down=4)
 
 
 def load_modeling():
-  """modeling_mor.py on its own, as transformers loads it: under no name that the import hook checks."""
-  spec = importlib.util.spec_from_file_location("modeling_mor", hf_export.MODELING)
-  module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  """modeling_mor.py in its folder, as transformers loads it: under no name that the import hook checks."""
+  package = sys.modules.setdefault("exported_code", types.ModuleType("exported_code"))
+  package.__path__ = [str(hf_export.MODELING.parent)]
+  return importlib.import_module(f"exported_code.{hf_export.MODELING.stem}")
 
 
 class Case(NamedTuple):

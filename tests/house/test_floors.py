@@ -10,6 +10,9 @@ FILES = sorted(p for p in (ROOT / "mor").rglob("*.py") if p.name != "__init__.py
 LINES = [line.partition("#")[0].strip() for line in (ROOT / "mor/FLOORS").read_text().splitlines()]
 FLOORS = [line for line in LINES if line]
 
+# Files that an export holds: there they lie beside each other in a folder, so they import each other relatively.
+EXPORTED = ("mor.conversion.cache_mor", "mor.conversion.modeling_mor")
+
 # Heavy packages, and the only files that may import them.
 HOMES = {
     "array_record": "mor.data.",
@@ -19,7 +22,7 @@ HOMES = {
     "ml_collections": ("mor.config", "mor.experiments", "mor.data.", "mor.main"),
     "tensorflow_datasets": "mor.data.",
     # The exported model; pickled weights.
-    "torch": ("mor.conversion.modeling_mor", "mor.conversion.tensors"),
+    "torch": (*EXPORTED, "mor.conversion.tensors"),
 }
 
 
@@ -33,6 +36,8 @@ def imports(path: pathlib.Path) -> list[str]:
   for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
     if isinstance(node, ast.Import):
       names += [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.level == 1 and module_name(path) in EXPORTED:
+      names.append(f"{module_name(path).rpartition('.')[0]}.{node.module}")
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f"{path}:{node.lineno}: relative import; write it from `mor`"
       names += [f"{node.module}.{alias.name}" for alias in node.names]
