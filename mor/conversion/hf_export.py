@@ -23,12 +23,12 @@ from typing import Any
 import ml_dtypes  # also teaches NumPy "bfloat16"
 import numpy as np
 from safetensors import numpy as safetensors_numpy
-import tokenizers
 
 from mor import fields as fields_lib
 from mor import json_file
 from mor import model_config
 from mor import parameters
+from mor.conversion import export_tokenizer
 from mor.conversion import layout
 from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
@@ -66,7 +66,8 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
     chat_template: Jinja template, as transformers reads it.
     context: number of positions that the model was trained with.
     dtype: "float32" or "bfloat16".
-    special_ids: ids that begin ("bos"), end ("eos", one or several) and pad ("pad")
+    special_ids: ids that open every text ("opening"; none if missing), and ids that begin
+      ("bos"), end ("eos", one or several) and pad ("pad")
       a text; each name may be missing. Without "pad" the first "eos" pads.
 
   Raises:
@@ -95,7 +96,8 @@ def write(directory: str | os.PathLike, model: model_config.ModelConfig, variabl
   with _publish(directory) as folder:
     for code in (MODELING, CACHE):
       shutil.copyfile(code, folder / code.name)
-    _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, special_ids))
+    _write_folder(folder, config, state, export_tokenizer.files(
+        tokenizer, chat_template, context, model.vocab_size, special_ids))
 
 
 def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, variables: Mapping[str, Any], *,
@@ -121,7 +123,8 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
   layout.check(variables, model)
   state = {name: _cast(theirs, dtype) for name, theirs in unrolled.write(variables, model, "hf")}
   with _publish(directory) as folder:
-    _write_folder(folder, config, state, _tokenizer_files(model, tokenizer, chat_template, context, special_ids))
+    _write_folder(folder, config, state, export_tokenizer.files(
+        tokenizer, chat_template, context, model.vocab_size, special_ids))
 
 
 def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -186,7 +189,7 @@ def _shared_fields(model: model_config.ModelConfig, context: int, dtype: str,
   """Returns the fields that both kinds of config.json have."""
   if dtype not in ("float32", "bfloat16"):
     raise ValueError(f"dtype={dtype!r}; use 'float32' or 'bfloat16'")
-  return {"dtype": dtype, "max_position_embeddings": context, **_token_ids(special_ids),
+  return {"dtype": dtype, "max_position_embeddings": context, **export_tokenizer.token_ids(special_ids),
           **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()}}
 
 
@@ -197,47 +200,8 @@ def _rope_scaling(model: model_config.ModelConfig) -> dict[str, Any] | None:
                                     for theirs, ours in ROPE_SCALING.items()}}
 
 
-def _token_ids(special_ids: Mapping[str, Sequence[int]]) -> dict[str, int | list[int] | None]:
-  """Returns the ids by field of Hugging Face; several ids of "eos" are a list."""
-  bos, eos, pad = (list(special_ids.get(name, ())) for name in ("bos", "eos", "pad"))
-
-  def first(ids):
-    return ids[0] if ids else None
-
-  return {"bos_token_id": first(bos), "eos_token_id": eos if len(eos) > 1 else first(eos),
-          "pad_token_id": first(pad or eos)}
-
-
 def _cast(theirs: np.ndarray, dtype: str) -> np.ndarray:
   return np.ascontiguousarray(theirs, ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-
-
-def _tokenizer_files(model: model_config.ModelConfig, tokenizer: str | None, chat_template: str | None, context: int,
-                     special_ids: Mapping[str, Sequence[int]]) -> dict[str, str]:
-  """Returns the content of each file of tokenizer and generation, by file name."""
-  ids = _token_ids(special_ids)
-  files = {"generation_config.json": json.dumps(ids, indent=2)}
-  if tokenizer is None:
-    if chat_template is not None:
-      raise ValueError("a chat_template without a tokenizer; give both")
-    return files
-  parsed = tokenizers.Tokenizer.from_str(tokenizer)
-  size = max(parsed.get_vocab(with_added_tokens=True).values()) + 1
-  if size > model.vocab_size:
-    raise ValueError(f"the tokenizer has ids up to {size - 1} and the model {model.vocab_size} embeddings; give the "
-                     "tokenizer that it was trained with")
-  config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
-                            "padding_side": "left", "clean_up_tokenization_spaces": False}
-  for name, index in ids.items():
-    if index is not None:
-      index = index[0] if isinstance(index, list) else index
-      token = parsed.id_to_token(index)
-      if token is None:
-        raise ValueError(f"{name}={index} is no token of the tokenizer; use an id below {size}")
-      config[name.removesuffix("_id")] = token
-  if chat_template is not None:
-    config["chat_template"] = chat_template
-  return {**files, "tokenizer.json": tokenizer, "tokenizer_config.json": json.dumps(config, indent=2)}
 
 
 def _write_folder(folder: pathlib.Path, config: dict, state: dict[str, np.ndarray], files: dict[str, str]) -> None:
