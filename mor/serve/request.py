@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+from mor.data import detokenise
 from mor.decode import sampling as sampling_lib
 from mor.decode import slots as slots_lib
 from mor.exits import policy as exits_lib
@@ -88,7 +89,7 @@ class Completion:
     early: whether an exit chose each new token; never of a request that is verified, whose
       tokens and depths are the full depth's.
     logprobs: of each new token, where asked for.
-    text: the new text, up to a stop string; "" without a tokenizer.
+    text: the new text, as it goes on after the prompt, up to a stop string; "" without a tokenizer.
     finish: "" while it goes on, "stop", "length" or "aborted".
   """
 
@@ -130,13 +131,12 @@ class Follower:
     self.request = request
     self.completion = Completion()
     self.events: collections.deque[Event] | None = None  # where a stream wants them
-    self._tokenizer = tokenizer
-    self._decoded = ""
-    self._sent = 0
+    self._detokeniser = detokenise.Detokeniser(tokenizer.decode, request.prompt) if tokenizer is not None else None
+    self._held = ""  # text that may belong to a stop string
 
   def add(self, token: int, depth: int, logprob: float, finish: str, early: bool = False) -> Event:
     """Takes the next token; `finish` is what the device says of it."""
-    done = self.completion
+    done, text = self.completion, ""
     stopped = finish == "stop" and token in self.request.stop_tokens
     if not stopped:
       done.tokens.append(token)
@@ -144,38 +144,40 @@ class Follower:
       done.early.append(early)
       if self.request.logprobs:
         done.logprobs.append(logprob)
-      if self._tokenizer is not None:
-        self._decoded = self._tokenizer.decode(done.tokens)
+      if self._detokeniser is not None:
+        text = self._detokeniser.add(token)
     done.finish = finish
-    hit = self._first_stop()
-    if hit is not None:
-      self._decoded, done.finish = self._decoded[:hit], "stop"
-    return self._tell(Event(None if stopped else token, self._release(), depth,
-                            logprob if self.request.logprobs else None, done.finish, early))
+    text = self._release(text, self.request.stop_strings)
+    return self._tell(Event(None if stopped else token, text, depth, logprob if self.request.logprobs else None,
+                            done.finish, early))
 
   def end(self, finish: str) -> Event:
     """Ends the request from outside."""
     self.completion.finish = finish
-    return self._tell(Event(None, self._release(), 0, None, finish))
+    return self._tell(Event(None, self._release("", ()), 0, None, finish))
 
   def _tell(self, event: Event) -> Event:
     if self.events is not None:
       self.events.append(event)
     return event
 
-  def _first_stop(self) -> int | None:
-    found = [i for i in (self._decoded.find(s) for s in self.request.stop_strings) if i >= 0]
-    return min(found, default=None)
-
-  def _release(self) -> str:
-    """Returns the new text that no later token can change."""
-    end = len(self._decoded)
-    if not self.completion.finish:
-      whole = self._decoded.rstrip("\N{REPLACEMENT CHARACTER}")  # perhaps the beginning of a character
-      end = min([len(whole), *(_overlap(whole, s) for s in self.request.stop_strings)])
-    end = max(end, self._sent)
-    new, self._sent = self._decoded[self._sent:end], end
-    self.completion.text += new
+  def _release(self, text: str, stops: tuple[str, ...]) -> str:
+    """Takes text, and returns what no later token can change; a stop string ends the request."""
+    done = self.completion
+    held = self._held + text
+    whole = held + (self._detokeniser.held if self._detokeniser is not None else "")
+    end = min((i for i in (whole.find(stop) for stop in stops) if i >= 0), default=None)
+    if end is not None:
+      done.finish = "stop"
+    elif done.finish:
+      end = len(whole)
+    else:
+      end = min((_overlap(held, stop) for stop in stops), default=len(held))
+    new, self._held = whole[:end], held[end:]
+    # One reference, so that Python appends in place: a copy for each token would grow with the text.
+    grown, done.text = done.text, ""
+    grown += new
+    done.text = grown
     return new
 
 

@@ -1,7 +1,10 @@
 """`generate` against the whole model, and where texts end."""
 
+import collections
+
 import numpy as np
 import pytest
+import tokenizers
 
 from mor.data import tokenizer as tokenizer_lib
 from mor.serve import model as model_lib
@@ -176,3 +179,48 @@ def test_a_stream_never_takes_text_back(text, stops, shown, finish):
     said += event.text
     assert shown.startswith(said)
   assert said == shown
+
+
+def pieces():
+  """A tokenizer like SentencePiece: tokens say their space, and a text drops its first one."""
+  vocab = {token: i for i, token in enumerate(["</s>", "\u2581Hello", "\u2581world", "\u2581", "ing", "!"])}
+  made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+  made.decoder = tokenizers.decoders.Sequence([
+      tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)])
+  return tokenizer_lib.JsonTokenizer(made.to_str())
+
+
+@pytest.mark.parametrize("prompt, tokens, text", [
+    ([1], [2, 4, 5], " worlding!"),
+    ([0, 1], [2], " world"),
+    ([0, 1], [0, 2], " world"),
+    ([0], [1, 2], "Hello world"),
+    ([1, 3], [2], " world"),
+    ([0, 0, 0], [3, 1], " Hello"),
+])
+def test_text_goes_on_after_the_prompt(prompt, tokens, text):
+  """Prompt and new text join to the text of both."""
+  follower = request_lib.Follower(request_lib.make(prompt, max_tokens=9), pieces())
+  said = [follower.add(token, 1, 0.0, "").text for token in tokens]
+  assert "".join(said) == text and follower.completion.text == text
+  assert pieces().decode(prompt) + text == pieces().decode([*prompt, *tokens])
+
+
+def test_the_cost_of_text_does_not_grow():
+  """Ids that are decoded and characters that are searched, counted over 8,192 tokens."""
+  counts = collections.Counter()
+
+  class Counting(tokenizer_lib.ByteTokenizer):
+    def decode(self, ids):
+      ids = list(ids)
+      counts["ids"] += len(ids)
+      return super().decode(ids)
+
+  text = ("we the people né \u20ac EN " * 400).encode()[:8192]
+  request = request_lib.make(list(b"x" * 4000), max_tokens=8192, stop_strings=["END", "x" * 100])
+  follower = request_lib.Follower(request, Counting())
+  for byte in text:
+    follower.add(byte, 1, 0.0, "")
+    counts["held"] = max(counts["held"], len(follower._held))
+  assert counts["ids"] < 12 * len(text) and counts["held"] < 100
+  assert follower.completion.text == text.decode()[:len(follower.completion.text)] and len(follower.completion.text) > 7000
