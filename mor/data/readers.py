@@ -81,6 +81,11 @@ def unreadable(path: pathlib.Path, error: OSError) -> ValueError:
   return ValueError(f"{path} cannot be read ({error.strerror or error}); repair that, or leave the file out")
 
 
+def kind(path: pathlib.Path) -> str:
+  """Returns the suffix that chooses the reader of a file, e.g. ".txt" for "a.txt.gz"."""
+  return _suffixes(path)[0]
+
+
 def _suffixes(path: pathlib.Path) -> tuple[str, str]:
   if path.suffix in (".gz", ".xz"):
     return path.with_suffix("").suffix, path.suffix

@@ -31,10 +31,12 @@ class Documents:
   Attributes:
     parts: one string per file: name, size, time of change. Equal parts mean equal texts.
     read: function that starts a pass over the texts.
+    files: every file of the texts, and how it is read, for `identity.make`.
   """
 
   parts: tuple[str, ...]
   read: Callable[[], Iterator[str]]
+  files: tuple[tuple[pathlib.Path, str], ...] = ()
 
   def __iter__(self) -> Iterator[str]:
     return self.read()
@@ -84,7 +86,8 @@ def _open_files(source: str, text_key: str) -> Documents:
       if _stamp(path) != stamp:
         raise ValueError(f"{path} has changed since the start; run again when nothing writes to it")
 
-  return Documents(stamps, _without_nulls(f"data source {source!r}", read))
+  files = tuple((path, readers.kind(path)) for path in paths)
+  return Documents(stamps, _without_nulls(f"data source {source!r}", read), files)
 
 
 def _open_sotu(cache_root: pathlib.Path) -> Documents:
@@ -96,7 +99,7 @@ def _open_sotu(cache_root: pathlib.Path) -> Documents:
     directory = cache.publish(cache_root / "tfds" / cache.key("sotu", stamp), builder.prepare)
     yield from _tfds_texts("state_of_the_union", directory, "train", "text")
 
-  return Documents((f"sotu {stamp}",), read)
+  return Documents((f"sotu {stamp}",), read, ((readers.SOTU, "sotu"),))
 
 
 def _open_tfds(name: str, split: str, text_key: str) -> Documents:
@@ -126,7 +129,9 @@ def _open_tfds(name: str, split: str, text_key: str) -> Documents:
                      "data.text_key")
   paths = sorted(pathlib.Path(dataset.data_dir).iterdir())
   stamps = tuple(f"{_stamp(path)}#{split}" for path in paths)
-  return Documents(stamps, functools.partial(_tfds_texts, name, data_dir, split, text_key))
+  reader = f"tfds:{dataset.info.full_name}#{split}"
+  files = tuple((path, reader) for path in paths if ".array_record" in path.name)
+  return Documents(stamps, functools.partial(_tfds_texts, name, data_dir, split, text_key), files)
 
 
 def _tfds_texts(name: str, data_dir: pathlib.Path | str | None, split: str,
@@ -177,7 +182,8 @@ def _open_hf(directory: str, split: str, text_key: str) -> Documents:
   if getattr(dataset.features[text_key], "dtype", "") not in ("string", "large_string"):
     raise ValueError(f"{what}: field {text_key!r} is not text; set data.text_key")
   texts = dataset.select_columns(text_key)
-  stamps = tuple(f"{_stamp(p)}#{split}" for p in sorted(path.rglob("*")) if p.is_file())
+  paths = sorted(p for p in path.rglob("*") if p.is_file())
+  stamps = tuple(f"{_stamp(p)}#{split}" for p in paths)
 
   def read() -> Iterator[str | None]:
     index = -1
@@ -188,7 +194,8 @@ def _open_hf(directory: str, split: str, text_key: str) -> Documents:
       raise ValueError(f"{what}, record {index + 1}: damaged ({_first_line(error)}); write it again with "
                        "save_to_disk") from error
 
-  return Documents(stamps, _without_nulls(what, read))
+  files = tuple((p, f"hf#{split}") for p in paths if p.suffix == ".arrow")
+  return Documents(stamps, _without_nulls(what, read), files)
 
 
 def _without_nulls(what: str, start: Callable[[], Iterator[str | None]]) -> Callable[[], Iterator[str]]:

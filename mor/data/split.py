@@ -34,11 +34,13 @@ class Split:
     train: training documents, in the order of the source.
     held_out: held-out documents, in the order of their source.
     sample: random selection from `train`, `SAMPLE_BYTES` at most.
+    opened: `data.source` and, if it is given, `data.validation_source`, whole.
   """
 
   train: sources.Documents
   held_out: sources.Documents
   sample: sources.Documents
+  opened: tuple[sources.Documents, ...]
 
 
 def make(config: config_lib.DataConfig, cache_root: pathlib.Path) -> Split:
@@ -51,9 +53,11 @@ def make(config: config_lib.DataConfig, cache_root: pathlib.Path) -> Split:
   """
   source = sources.open_source(config.source, config.text_key, cache_root)
   selection = _Selection(config, source)
+  opened = [source]
   parts = (*source.parts, config.text_key, str(config.max_bytes))
   if config.validation_source:
     held_out = sources.open_source(config.validation_source, config.text_key, cache_root)
+    opened.append(held_out)
     both = sorted(set(source.parts) & set(held_out.parts))
     if both:
       raise ValueError(f"data.validation_source={config.validation_source!r} shares "
@@ -67,7 +71,8 @@ def make(config: config_lib.DataConfig, cache_root: pathlib.Path) -> Split:
   return Split(
       train=sources.Documents((*parts, "train"), functools.partial(selection.read, held_out=False)),
       held_out=held_out,
-      sample=sources.Documents((*parts, "sample", str(config.shuffle_seed)), selection.read_sample))
+      sample=sources.Documents((*parts, "sample", str(config.shuffle_seed)), selection.read_sample),
+      opened=tuple(opened))
 
 
 class _Selection:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mor import config as config_lib
 from mor.data import cache
+from mor.data import identity as identity_lib
 from mor.data import rows as rows_lib
 from mor.data import sources
 from mor.data import split as split_lib
@@ -35,24 +36,27 @@ class Corpus:
     train: rows of shuffled training documents.
     validation: rows of the held-out documents.
     directory: cache directory of the rows.
+    identity: the files of the text, by content.
   """
 
   tokenizer: tokenizer_lib.Tokenizer
   train: rows_lib.PackedRows
   validation: rows_lib.PackedRows
   directory: pathlib.Path
+  identity: identity_lib.Identity
 
   def validation_text(self) -> str:
     """Returns the held-out documents, end to end: the text of the validation targets."""
     return (self.directory / "validation.txt").read_bytes().decode("utf-8")
 
 
-def load(config: config_lib.DataConfig, vocab_size: int) -> Corpus:
+def load(config: config_lib.DataConfig, vocab_size: int, tokenizer: tokenizer_lib.Tokenizer | None = None) -> Corpus:
   """Opens the corpus of a config, and tokenises it at first use.
 
   Args:
     config: source, split, tokenizer and row length.
     vocab_size: vocabulary size of the model.
+    tokenizer: the tokenizer of a run; None is the one that the config names.
 
   Raises:
     FileNotFoundError: a source or tokenizer does not exist.
@@ -63,22 +67,47 @@ def load(config: config_lib.DataConfig, vocab_size: int) -> Corpus:
   if not 0 <= config.shuffle_seed < 2**32:
     raise ValueError(f"data.shuffle_seed={config.shuffle_seed}; use 0 to {2**32 - 1}")
   split = split_lib.make(config, cache.root(config.cache_dir))
-  tokenizer = tokenizer_lib.load(config, split.sample)
+  if tokenizer is None:
+    tokenizer = tokenizer_lib.load(config, split.sample)
   if tokenizer.vocab_size > vocab_size:
     raise ValueError(f"data.tokenizer={config.tokenizer!r} has {tokenizer.vocab_size} tokens, more "
                      f"than model.vocab_size={vocab_size}; set "
                      f"model.vocab_size={tokenizer.vocab_size} or more")
   directory = _prepare(config, split, tokenizer)
-  train, validation = (
-      rows_lib.PackedRows(directory / f"{name}.array_record", eos_id=tokenizer.eos_id,
-                    seq_len=config.seq_len, batch_size=config.batch_size, seed=config.shuffle_seed,
-                    dtype=_dtype(tokenizer))
-      for name in ("train", "validation"))
+  train, validation = (_open_rows(directory / f"{name}.array_record", config, tokenizer)
+                       for name in ("train", "validation"))
   if train.num_rows < config.batch_size:
     raise ValueError(f"data.source={config.source!r} gives {train.num_rows} rows of "
                      f"{config.seq_len} tokens, fewer than data.batch_size={config.batch_size}; "
                      "use a smaller data.batch_size or data.seq_len, or more text")
-  return Corpus(tokenizer, train, validation, directory)
+  return Corpus(tokenizer, train, validation, directory, _identify(config, split))
+
+
+def identify(config: config_lib.DataConfig) -> identity_lib.Identity:
+  """Returns the files that `load` would read, by content; raises as it does for a source."""
+  return _identify(config, split_lib.make(config, cache.root(config.cache_dir)))
+
+
+def load_held_out(source: str, config: config_lib.DataConfig, tokenizer: tokenizer_lib.Tokenizer,
+                  directory: pathlib.Path) -> tuple[rows_lib.PackedRows, str]:
+  """Returns the rows and the text of a source that is evaluated alone, without the corpus and the cache of a run.
+
+  Args:
+    source: as in `data.source`.
+    config: `text_key` and row length.
+    tokenizer: the tokenizer of the run.
+    directory: empty directory for the rows.
+
+  Raises:
+    FileNotFoundError: the source does not exist.
+    ValueError: the source cannot be used, or holds no text.
+  """
+  texts = [text for text in sources.open_source(source, config.text_key, directory) if text.strip()]
+  if not texts:
+    raise ValueError(f"source {source!r} holds no text; give one with at least one document that is not blank")
+  path = directory / "held_out.array_record"
+  rows_lib.write(path, _tokenise(texts, tokenizer), tokenizer.eos_id, config.seq_len, _dtype(tokenizer))
+  return _open_rows(path, config, tokenizer), "".join(texts)
 
 
 def load_tokenizer(config: config_lib.DataConfig) -> tokenizer_lib.Tokenizer:
@@ -87,6 +116,16 @@ def load_tokenizer(config: config_lib.DataConfig) -> tokenizer_lib.Tokenizer:
   if config.tokenizer.startswith("bpe:"):
     texts = split_lib.make(config, cache.root(config.cache_dir)).sample
   return tokenizer_lib.load(config, texts)
+
+
+def _open_rows(path: pathlib.Path, config: config_lib.DataConfig,
+               tokenizer: tokenizer_lib.Tokenizer) -> rows_lib.PackedRows:
+  return rows_lib.PackedRows(path, eos_id=tokenizer.eos_id, seq_len=config.seq_len, batch_size=config.batch_size,
+                             seed=config.shuffle_seed, dtype=_dtype(tokenizer))
+
+
+def _identify(config: config_lib.DataConfig, split: split_lib.Split) -> identity_lib.Identity:
+  return identity_lib.make(config, split.opened, cache.root(config.cache_dir))
 
 
 def _prepare(config: config_lib.DataConfig, split: split_lib.Split,
