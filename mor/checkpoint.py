@@ -14,7 +14,7 @@ an incomplete copy) is renamed to STEP.damaged by training, which resumes from t
 checkpoint before it. Everybody else reads the checkpoint before it, and renames nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import contextlib
 import functools
 import itertools
@@ -27,21 +27,15 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
 
 from mor import config as config_lib
+from mor import continuation
 from mor import distributed
 from mor import integrity
 from mor import paths
 from mor.model import transformer
 from mor.model.routers import table as router_table
-
-# Fields that may differ between a checkpoint and the run that continues it: they change
-# logging, storage and placement, but not the result of the computation.
-# (train.steps is free as well if the learning rate does not depend on it.)
-FREE_FIELDS = frozenset((
-    "data.cache_dir", "model.attention", "train.loss_block", "train.log_every", "train.eval_every", "train.eval_rows",
-    "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.step_timeout",
-    "train.sample_prompt", "train.sample_tokens", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"))
 
 _ATTEMPTS = 20  # of a reader whose checkpoints are removed by a run that saves meanwhile
 
@@ -49,7 +43,8 @@ _ATTEMPTS = 20  # of a reader whose checkpoints are removed by a run that saves 
 class Checkpoints:
   """The checkpoints of one workdir. Use as a context manager."""
 
-  def __init__(self, workdir: str | os.PathLike, keep: int = 1, keep_every: int = 0, read_only: bool = False):
+  def __init__(self, workdir: str | os.PathLike, keep: int = 1, keep_every: int = 0, read_only: bool = False,
+               keep_steps: Collection[int] = ()):
     """Opens `workdir`/checkpoints; for training, every process of the run must open it.
 
     Args:
@@ -57,6 +52,7 @@ class Checkpoints:
       keep: number of newest checkpoints that a save leaves.
       keep_every: steps; checkpoints at multiples of it are never removed; 0 keeps none.
       read_only: whether to leave the directory unchanged, e.g. beside a running run.
+      keep_steps: steps whose checkpoints are never removed.
     """
     self.directory = paths.directory(workdir) / "checkpoints"
     self._manager = None
@@ -64,8 +60,10 @@ class Checkpoints:
     if not read_only:
       with _one_line(f"cannot write {self.directory}", "give a --workdir that you may write", errors=OSError):
         self.directory.mkdir(parents=True, exist_ok=True)
+      kept = [managers.LatestN(keep), managers.CustomSteps(keep_steps)]
+      kept += [managers.EveryNSteps(keep_every)] if keep_every else []
       self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
-          max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True,
+          preservation_policy=managers.AnyPreservationPolicy(kept), cleanup_tmp_directories=True,
           async_options=ocp.AsyncOptions(post_finalization_callback=self._write_hashes)))
 
   def __enter__(self) -> "Checkpoints":
@@ -90,23 +88,29 @@ class Checkpoints:
     router_table.make(config.model)  # refuses a router that this code does not have
     return config
 
-  def check(self, config: config_lib.Config) -> None:
-    """Raises ValueError if `config` cannot continue the newest checkpoint whose config is readable."""
+  def check(self, config: config_lib.Config, free: Collection[str] = ()) -> None:
+    """Raises ValueError if `config` cannot continue the newest checkpoint whose config is readable.
+
+    Args:
+      config: the experiment.
+      free: fields that may differ besides `continuation.FREE_FIELDS`.
+    """
     found = self._newest(self._meta)
     if found is None:
       return
-    step, meta = found
-    old, new = _flatten(meta["config"]), _flatten(config_lib.to_dict(config))
-    free = FREE_FIELDS | ({"train.steps"} if config.optim.schedule == "constant" else frozenset())
-    differing = sorted(k for k in old.keys() | new.keys() if k not in free and old.get(k) != new.get(k))
-    if differing:
-      what = ", ".join(f"{k}={new.get(k)!r} (there {old.get(k)!r})" for k in differing[:3])
-      more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-      raise ValueError(f"{self.directory} holds a checkpoint of another config: {what}{more}; "
-                       "give another --workdir, or the config it was made with")
-    if config.train.steps < step:
-      raise ValueError(f"train.steps={config.train.steps} but {self.directory} is at step {step}; "
-                       f"use at least {step} steps, or another --workdir")
+    continuation.check(self.directory, found[1]["config"], found[0], self._steps(), config, free)
+
+  def rewind(self, config: config_lib.Config) -> None:
+    """Sets aside the checkpoints of a cooldown that `config`, with more steps, begins later; see `check`."""
+    found = self._newest(self._meta)
+    if found is None:
+      return
+    step, old = found[0], found[1]["config"]
+    start = continuation.find_start(old, step, self._steps(), config)
+    distributed.barrier("every process knows where to start")
+    if start is not None and start != step:
+      later = [other for other in self._steps() if other > start]
+      self._set_aside(later, start, "cooldown", f"is of the cooldown to step {old['train']['steps']}")
 
   def restore(self, target: Any, partial: bool = False) -> tuple[Any, int]:
     """Returns the newest state, sharded like `target`, and its step.
@@ -132,7 +136,7 @@ class Checkpoints:
     newest = self.latest_step()
     step, state = self._newest(self._check_hashes, read, together=True)
     if self._manager and step != newest:
-      self._set_aside([other for other in self._steps() if other > step], step)
+      self._set_aside([other for other in self._steps() if other > step], step, "damaged", "is damaged")
     return state, step
 
   def _check_hashes(self, step: int) -> None:
@@ -239,17 +243,17 @@ class Checkpoints:
         return None, error or OSError(f"another process cannot read the checkpoint {self._path(step)}")
     return found, None
 
-  def _set_aside(self, damaged: list[int], step: int) -> None:
-    """Renames damaged checkpoints, so that their steps can be saved again."""
-    for other in damaged if distributed.is_main() else ():
+  def _set_aside(self, steps: list[int], step: int, suffix: str, why: str) -> None:
+    """Renames checkpoints, so that their steps can be saved again, and `step` is the newest one."""
+    for other in steps if distributed.is_main() else ():
       path = self._path(other)
-      names = itertools.chain([f"{other}.damaged"], (f"{other}.damaged-{n}" for n in itertools.count(2)))
+      names = itertools.chain([f"{other}.{suffix}"], (f"{other}.{suffix}-{n}" for n in itertools.count(2)))
       aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-      with _one_line(f"cannot rename the damaged checkpoint {path}", "remove it", errors=OSError):
+      with _one_line(f"cannot rename the checkpoint {path}, which {why}", "remove it", errors=OSError):
         path.rename(aside)
-      print(f"warning: the checkpoint {path} is damaged and kept as {aside.name}; going on from the one before, "
+      print(f"warning: the checkpoint {path} {why} and kept as {aside.name}; going on from the one before, "
             f"{self._path(step)}", file=sys.stderr, flush=True)
-    distributed.barrier("damaged checkpoints are set aside")
+    distributed.barrier("checkpoints are set aside")
     self._manager.reload()
 
   def _meta(self, step: int) -> dict[str, Any]:
@@ -356,11 +360,3 @@ def _to_plain(tree: Any) -> dict[str, Any]:
     *groups, name = path.split("/")
     functools.reduce(lambda at, group: at.setdefault(group, {}), groups, plain)[name] = leaf
   return plain
-
-
-def _flatten(fields: Any, prefix: str = "") -> dict[str, Any]:
-  """Turns {"a": {"b": 1}} into {"a.b": 1}, and tuples into lists as in JSON."""
-  if not isinstance(fields, dict):
-    return {prefix: list(fields) if isinstance(fields, tuple) else fields}
-  return {k: v for name, value in fields.items()
-          for k, v in _flatten(value, f"{prefix}.{name}" if prefix else name).items()}

@@ -8,6 +8,7 @@ Below this file nothing has a default and nothing is looked up by string.
 
 import copy
 import dataclasses
+import sys
 from typing import Any, Literal
 
 import ml_collections
@@ -74,6 +75,12 @@ class OptimConfig:
     _require(self.eps > 0, f"optim.eps={self.eps}", "use a value > 0")
     _require(self.weight_decay >= 0, f"optim.weight_decay={self.weight_decay}", "use a value >= 0")
     _require(self.clip_norm >= 0, f"optim.clip_norm={self.clip_norm}", "use 0 for off, or a positive norm")
+
+  def shared_steps(self, steps: int) -> int:
+    """Returns the number of first steps of a run whose learning rates are those of every longer run."""
+    if self.schedule == "wsd":
+      return max(self.warmup_steps, steps - int(self.cooldown_fraction * steps))
+    return self.warmup_steps if self.schedule == "cosine" else sys.maxsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +209,11 @@ class Config:
              f"optim.warmup_steps={self.optim.warmup_steps} exceeds train.steps={self.train.steps}",
              "shorten the warm-up or train longer")
     self.exit.check(self.model)
+
+  def cooldown_start(self) -> int | None:
+    """Returns the number of steps before the learning rate of wsd falls; None where it never does."""
+    start = self.optim.shared_steps(self.train.steps)
+    return start if self.optim.schedule == "wsd" and start < self.train.steps else None
 
 
 def default() -> ml_collections.ConfigDict:

@@ -74,8 +74,8 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, finish: Finish 
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(signals.Stop())
     corpus = text.load(config.data, config.model.vocab_size)
-    checkpoints = stack.enter_context(
-        checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every))
+    checkpoints = stack.enter_context(_open_checkpoints(config, workdir))
+    checkpoints.rewind(config)
     state, start = restore_or_init(config, mesh, checkpoints)
     main = distributed.is_main()
     writer = stack.enter_context(metrics_lib.Writer(workdir, start, enabled=main))
@@ -113,9 +113,16 @@ def make_evaluate(config: config_lib.Config, mesh: jax.sharding.Mesh,
       config.data.batch_size, config.train.eval_rows))
 
 
+def _open_checkpoints(config: config_lib.Config, workdir: str | os.PathLike) -> checkpoint.Checkpoints:
+  """Opens a workdir for training; the checkpoint before a cooldown is kept, so that a longer run can go on from it."""
+  cooldown = config.cooldown_start()
+  return checkpoint.Checkpoints(workdir, config.train.keep_checkpoints, config.train.keep_every,
+                                keep_steps=() if cooldown is None else (cooldown,))
+
+
 def _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, log, stop):
   """Runs the steps; returns the state and the number of finished steps."""
-  plan, step = config.train, start
+  plan, step, cooldown = config.train, start, config.cooldown_start()
   train_step = step_lib.make_train_step(config, mesh, teacher)
   rows = sharding.local_rows(mesh, config.data.batch_size)
 
@@ -131,7 +138,7 @@ def _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoint
       if last or step % plan.eval_every == 0:
         log.flush()
         log.put_evaluation(step, evaluate(state))
-      if last or stopping or step % plan.checkpoint_every == 0:
+      if last or stopping or step % plan.checkpoint_every == 0 or step == cooldown:
         log.flush()
         log.copy()
         step_lib.check_state(state, step)

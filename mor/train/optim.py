@@ -17,8 +17,7 @@ def learning_rate(config: config_lib.Config) -> optax.Schedule:
 
 
 def _wsd(c: config_lib.OptimConfig, steps: int) -> optax.Schedule:
-  cooldown = int(c.cooldown_fraction * steps)
-  plateau_end = max(c.warmup_steps, steps - cooldown)
+  plateau_end = c.shared_steps(steps)
   return optax.join_schedules(
       [_constant(c, steps), optax.linear_schedule(c.learning_rate, c.end_ratio * c.learning_rate,
                                                   max(1, steps - plateau_end))],

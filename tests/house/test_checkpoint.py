@@ -103,8 +103,9 @@ def test_another_config_is_refused_by_name(saved):
       checkpoints.check(other)
     checkpoints.check(tiny.config())
     checkpoints.check(tiny.config(train=dict(log_every=9, checkpoint_every=8), data=dict(cache_dir="x")))
-    with pytest.raises(ValueError, match=r"train.steps=6 \(there 5\)"):
-      checkpoints.check(tiny.config(train=dict(steps=6)))
+    checkpoints.check(tiny.config(data=dict(source="x")), {"data.source"})
+    with pytest.raises(ValueError, match="data.source='x'"):
+      checkpoints.check(tiny.config(data=dict(source="x")))
 
 
 def test_a_constant_rate_may_train_longer(tmp_path):
@@ -115,6 +116,37 @@ def test_a_constant_rate_may_train_longer(tmp_path):
     checkpoints.check(tiny.config(constant, train=dict(steps=9)))
     with pytest.raises(ValueError, match="train.steps=3 but .* is at step 4"):
       checkpoints.check(tiny.config(constant, train=dict(steps=3)))
+
+
+def test_more_steps_go_on_before_the_cooldown(tmp_path, capsys):
+  """The rate of wsd falls from step 4 of 5, and from step 8 of 10."""
+  with checkpoint.Checkpoints(tmp_path, keep=1, keep_steps=(4,)) as checkpoints:
+    for step in range(1, 6):
+      checkpoints.save(step, make_state(step), tiny.config())
+    checkpoints.wait()
+    longer = tiny.config(train=dict(steps=10))
+    checkpoints.check(longer)
+    with pytest.raises(ValueError, match="train.steps=4 .there 5."):
+      checkpoints.check(tiny.config(train=dict(steps=4)))
+    checkpoints.rewind(tiny.config())
+    assert checkpoints.latest_step() == 5
+    checkpoints.rewind(longer)
+    assert equal(checkpoints.restore(make_state(0)), make_state(4))
+    checkpoints.save(5, make_state(6), longer)
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5", "5.cooldown"]
+  assert "5 is of the cooldown to step 5 and kept as 5.cooldown; going on from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_more_steps_without_such_a_checkpoint_say_which(schedule, tmp_path):
+  config = tiny.config(optim=dict(schedule=schedule))
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(5, make_state(5), config)
+    checkpoints.wait()
+    first = {"wsd": 4, "cosine": 2}[schedule]
+    with pytest.raises(ValueError, match=rf"train.steps=10 \(there 5\) changes the learning rate from step {first} on, and "
+                       rf".* holds no checkpoint of step {first} or before.*train.keep_every"):
+      checkpoints.check(tiny.config(optim=dict(schedule=schedule), train=dict(steps=10)))
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tmp_path, monkeypatch):

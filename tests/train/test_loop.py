@@ -192,3 +192,18 @@ def test_a_second_signal_interrupts():
     assert stop.requested
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_a_finished_wsd_run_trains_longer_as_if_it_had_always_been_to(make_config, tmp_path, capsys):
+  """It keeps the checkpoint before its cooldown, with the optimizer's state."""
+  save = dict(checkpoint_every=100, eval_every=100, keep_checkpoints=1)
+  loop.train(make_config(train=dict(steps=5, **save)), tmp_path / "run")
+  assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["4", "5"]
+  longer = make_config(train=dict(steps=7, **save))
+  loop.train(longer, tmp_path / "run")
+  assert "resuming at step 4" in capsys.readouterr().err
+  loop.train(longer, tmp_path / "straight")
+  (ours, step), (theirs, _) = final_state(longer, tmp_path / "run"), final_state(longer, tmp_path / "straight")
+  assert step == 7
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)

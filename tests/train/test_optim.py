@@ -74,3 +74,10 @@ def test_moments_decay_as_the_config_says():
     first, second = 0.7 * first + 0.3 * gradient, 0.6 * second + 0.4 * gradient**2
     expected = -(first / (1 - 0.7**step)) / (np.sqrt(second / (1 - 0.6**step)) + 0.5)
     np.testing.assert_allclose(updates["embedding"], [expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", list(optim.SCHEDULES))
+def test_shared_steps_have_the_rates_of_a_longer_run(schedule):
+  shared = min(20, tiny.config(optim=dict(schedule=schedule, warmup_steps=4)).optim.shared_steps(20))
+  assert shared == {"wsd": 16, "cosine": 4, "constant": 20}[schedule]
+  np.testing.assert_array_equal(rates(schedule)[:shared], rates(schedule, steps=50)[:shared])
