@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import harness
 from mor import checkpoint
-from mor.data import text
+from mor import run as run_lib
 from mor.decode import decoder as decoder_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
   model = model_lib.load(args.workdir)
   with checkpoint.Checkpoints(args.workdir, read_only=True) as checkpoints:
     config = checkpoints.config()
-  batch = next(iter(text.load(config.data, config.model.vocab_size).validation.in_order(args.rows)))
+  batch = next(iter(run_lib.load_corpus(args.workdir, config).validation.in_order(args.rows)))
   tokens_BT, target_BT, first_BT = batch["tokens_BT"], batch["target_BT"], batch["segment_BT"] == 1
   rows, right = [], None
   for weight_format, kv_format in PAIRS:

@@ -3,8 +3,8 @@
   python -m mor.main --config=quickstart --workdir=runs/quickstart
   python -m mor.main --workdir=runs/quickstart --mode=generate --prompt="My fellow"
 
-Modes: `train` starts or resumes the run of a workdir; `eval` prints its held-out
-figures as a JSON object; `generate` continues prompts, or those of a file as JSON
+Modes: `train` starts or resumes the run of a workdir; `eval` prints its held-out figures,
+or those of another text, as a JSON object; `generate` continues prompts, or those of a file as JSON
 lines; `calibrate` finds the threshold of a run's exits on a text, and stores it for
 `generate`; `convert` starts a run from a pretrained model, `export` writes a run's model for
 PyTorch or llama.cpp; `info` prints the size and cost of a config as a JSON object; `fields` prints
@@ -52,10 +52,10 @@ from mor import distributed
 from mor import fields
 from mor import paths
 from mor import report
+from mor import run as run_lib
 from mor import sharding
 from mor.aot import compiled
 from mor.conversion import command as conversion
-from mor.data import text
 from mor.exits import calibration
 from mor.exits import confidence
 from mor.exits import policy as exits_lib
@@ -87,6 +87,10 @@ _SOURCE = flags.DEFINE_string(
 _TARGET = flags.DEFINE_enum(
     "target", "hf", list(conversion.TARGETS),
     "export: hf is any model, with code of its own; llama a plain one, unrolled; gguf the same as a file of llama.cpp.")
+_ACCEPT = flags.DEFINE_bool(
+    "accept_new_data", False, "train, eval, calibrate, study: go on with other texts than the run was trained on.")
+_EVAL_TEXT = flags.DEFINE_string(
+    "eval_text", None, "eval: text to read in place of the held-out text, as data.source; it needs no corpus.")
 _OUTPUT = flags.DEFINE_string("output", None, "export: folder to create, or of --target=gguf the file, NAME.gguf.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"],
                            "export: of the weights; float16 with --target=gguf.")
@@ -147,7 +151,7 @@ _CALIBRATION = {  # see mor/serve/calibrate.py and mor/exits/calibration.py
 
 
 def _train() -> int:
-  outcome = loop.train(_config("train"), _workdir("train"), report.finish)
+  outcome = loop.train(_config("train"), _workdir("train"), report.finish, _ACCEPT.value)
   if distributed.is_main():
     print(outcome.text, flush=True)
   return 0 if outcome.summary is not None else STOPPED
@@ -155,10 +159,16 @@ def _train() -> int:
 
 def _eval() -> int:
   config, state, step, mesh = _restore("eval")
-  corpus = text.load(config.data, config.model.vocab_size)
-  figures = loop.make_evaluate(config, mesh, corpus)(state)
+  workdir = _workdir("eval")
+  if _EVAL_TEXT.value:
+    tokenizer = run_lib.load_tokenizer(workdir, config.data)
+    figures, content = loop.evaluate_text(config, mesh, state, tokenizer, _EVAL_TEXT.value)
+  else:
+    corpus = run_lib.load_corpus(workdir, config, _ACCEPT.value, "or give their new place with "
+                                 "--config.data.source, or another text with --eval_text=FILE")
+    figures, content = loop.make_evaluate(config, mesh, corpus)(state), corpus.validation_text()
   if distributed.is_main():
-    compressors = evaluate.compressed_bits_per_byte(corpus.validation_text())
+    compressors = evaluate.compressed_bits_per_byte(content)
     print(json.dumps({"step": step, **figures, **compressors}))
   return 0
 
@@ -179,7 +189,8 @@ def _generate() -> int:
 
 def _calibrate() -> int:
   fields = command.read_exits(_given(_EXITS))
-  print(json.dumps(dataclasses.asdict(calibrate.run(_workdir("calibrate"), fields, _given(_CALIBRATION)))))
+  settings = _given(_CALIBRATION) | {"accept_new_data": _ACCEPT.value}
+  print(json.dumps(dataclasses.asdict(calibrate.run(_workdir("calibrate"), fields, settings))))
   return 0
 
 
@@ -225,7 +236,8 @@ def _compile() -> int:
 def _study() -> int:
   config, workdir = _config("study"), _workdir("study")
   study = study_plan.read(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
-  if not study_lib.run(config, study, workdir, shlex.join(["python", "-m", "mor.main", *sys.argv[1:]])):
+  command = shlex.join(["python", "-m", "mor.main", *sys.argv[1:]])
+  if not study_lib.run(config, study, workdir, command, _ACCEPT.value):
     print("stopped and saved; run the same command to go on", flush=True)
     return STOPPED
   print((pathlib.Path(workdir) / "study.md").read_text(encoding="utf-8"))
@@ -259,7 +271,7 @@ def _restore(mode: str) -> tuple[config_lib.Config, step_lib.TrainState, int, ja
       raise ValueError(f"{checkpoints.directory} holds no checkpoint; train first with --mode=train, "
                        "or give the --workdir of a run")
     config = checkpoints.config() if _CONFIG.value is None else _config(mode)
-    checkpoints.check(config)
+    checkpoints.check(config, run_lib.free_fields(checkpoints.directory.parent, _ACCEPT.value))
     mesh = sharding.make_mesh(config.mesh)
     return config, *loop.restore_or_init(config, mesh, checkpoints), mesh
 

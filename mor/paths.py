@@ -59,7 +59,10 @@ def local(workdir: str | os.PathLike, mode: str) -> pathlib.Path:
 
 
 def write_whole(path: pathlib.Path | epath.Path, content: str) -> None:
-  """Writes a text file whole or not at all."""
+  """Writes a text file whole or not at all, as an object store always does."""
+  if is_url(path):
+    path.write_text(content, encoding="utf-8")
+    return
   temporary = path.parent / (path.name + ".partial")
   temporary.write_text(content, encoding="utf-8")
   temporary.replace(path)

@@ -35,7 +35,9 @@ from mor import checkpoint
 from mor import config as config_lib
 from mor import costs
 from mor import json_file
+from mor import lock as lock_lib
 from mor import paths
+from mor import run as run_lib
 from mor.conversion import gguf_export
 from mor.conversion import gguf_import
 from mor.conversion import hf_export
@@ -43,7 +45,6 @@ from mor.conversion import hf_import
 from mor.conversion import official_import
 from mor.conversion import pretrained
 from mor.conversion import recursive_init
-from mor.data import text
 from mor.data import tokenizer as tokenizer_lib
 from mor.train import step as step_lib
 
@@ -60,6 +61,7 @@ class _Given:
   variables: Mapping[str, Any]
   tokenizer: str | None
   about: dict[str, Any] | None  # pretrained.json
+  trained: tuple[str, tokenizer_lib.Tokenizer] | None = None  # data.tokenizer of a run, and what it is
 
 
 def read(spec: str, target: config_lib.ModelConfig | None = None) -> pretrained.Source:
@@ -98,18 +100,26 @@ def convert(config: config_lib.Config, spec: str, workdir: str | os.PathLike) ->
     ValueError: something given is wrong or does not fit; nothing is written then.
     OSError: a file cannot be read or written.
   """
+  with lock_lib.Lock(paths.local(workdir, "convert"), "converts a model") as lock:
+    return _convert(config, spec, workdir, lock)
+
+
+def _convert(config, spec, workdir, lock):
+  """Converts under the lock, which it takes for good when it first writes."""
   directory = paths.local(workdir, "convert")
-  with checkpoint.Checkpoints(workdir, read_only=True) as existing:
-    if existing.latest_step() is not None:
-      raise ValueError(f"{existing.directory} holds a checkpoint already; give another --workdir")
-  given = _given(spec, config.model)
+  _refuse_checkpoint(workdir)
+  given = _given(spec, config)
   variables = recursive_init.convert(config.model, config.init, config.seed, given.model, given.variables)
   _check_tokenizer(config, given, directory)
-  directory.mkdir(parents=True, exist_ok=True)
+  tokenizer = _find_tokenizer(config, given)
+  lock.acquire()
+  _refuse_checkpoint(workdir)  # of a process that was here before the lock
   if given.tokenizer is not None:
     paths.write_whole(directory / "tokenizer.json", given.tokenizer)
   if given.about is not None:
     paths.write_whole(directory / "pretrained.json", json.dumps(given.about, indent=1))
+  if tokenizer is not None:
+    run_lib.keep_tokenizer(workdir, config.data.tokenizer, tokenizer)
   state = step_lib.start(config, jax.tree.map(jnp.asarray, variables))
   with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
     checkpoints.save(0, state, config)
@@ -135,7 +145,7 @@ def export(workdir: str | os.PathLike, target: str, output: str | os.PathLike, d
   """
   config, step, variables = checkpoint.load_variables(workdir)
   about = checkpoint.load_pretrained(workdir) or {}
-  tokenizer = text.load_tokenizer(config.data)
+  tokenizer = run_lib.load_tokenizer(workdir, config.data)
   TARGETS[target](output, config.model, jax.tree.map(np.asarray, variables), tokenizer=tokenizer.serialized,
                   chat_template=about.get("chat_template"), context=about.get("context") or config.data.seq_len,
                   dtype=dtype, special_ids=_special_ids(about if step == 0 else {}, tokenizer.eos_id))
@@ -165,20 +175,38 @@ def _find(spec: str, kinds: Collection[str]) -> tuple[str, pathlib.Path]:
   return kind, expanded
 
 
-def _given(spec: str, target: config_lib.ModelConfig) -> _Given:
+def _given(spec: str, config: config_lib.Config) -> _Given:
   kind, _, path = spec.partition(":")
   if kind == "mor":
-    config, step, variables = checkpoint.load_variables(path)
-    file = pathlib.Path(path).expanduser() / "tokenizer.json"
-    tokenizer = file.read_text(encoding="utf-8") if file.is_file() else None
+    theirs, step, variables = checkpoint.load_variables(path)
     variables = jax.tree.map(np.asarray, variables)
     _check_finite(path, variables)
-    return _Given(config.model, variables, tokenizer, _about_run(path, step))
-  source = read(spec, target)
+    tokenizer, trained = _tokenizer_of_run(path, theirs, config.data.tokenizer)
+    return _Given(theirs.model, variables, tokenizer, _about_run(path, step), trained)
+  source = read(spec, config.model)
   about = dict(opening=source.opening, stops=source.stops, eos_id=source.eos_id, context=source.context,
                special_ids=source.special_ids, special_tokens=source.special_tokens, add_bos=source.add_bos,
                chat_template=source.chat_template)
   return _Given(source.model, source.variables, source.tokenizer, about)
+
+
+def _tokenizer_of_run(workdir: str, theirs: config_lib.Config,
+                      name: str) -> tuple[str | None, tuple[str, tokenizer_lib.Tokenizer] | None]:
+  """Returns the tokenizer.json of a run, unless "bytes" or "bpe:SIZE" names it here too, and what its record says."""
+  record = run_lib.read(workdir)
+  if record is None:
+    file = pathlib.Path(workdir).expanduser() / "tokenizer.json"
+    return file.read_text(encoding="utf-8") if file.is_file() else None, None
+  trained = record.tokenizer.name, run_lib.load_tokenizer(workdir, theirs.data)
+  if name == trained[0] and (name == "bytes" or name.startswith("bpe:")):
+    return None, trained
+  return trained[1].serialized, trained
+
+
+def _eos_id(given: _Given) -> int | None:
+  if given.trained is not None:
+    return given.trained[1].eos_id
+  return (given.about or {}).get("eos_id")
 
 
 def _about_run(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
@@ -197,6 +225,22 @@ def _check_finite(workdir: str | os.PathLike, variables: Mapping[str, Any]) -> N
                        "they came")
 
 
+def _refuse_checkpoint(workdir: str | os.PathLike) -> None:
+  with checkpoint.Checkpoints(workdir, read_only=True) as existing:
+    if existing.latest_step() is not None:
+      raise ValueError(f"{existing.directory} holds a checkpoint already; give another --workdir")
+
+
+def _find_tokenizer(config: config_lib.Config, given: _Given) -> tokenizer_lib.Tokenizer | None:
+  """Returns the tokenizer that the run will read text with; None for "bpe:SIZE", which its first start trains."""
+  name = config.data.tokenizer
+  if given.trained is not None and given.trained[0] == name:
+    return given.trained[1]
+  if given.tokenizer is not None:
+    return tokenizer_lib.JsonTokenizer(given.tokenizer, _eos_id(given))
+  return None if name.startswith("bpe:") else tokenizer_lib.load(config.data, None)
+
+
 def _check_tokenizer(config: config_lib.Config, given: _Given, directory: pathlib.Path) -> None:
   """Raises ValueError if the run could not be asked with text, or would read it otherwise than the source does."""
   name, ours = config.data.tokenizer, directory / "tokenizer.json"
@@ -206,9 +250,8 @@ def _check_tokenizer(config: config_lib.Config, given: _Given, directory: pathli
       raise ValueError(f"data.tokenizer={name!r} is where a source's tokenizer goes, and the source has none; give the "
                        "path of its tokenizer.json, or put it beside the source")
     return
-  eos_id = (given.about or {}).get("eos_id")
   try:
-    expected = tokenizer_lib.JsonTokenizer(given.tokenizer, eos_id)
+    expected = tokenizer_lib.JsonTokenizer(given.tokenizer, _eos_id(given))
   except ValueError as error:
     raise ValueError(f"the source's tokenizer: {error}") from error
   if is_ours:

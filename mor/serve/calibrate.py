@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mor import config as config_lib
-from mor.data import text as text_lib
+from mor import run as run_lib
 from mor.exits import calibration
 from mor.exits import pairs
 from mor.exits import policy as exits_lib
@@ -33,7 +33,8 @@ def run(workdir: str | os.PathLike, exits: Mapping[str, Any], settings: Mapping[
   Args:
     workdir: run directory.
     exits: fields of `policy.Exits`; without "after" the exits are those that the run was trained with.
-    settings: "method", "risk" or "agreement", "text" (a file) and "tokens", each optional.
+    settings: "method", "risk" or "agreement", "text" (a file), "tokens" and
+      "accept_new_data", each optional.
 
   Raises:
     ValueError: a setting is wrong, or the text is too short; nothing is written then.
@@ -48,7 +49,7 @@ def run(workdir: str | os.PathLike, exits: Mapping[str, Any], settings: Mapping[
   if not after:
     raise ValueError("the run was trained without exits; give --exit_after=LAYERS")
   made = exits_lib.Exits(**{**exits, "after": tuple(after)})
-  rows, name, digest = _read_rows(model, config, settings.get("text"), settings.get("tokens", TOKENS))
+  rows, name, digest = _read_rows(workdir, model, config, settings)
   found = pairs.collect(model.config, model.variables, made, rows, model.vocab_size)
   confidence_M, agreed_M = pairs.reduce_to_tokens(*found)
   threshold = calibration.METHODS[method](confidence_M, agreed_M, **options)
@@ -79,14 +80,16 @@ def choose_method(settings: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
   return method, options
 
 
-def _read_rows(model: model_lib.Model, config: config_lib.Config, path: str | None,
-               num_tokens: int) -> tuple[Iterator[tuple[np.ndarray, np.ndarray]], str, str]:
+def _read_rows(workdir: str | os.PathLike, model: model_lib.Model, config: config_lib.Config,
+               settings: Mapping[str, Any]) -> tuple[Iterator[tuple[np.ndarray, np.ndarray]], str, str]:
   """Returns batches of tokens and segments, the name of the text, and its hash."""
+  path, num_tokens = settings.get("text"), settings.get("tokens", TOKENS)
   if num_tokens < 1:
     raise ValueError(f"--calibration_tokens={num_tokens}; use a count >= 1")
   num_rows = -(-num_tokens // model.context)
   if path is None:
-    corpus = text_lib.load(config.data, config.model.vocab_size)
+    corpus = run_lib.load_corpus(workdir, config, settings.get("accept_new_data", False),
+                                 "or give another text with --calibration_text=FILE")
     batches = ((batch["tokens_BT"], batch["segment_BT"]) for batch in corpus.validation.in_order(_BATCH, num_rows))
     return batches, "held-out", _hash(corpus.validation_text())
   text = pathlib.Path(path).read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import jax
 
 from mor import checkpoint
 from mor import config as config_lib
-from mor.data import text
+from mor import run as run_lib
 from mor.decode import decoder as decoder_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
@@ -113,7 +113,7 @@ def load(workdir: str | os.PathLike) -> Model:
   """Returns the newest checkpoint of a run, with its tokenizer and, if it was calibrated, its exits.
 
   Raises:
-    ValueError: the directory holds no checkpoint, or its `exits.json` is damaged.
+    ValueError: the directory holds no checkpoint, or its record or `exits.json` is damaged.
     OSError: the checkpoint is damaged.
   """
   return dataclasses.replace(open_run(workdir)[0], stored_exits=stored_lib.read(workdir))
@@ -122,7 +122,7 @@ def load(workdir: str | os.PathLike) -> Model:
 def open_run(workdir: str | os.PathLike) -> tuple[Model, config_lib.Config]:
   """Returns what `load` does, without exits, and the config of the run."""
   config, step, variables = checkpoint.load_variables(workdir)
-  tokenizer = text.load_tokenizer(config.data)
+  tokenizer = run_lib.load_tokenizer(workdir, config.data)
   model = Model(config.model, variables, tokenizer, config.data.seq_len, step=step)
   about = checkpoint.load_pretrained(workdir) if step == 0 else None
   if about is None:

@@ -16,7 +16,6 @@ import pathlib
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 from typing import Any
 
@@ -25,10 +24,11 @@ import jax
 from mor import checkpoint
 from mor import config as config_lib
 from mor import costs
+from mor import lock as lock_lib
 from mor import paths
 from mor import report
+from mor import run as run_lib
 from mor import sharding
-from mor.data import text
 from mor.study import judge as judge_lib
 from mor.study import plan as study_plan
 from mor.study import report as study_report
@@ -36,7 +36,8 @@ from mor.train import loop
 from mor.train import metrics as metrics_lib
 
 
-def run(base: config_lib.Config, study: study_plan.Study, workdir: str | os.PathLike, command: str) -> bool:
+def run(base: config_lib.Config, study: study_plan.Study, workdir: str | os.PathLike, command: str,
+        accept_new_data: bool = False) -> bool:
   """Trains and judges all members; returns True if the study is complete.
 
   Args:
@@ -44,6 +45,7 @@ def run(base: config_lib.Config, study: study_plan.Study, workdir: str | os.Path
     study: members and held-out sets.
     workdir: directory of the study.
     command: command line, for the record.
+    accept_new_data: whether members may go on with other texts than they were trained on.
 
   Raises:
     FloatingPointError: a member diverges.
@@ -53,15 +55,23 @@ def run(base: config_lib.Config, study: study_plan.Study, workdir: str | os.Path
   if jax.process_count() > 1:
     raise ValueError(f"a study runs in one process, here are {jax.process_count()}; train its members one by one")
   workdir = paths.local(workdir, "study")
+  with lock_lib.Lock(workdir, "runs a study") as lock:
+    return _run(base, study, workdir, command, accept_new_data, lock)
+
+
+def _run(base, study, workdir, command, accept_new_data, lock):
+  """Runs the study under its lock, which it takes for good when it first writes."""
   runs = study_plan.make(base, study)
   results = [_finished(workdir, study, one) for one in runs]  # raises before any training
-  corpus = text.load(base.data, base.model.vocab_size)
+  started = [workdir / one.name / "full" for one in runs]  # with one text and one tokenizer, or none has started
+  corpus = run_lib.load_corpus(next(filter(_has_started, started), started[0]), base, accept_new_data)
+  lock.acquire()
   judge = judge_lib.Judge(study, base.data, corpus, workdir / "texts")
   header = _header(base, study, command) | {"missing": judge.missing}
   for index, one in enumerate(runs):
     if results[index] is None:
       print(f"[{index + 1}/{len(runs)}] {one.member.label}, seed {one.full.seed}", file=sys.stderr, flush=True)
-      results[index] = _train_and_judge(workdir / one.name, one, judge)
+      results[index] = _train_and_judge(workdir / one.name, one, judge, accept_new_data)
       if results[index] is None:
         return False
       results[index] |= {"commit": header["commit"], "made_for": _made_for(study, one)}
@@ -72,13 +82,14 @@ def run(base: config_lib.Config, study: study_plan.Study, workdir: str | os.Path
   return True
 
 
-def _train_and_judge(directory: pathlib.Path, one: study_plan.Run, judge: judge_lib.Judge) -> dict[str, Any] | None:
+def _train_and_judge(directory: pathlib.Path, one: study_plan.Run, judge: judge_lib.Judge,
+                     accept_new_data: bool = False) -> dict[str, Any] | None:
   """Returns the result of a member; None if a signal stopped its training."""
-  if loop.train(one.full, directory / "full", report.finish).summary is None:
+  if loop.train(one.full, directory / "full", report.finish, accept_new_data).summary is None:
     return None
   if one.short is not None:
     fork(one, directory)
-    if loop.train(one.short, directory / "short", report.finish).summary is None:
+    if loop.train(one.short, directory / "short", report.finish, accept_new_data).summary is None:
       return None
   figures = judge.make(one.full, sharding.make_mesh(one.full.mesh))
   result = _describe(one) | {"equal_flops": _end(one.full, directory / "full", figures)}
@@ -109,15 +120,9 @@ def fork(one: study_plan.Run, directory: pathlib.Path) -> None:
     target.save(step, state, one.short)
 
 
-def commit() -> str | None:
-  """Returns the commit of this code, marked if files differ from it; None outside of git."""
-  def git(*args: str) -> str:
-    root = pathlib.Path(__file__).parents[2]
-    return subprocess.run(["git", "-C", root, *args], check=True, capture_output=True, text=True).stdout.strip()
-  try:
-    return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "mor", "configs") else "")
-  except (OSError, subprocess.CalledProcessError):
-    return None
+def _has_started(directory: pathlib.Path) -> bool:
+  with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
+    return checkpoints.latest_step() is not None
 
 
 def _end(config: config_lib.Config, directory: pathlib.Path, figures) -> dict[str, Any]:
@@ -153,7 +158,7 @@ def _header(base: config_lib.Config, study: study_plan.Study, command: str) -> d
   flops_per_token = study_plan.forward_flops(study_plan.override(base, reference))
   device = jax.devices()[0]
   return {
-      "command": command, "commit": commit(), "platform": device.platform, "device": device.device_kind,
+      "command": command, "commit": run_lib.commit(), "platform": device.platform, "device": device.device_kind,
       "num_devices": jax.device_count(), "machine": platform.machine(), "num_cpus": os.cpu_count(),
       "jax": jax.__version__, "compute_dtype": base.model.compute_dtype, "tokens_per_step": per_step,
       "reference": study.reference, "budget_forward_flops": base.train.steps * per_step * flops_per_token,

@@ -5,7 +5,7 @@ the step before. Before an evaluation or a save it reads the metrics of all step
 before a save it looks at the state. So a state whose loss, gradient or arrays are not
 finite is never saved.
 
-A run writes checkpoints/, metrics.jsonl and tensorboard/ in its workdir. The argument
+A run writes run.json and run/ (`mor/run.py`), checkpoints/, metrics.jsonl and tensorboard/ in its workdir. The argument
 `finish` writes the rest, e.g. the report (`mor/report.py`).
 """
 
@@ -14,6 +14,8 @@ import contextlib
 import dataclasses
 import math
 import os
+import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -22,9 +24,12 @@ from mor import checkpoint
 from mor import config as config_lib
 from mor import costs
 from mor import distributed
+from mor import lock as lock_lib
+from mor import run as run_lib
 from mor import sharding
 from mor.data import rows as rows_lib
 from mor.data import text
+from mor.data import tokenizer as tokenizer_lib
 from mor.train import evaluate as evaluate_lib
 from mor.train import metrics as metrics_lib
 from mor.train import signals
@@ -51,7 +56,8 @@ class Outcome:
   text: str
 
 
-def train(config: config_lib.Config, workdir: str | os.PathLike, finish: Finish | None = None) -> Outcome:
+def train(config: config_lib.Config, workdir: str | os.PathLike, finish: Finish | None = None,
+          accept_new_data: bool = False) -> Outcome:
   """Starts or resumes the run of `workdir`.
 
   The result does not depend on interruptions: the parameters are bitwise those of an
@@ -61,32 +67,48 @@ def train(config: config_lib.Config, workdir: str | os.PathLike, finish: Finish 
     config: the experiment.
     workdir: run directory.
     finish: function that all processes call after the last step, e.g. `report.finish`.
+    accept_new_data: whether a run may go on with other texts than it was trained on.
 
   Raises:
     FloatingPointError: the loss or the gradient of a step is not finite, or the state that was to be saved.
     OSError: a checkpoint or the metrics cannot be written.
-    ValueError: the config, the data and the workdir do not fit together.
+    ValueError: the config, the data and the workdir do not fit together, or another process trains there.
   """
+  with lock_lib.Lock(workdir, "trains") as lock:
+    return _train(config, workdir, finish, accept_new_data, lock)
+
+
+def _train(config, workdir, finish, accept_new_data, lock):
+  """Trains under the lock, which it takes for good when it first writes."""
   mesh = sharding.make_mesh(config.mesh)
-  with checkpoint.Checkpoints(workdir, read_only=True) as existing:  # a wrong request creates nothing
-    existing.check(config)
-  teacher = step_lib.load_teacher(config, mesh)
   with contextlib.ExitStack() as stack:
+    with checkpoint.Checkpoints(workdir, read_only=True) as existing:  # a wrong request creates nothing
+      existing.check(config, run_lib.free_fields(workdir, accept_new_data))
+      newest = existing.latest_step()
+    teacher = step_lib.load_teacher(config, mesh)
     stop = stack.enter_context(signals.Stop())
-    corpus = text.load(config.data, config.model.vocab_size)
+    corpus = run_lib.load_corpus(workdir, config, accept_new_data)
+    if teacher:
+      run_lib.check_teacher(config.distill.teacher, corpus.tokenizer)
+    lock.acquire()
     checkpoints = stack.enter_context(_open_checkpoints(config, workdir))
+    if checkpoints.latest_step() != newest:
+      raise ValueError(f"another process has trained in {workdir} meanwhile; run the same command again to go on")
     checkpoints.rewind(config)
     state, start = restore_or_init(config, mesh, checkpoints)
+    session = stack.enter_context(run_lib.Session(workdir, config, corpus, start))
     main = distributed.is_main()
     writer = stack.enter_context(metrics_lib.Writer(workdir, start, enabled=main))
     shown = stack.enter_context(metrics_lib.Progress(start, config.train.steps, enabled=main))
     watchdog = stack.enter_context(signals.Watchdog(config.train.step_timeout, start))
-    shown.say(f"resuming at step {start}" if start else f"starting in {workdir}")
+    shown.say(f"resuming at step {start}, session {session.number}" if start else f"starting in {workdir}")
+    if session.new_data:
+      shown.say(f"from step {start} on with other texts, as --accept_new_data says: {config.data.source}")
     if teacher:
       shown.say(f"taught by {config.distill.teacher}, whose parameters take {teacher.num_bytes / 2**20:,.0f} MiB")
     evaluate = make_evaluate(config, mesh, corpus)
     log = _Log(config, mesh, writer, shown, watchdog, stop)
-    state, step = _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, log, stop)
+    state, step = _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, session, log, stop)
   if step < config.train.steps:
     return Outcome(step, None, f"stopped at step {step} of {config.train.steps}, saved; "
                    "run the same command to go on")
@@ -113,6 +135,26 @@ def make_evaluate(config: config_lib.Config, mesh: jax.sharding.Mesh,
       config.data.batch_size, config.train.eval_rows))
 
 
+def evaluate_text(config: config_lib.Config, mesh: jax.sharding.Mesh, state: step_lib.TrainState,
+                  tokenizer: tokenizer_lib.Tokenizer, source: str) -> tuple[dict[str, float], str]:
+  """Evaluates a run on every row of a given text, which the caller answers for.
+
+  Args:
+    config: the config of the run.
+    mesh: mesh that holds the batches.
+    state: state of the run.
+    tokenizer: tokenizer of the run.
+    source: text, as in `data.source`.
+
+  Returns:
+    Metrics, and the text.
+  """
+  with tempfile.TemporaryDirectory(prefix="mor-eval-") as directory:
+    rows, content = text.load_held_out(source, config.data, tokenizer, pathlib.Path(directory))
+    evaluate = evaluate_lib.make(config, mesh, tokenizer.num_bytes_V)
+    return evaluate(state.params, state.balance, rows.in_order(config.data.batch_size)), content
+
+
 def _open_checkpoints(config: config_lib.Config, workdir: str | os.PathLike) -> checkpoint.Checkpoints:
   """Opens a workdir for training; the checkpoint before a cooldown is kept, so that a longer run can go on from it."""
   cooldown = config.cooldown_start()
@@ -120,7 +162,7 @@ def _open_checkpoints(config: config_lib.Config, workdir: str | os.PathLike) -> 
                                 keep_steps=() if cooldown is None else (cooldown,))
 
 
-def _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, log, stop):
+def _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoints, session, log, stop):
   """Runs the steps; returns the state and the number of finished steps."""
   plan, step, cooldown = config.train, start, config.cooldown_start()
   train_step = step_lib.make_train_step(config, mesh, teacher)
@@ -143,6 +185,7 @@ def _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoint
         log.copy()
         step_lib.check_state(state, step)
         checkpoints.save(step, state, config)
+        session.save(step)
       if stopping:
         break
   checkpoints.wait()

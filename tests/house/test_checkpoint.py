@@ -131,7 +131,8 @@ def test_more_steps_go_on_before_the_cooldown(tmp_path, capsys):
     checkpoints.rewind(tiny.config())
     assert checkpoints.latest_step() == 5
     checkpoints.rewind(longer)
-    assert equal(checkpoints.restore(make_state(0)), make_state(4))
+    restored, step = checkpoints.restore(make_state(0))
+    assert step == 4 and equal(restored, make_state(4))
     checkpoints.save(5, make_state(6), longer)
   assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5", "5.cooldown"]
   assert "5 is of the cooldown to step 5 and kept as 5.cooldown; going on from" in capsys.readouterr().err

@@ -164,7 +164,7 @@ def test_a_stopped_member_goes_on(finished, monkeypatch, tmp_path):
   (tmp_path / "results" / kept.name).write_text(kept.read_text())
   asked = []
 
-  def stopped(config, directory, finish):
+  def stopped(config, directory, *unused):
     asked.append(pathlib.Path(directory).relative_to(tmp_path).as_posix())
     return loop.Outcome(1, None, "stopped")
 
