@@ -45,7 +45,7 @@ setuptools.setup(
         "cuda": ["jax[cuda13]"],
         "cuda12": ["jax[cuda12]"],
         "torch": ["torch>=2.4", "transformers>=5.0"],
-        "peers": ["llama-cpp-python>=0.3.36", "torch>=2.4", "transformers>=5.0"],
+        "peers": ["llama-cpp-python>=0.3.36", "peft>=0.17", "torch>=2.4", "transformers>=5.0"],
         "gcs": ["gcsfs>=2026.8"],  # for gs:// workdirs
         "hf": ["datasets>=4.0"],  # for data.source=hf:FOLDER
         "test": [

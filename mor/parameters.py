@@ -151,7 +151,7 @@ def top(model: model_config.ModelConfig) -> tuple[Parameter, ...]:
 def delta(row: Parameter, part: str, widths: tuple[tuple[str, int], ...] = ()) -> Parameter:
   """Returns the row of the low-rank delta of a projection: `a` [I, A] or `b` [A, O], never split."""
   ins, outs = {"a": ("I", "A"), "b": ("A", "O")}[part]
-  return Parameter(f"lora/{row.path}/{part}", ins, outs, (None, None), f"{row.hf}.{part}", widths=widths)
+  return Parameter(f"lora/{row.path}/{part}", ins, outs, (None, None), f"{row.hf}_{part}", widths=widths)
 
 
 def deltas(model: model_config.ModelConfig) -> tuple[Parameter, ...]:

@@ -11,7 +11,7 @@
                 with e = 1 behind a prelude, else 0; a token-choice model without
                 a prelude is no list, so its names have no "{e}."
   mor           model.{prelude, stack, coda}.{i}.{name}.weight, i a parameter set; the
-                routers, and model.lora.{r}.{i}.{name}.{a, b}.weight of recursion step r
+                routers, and model.lora.{r}.{i}.{name}_{a, b}.weight of recursion step r
 
 Names are those of `parameters.py`. Elsewhere a projection is `[out, in]`. We and Hugging
 Face turn the two halves of a head against each other; llama.cpp's Llama turns

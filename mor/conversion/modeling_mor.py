@@ -137,14 +137,18 @@ def linear(num_in, num_out):
 
 
 class MorDeltas(nn.Module):
-  """Deltas b(a(x)) that one step adds to the projections of one layer, if they have a rank."""
+  """Deltas b(a(x)) that one step adds to the projections of one layer, if they have a rank.
+
+  No module here is called as a projection is, because PEFT adapts modules by name.
+  """
 
   def __init__(self, config):
     super().__init__()
     for part, widths in config.widths().items():
+      ranks = {name: config.lora[name] for name in widths if config.lora.get(name)}
       self.add_module(part, nn.ModuleDict({
-          name: nn.ModuleDict({"a": linear(ins, config.lora[name]), "b": linear(config.lora[name], outs)})
-          for name, (ins, outs) in widths.items() if config.lora.get(name)}))
+          **{f"{name}_a": linear(widths[name][0], rank) for name, rank in ranks.items()},
+          **{f"{name}_b": linear(rank, widths[name][1]) for name, rank in ranks.items()}}))
 
 
 class MorLayer(GradientCheckpointingLayer):
@@ -163,7 +167,7 @@ class MorLayer(GradientCheckpointingLayer):
   def forward(self, x_MD, view, own, base=None, deltas=None):
     def project(part, name, x):
       y, delta = getattr(self, part)[name](x), getattr(deltas, part, {})
-      return y + delta[name]["b"](delta[name]["a"](x)) if name in delta else y
+      return y + delta[f"{name}_b"](delta[f"{name}_a"](x)) if f"{name}_a" in delta else y
 
     def heads(name):
       x_MNH = project("self_attn", f"{name}_proj", normed_MD).unflatten(-1, (-1, self.head_dim))

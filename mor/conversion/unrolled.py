@@ -50,7 +50,7 @@ def _deltas(model: model_config.ModelConfig, variables: Mapping[str, Any]) -> di
   entries = {entry.key: entry for entry in layout.layout(model, "mor")}
 
   def delta(module):
-    a_AI, b_OA = (entries[f"{module}.{part}.weight"].write(variables) for part in "ab")
+    a_AI, b_OA = (entries[f"{module}_{part}.weight"].write(variables) for part in "ab")
     return b_OA.astype(np.float64) @ a_AI.astype(np.float64)
 
   folded = {}

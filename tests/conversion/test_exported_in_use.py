@@ -190,6 +190,15 @@ def test_auto_classes_load_it(case, tmp_path):
   assert_same(again(tokens_BT), expected)
 
 
+@cases("middle, lora")
+def test_only_projections_are_called_so(case):
+  """PEFT adapts modules by the end of their name."""
+  _, model = case
+  named = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
+  assert len(named) == 7 * (2 + model.config.num_hidden_layers // 2 - 1)
+  assert all(type(module) is torch.nn.Linear for module in named.values())
+
+
 @cases("expert")
 @torch.no_grad()
 def test_return_dict(case):

@@ -226,7 +226,7 @@ def test_read_names_what_is_wrong(tmp_path):
   case = exported.make(tmp_path / "model", **RELAXED)
   weights, config = case.folder / "model.safetensors", case.folder / "config.json"
   state, fields = safetensors_numpy.load_file(weights), json.loads(config.read_text())
-  name = "model.lora.2.0.mlp.up_proj.a.weight"
+  name = "model.lora.2.0.mlp.up_proj_a.weight"
   for problem, broken in [
       (f"model.safetensors misses tensor '{name}'", {key: x for key, x in state.items() if key != name}),
       ("has, and config.json does not ask for, tensor 'lm_head.weight'", state | {"lm_head.weight": state[name]}),
