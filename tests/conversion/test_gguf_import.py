@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import tokenizers
 
-from mor.conversion import layout
 from mor.conversion import command
+from mor.conversion import gguf_tokenizer
+from mor.conversion import layout
 from tests.helpers import checkpoints
 from tests.helpers import weights
 
 WIDE = dict(d_model=32, head_dim=16, d_ff=96)  # quantised rows come in blocks of 32
 TEXTS = ["The state of a union, it's WE'LL 1234567 2³\n\n\t of  it  ", "<|im_start|>hé 日本<|endoftext|>é́ ½",
-         "a" * 40, "zzz zzz it'Sx it'sx"]
+         "a" * 40, "zzz zzz it'Sx it'sx", "   three spaces\r\n\r\nand\ttabs\u00a0\u3000x", "I'VE x=3.14159;y=[1,22,333,4444]",
+         "مرحبا שלום ไทย Ⅷ ② x² ٣٤٥", "\x01 control \x7f\u200b\ufeff", "_under__score ÀÉ🙂🏽 ..!? \n\n\n  \n a"]
 
 
 def draw(model):
@@ -103,7 +105,7 @@ def file_with(directory, extra, **fields):
   return f"gguf:{directory / 'm.gguf'}"
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe"])
+@pytest.mark.parametrize("pre", gguf_tokenizer.PARTS)
 def test_tokens_are_llama_cpps(pre, tmp_path):
   llama_cpp = pytest.importorskip("llama_cpp")
   spec = file_with(tmp_path, vocabulary(pre))
