@@ -89,6 +89,7 @@ def test_frequencies_are_divided_as_the_model_scales_them(tmp_path):
   cos_H, sin_H = (np.ravel(part) for part in layers.rotation(np.ones((1, 1), np.int32), model))
   np.testing.assert_allclose(300.0 ** (-np.arange(8) / 8) / found, np.arctan2(sin_H, cos_H), rtol=1e-6)
   assert found.min() == 1 and found.max() == 8 and len(set(found.tolist())) > 3
+  assert command.read(f"gguf:{tmp_path / 'm.gguf'}").model.rope_scaling == model.rope_scaling
 
 
 @pytest.mark.parametrize("pre", [*gguf_tokenizer.PARTS, "bytes"])
