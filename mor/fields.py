@@ -22,6 +22,15 @@ def require_finite(value: Any, path: str) -> None:
     require(not isinstance(one, float) or math.isfinite(one), f"{path}={one}", "use a finite number")
 
 
+def show(value: Any, most: int = 80) -> str:
+  """Returns a value as an error message shows it: one line of `most` characters at most, whatever it is."""
+  try:
+    text = " ".join(repr(value).split())
+  except Exception:  # e.g. an integer with more digits than Python writes
+    return f"a value of type {type(value).__name__}"
+  return text if len(text) <= most else f"{text[:most - 3]}..."
+
+
 def field(default: Any, help_text: str = "", added: bool = False) -> Any:
   """Declares a dataclass field.
 

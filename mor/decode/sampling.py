@@ -16,13 +16,16 @@ penalty, Keskar et al. 2019 (CTRL), which divides positive logits of tokens seen
 prompt or output and multiplies negative ones.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import math
+from typing import Any
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 
+from mor import fields
 
 _LARGEST = 1e30  # finite in float32
 _LEAST_PENALTY = 1e-30  # a normal number in float32, whose inverse is finite
@@ -51,22 +54,36 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
-    def require(ok, name, remedy):
-      if not ok:
-        raise ValueError(f"{name}={getattr(self, name)!r}; use {remedy}")
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-      value = getattr(self, name)
-      require(isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST, name,
-              "a finite number")
-    for name in ("top_k", "seed"):
-      require(isinstance(getattr(self, name), int) and not isinstance(getattr(self, name), bool), name, "an integer")
-    require(self.temperature >= 0, "temperature", "0 for the most likely token, or a positive number")
-    require(0 <= self.top_k < 2**31, "top_k", "0 for off, or a positive count")
-    require(0 < self.top_p <= 1, "top_p", "a fraction in (0, 1]")
-    require(0 <= self.min_p <= 1, "min_p", "a fraction in [0, 1]")
-    require(self.repetition_penalty >= _LEAST_PENALTY, "repetition_penalty",
-            f"a positive factor of {_LEAST_PENALTY} to {_LARGEST}, 1 for off")
-    require(0 <= self.seed < 2**32, "seed", f"0 to {2**32 - 1}")
+    check(vars(self))
+
+
+def check(values: Mapping[str, Any]) -> None:
+  """Refuses values of fields of `Sampling`.
+
+  Raises:
+    ValueError: says what, the value and the remedy.
+  """
+  def require(name, is_right, remedy):
+    if name in values and not is_right(values[name]):
+      raise ValueError(f"{name}={fields.show(values[name])}; use {remedy}")
+
+  def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+  def is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+  for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+    require(name, is_number, f"a finite number, {_LARGEST} at most")
+  for name in ("top_k", "seed"):
+    require(name, is_integer, "an integer")
+  require("temperature", lambda x: x >= 0, "0 for the most likely token, or a positive number")
+  require("top_k", lambda x: 0 <= x < 2**31, "0 for off, or a positive count below 2**31")
+  require("top_p", lambda x: 0 < x <= 1, "a fraction in (0, 1]")
+  require("min_p", lambda x: 0 <= x <= 1, "a fraction in [0, 1]")
+  require("repetition_penalty", lambda x: x >= _LEAST_PENALTY,
+          f"a positive factor of {_LEAST_PENALTY} to {_LARGEST}, 1 for off")
+  require("seed", lambda x: 0 <= x < 2**32, f"0 to {2**32 - 1}")
 
 
 @struct.dataclass

@@ -54,22 +54,25 @@ class Model:
     """Tokens that may be drawn: the tokenizer's, where there is one."""
     return self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
 
-  def request(self, prompt: str | Sequence[int], /, **options: Any) -> request_lib.Request:
+  def request(self, prompt: Any, /, **options: Any) -> request_lib.Request:
     """Returns a request of a text or of token ids.
 
     A text opens a document, as in training, and the token that opens the next one
     ends it. A converted model that was not trained here has its own such tokens, and a
     special token that the text spells is one, as its makers have it.
 
+    Args:
+      prompt: text, or token ids: a list, a tuple, or an array of integers with one axis.
+      **options: see `Engine.submit`.
+
     Raises:
-      ValueError: an option is unknown or wrong, or the prompt is text and there is
-        no tokenizer.
+      ValueError: an option is unknown or wrong, the prompt is neither text nor ids, or
+        it is text and there is no tokenizer.
     """
     if isinstance(prompt, str):
       if self.tokenizer is None:
         raise ValueError("the prompt is text, but the model has no tokenizer; give token ids")
-      if not prompt:
-        raise ValueError("the prompt is empty; give some text")
+      request_lib.check_text(prompt)
       opening = (self.tokenizer.eos_id,) if self.opening is None else self.opening
       encode = self.tokenizer.encode if self.opening is None else self.tokenizer.encode_special
       prompt = [*opening, *(int(t) for t in encode(prompt))]
@@ -77,13 +80,13 @@ class Model:
       options.setdefault("stop_tokens", (self.tokenizer.eos_id,) if self.stops is None else self.stops)
     return request_lib.make(prompt, **options)
 
-  def generate(self, prompts: Sequence[str | Sequence[int]], *, context: int | None = None,
+  def generate(self, prompts: Any, *, context: int | None = None,
                weight_format: str = "float32", callback: Callable[[int, request_lib.Event], None] | None = None,
                **options: Any) -> list[request_lib.Completion]:
     """Continues prompts in one batch; `Engine` is faster, and takes new ones meanwhile.
 
     Args:
-      prompts: texts, or lists of token ids.
+      prompts: list of texts, or of lists of token ids.
       context: positions at most; None is the model's.
       weight_format: "float32" (exact), "bfloat16" or "int8"; see `weights.py`.
       callback: called with the prompt's number and each `request.Event`.
@@ -92,8 +95,7 @@ class Model:
     Raises:
       ValueError: a prompt or an option is wrong; none is run then.
     """
-    if isinstance(prompts, str):
-      raise ValueError("prompts is one text; give a list of prompts")
+    request_lib.check_prompts(prompts)
     return self.generate_requests([self.request(prompt, **options) for prompt in prompts], context=context,
                                   weight_format=weight_format, callback=callback)
 

@@ -4,10 +4,14 @@ A request is checked when it arrives, and a wrong one is refused alone.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Set
 import dataclasses
 from typing import Any
 
+import jax
+import numpy as np
+
+from mor import fields as fields_lib
 from mor.data import detokenise
 from mor.decode import sampling as sampling_lib
 from mor.decode import slots as slots_lib
@@ -46,30 +50,18 @@ class Request:
     Raises:
       ValueError: says what, the value and the remedy.
     """
-    if not self.prompt:
-      raise ValueError("the prompt is empty; give at least one token (a tokenizer's end-of-text token opens a text)")
-    wrong = [t for t in self.prompt if not _is_int(t) or not 0 <= t < vocab_size]
+    _check_prompt(self.prompt)
+    _check_options(vars(self))
+    wrong = [t for t in self.prompt if not 0 <= t < vocab_size]
     if wrong:
-      raise ValueError(f"token {wrong[0]!r} of the prompt is not in the vocabulary; use ids 0 to {vocab_size - 1}")
-    if not _is_int(self.max_tokens) or self.max_tokens < 1:
-      raise ValueError(f"max_tokens={self.max_tokens!r}; use a count >= 1")
+      raise ValueError(f"token {fields_lib.show(wrong[0])} of the prompt is not in the vocabulary; use ids 0 to "
+                       f"{vocab_size - 1}")
     if len(self.prompt) > context:
       raise ValueError(f"the prompt has {len(self.prompt)} tokens, more than the context of {context}; shorten it, or "
                        "use a larger context")
-    if len(self.stop_tokens) > slots_lib.STOP_TOKENS:
-      raise ValueError(f"{len(self.stop_tokens)} stop tokens; use at most {slots_lib.STOP_TOKENS}, or stop strings")
-    wrong = [t for t in self.stop_tokens if not _is_int(t) or not 0 <= t < vocab_size]
+    wrong = [t for t in self.stop_tokens if not 0 <= t < vocab_size]
     if wrong:
-      raise ValueError(f"stop token {wrong[0]!r} is not in the vocabulary; use ids 0 to {vocab_size - 1}")
-    if not all(isinstance(s, str) and s for s in self.stop_strings):
-      raise ValueError(f"stop_strings={self.stop_strings!r}; use non-empty strings")
-    if not isinstance(self.logprobs, bool):
-      raise ValueError(f"logprobs={self.logprobs!r}; use True or False")
-    if self.exit not in exits_lib.MODES:
-      raise ValueError(f"exit={self.exit!r}; use one of {', '.join(exits_lib.MODES)}")
-    is_number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-    if self.threshold is not None and not (is_number and 0 <= self.threshold <= 1):
-      raise ValueError(f"threshold={self.threshold!r}; use None, or a confidence in [0, 1]")
+      raise ValueError(f"stop token {fields_lib.show(wrong[0])} is not in the vocabulary; use ids 0 to {vocab_size - 1}")
     if self.threshold is not None and self.exit == "none":
       raise ValueError(f"threshold={self.threshold!r} with exit='none'; use exit='trust' or 'verify', or leave it out")
 
@@ -181,19 +173,103 @@ class Follower:
     return new
 
 
-def make(prompt: Sequence[int], /, **fields: Any) -> Request:
-  """Returns a request made of keyword arguments of `Request` and `Sampling` together."""
+def make(prompt: Any, /, **options: Any) -> Request:
+  """Returns a request made of keyword arguments of `Request` and `Sampling` together.
+
+  Numbers and arrays of NumPy and JAX count as those of Python.
+
+  Args:
+    prompt: token ids: a list, a tuple, or an array of integers with one axis.
+    **options: fields of both.
+
+  Raises:
+    ValueError: an option is unknown, or a value is wrong whatever the model.
+  """
   names = {field.name for field in dataclasses.fields(sampling_lib.Sampling)}
   known = names | {field.name for field in dataclasses.fields(Request)} - {"prompt", "sampling"}
-  unknown = sorted(set(fields) - known)
+  unknown = sorted(set(options) - known)
   if unknown:
     raise ValueError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
-  for name in ("stop_tokens", "stop_strings"):
-    if not isinstance(fields.get(name, ()), (list, tuple)):
-      raise ValueError(f"{name}={fields[name]!r}; use a list")
-  sampling = sampling_lib.Sampling(**{k: v for k, v in fields.items() if k in names})
-  rest = {k: tuple(v) if k.startswith("stop_") else v for k, v in fields.items() if k not in names}
-  return Request(prompt=tuple(int(t) if hasattr(t, "item") else t for t in prompt), sampling=sampling, **rest)
+  options = {name: _plain(value) for name, value in options.items()}
+  prompt = list(prompt) if isinstance(prompt, range) else _plain(prompt)
+  sampling = {k: v for k, v in options.items() if k in names}
+  rest = {k: v for k, v in options.items() if k not in names}
+  _check_prompt(prompt)
+  _check_options(rest)
+  sampling_lib.check(sampling)
+  rest |= {k: tuple(rest[k]) for k in ("stop_tokens", "stop_strings") if k in rest}
+  return Request(prompt=tuple(prompt), sampling=sampling_lib.Sampling(**sampling), **rest)
+
+
+def check_text(text: str) -> None:
+  """Refuses a text that no tokenizer can read.
+
+  Raises:
+    ValueError: the text is empty, or holds a half of a surrogate pair.
+  """
+  if not text:
+    raise ValueError("the prompt is empty; give some text")
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise ValueError(f"character {error.start} of the prompt, {text[error.start]!r}, is half of a surrogate pair, which "
+                     "is no text; give text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from error
+
+
+def check_prompts(prompts: Any) -> None:
+  """Refuses what is no list of prompts.
+
+  Raises:
+    ValueError: says what to give.
+  """
+  if isinstance(prompts, (str, bytes)):
+    raise ValueError("prompts is one text; give a list of prompts")
+  if isinstance(prompts, (Mapping, Set)) or not hasattr(prompts, "__iter__"):
+    raise ValueError(f"prompts={fields_lib.show(prompts)}; give a list of prompts")
+
+
+def _check_prompt(prompt: Any) -> None:
+  if isinstance(prompt, (bytes, bytearray)):
+    raise ValueError(f"prompt={fields_lib.show(prompt)} is bytes; give text, e.g. prompt.decode('utf-8'), or token ids")
+  if not isinstance(prompt, (list, tuple)):
+    raise ValueError(f"prompt={fields_lib.show(prompt)}; give text, or a list of token ids")
+  if not prompt:
+    raise ValueError("the prompt is empty; give at least one token (a tokenizer's end-of-text token opens a text)")
+  wrong = next((i for i, token in enumerate(prompt) if not _is_int(token)), None)
+  if wrong is not None:
+    raise ValueError(f"token {fields_lib.show(prompt[wrong])} of the prompt (at {wrong}) is no integer; give one list of "
+                     "token ids")
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+  """Checks those of the fields of `Request` that are there, as far as that needs no model."""
+  def require(name, is_right, remedy):
+    if name in options and not is_right(options[name]):
+      raise ValueError(f"{name}={fields_lib.show(options[name])}; use {remedy}")
+
+  def is_list(value):
+    return isinstance(value, (list, tuple))
+
+  require("max_tokens", lambda x: _is_int(x) and x >= 1, "a count >= 1")
+  require("stop_tokens", is_list, "a list")
+  require("stop_tokens", lambda x: all(map(_is_int, x)), "a list of token ids")
+  if len(options.get("stop_tokens", ())) > slots_lib.STOP_TOKENS:
+    raise ValueError(f"{len(options['stop_tokens'])} stop tokens; use at most {slots_lib.STOP_TOKENS}, or stop strings")
+  require("stop_strings", is_list, "a list")
+  require("stop_strings", lambda x: all(isinstance(s, str) and s for s in x), "non-empty strings")
+  require("logprobs", lambda x: isinstance(x, bool), "True or False")
+  require("exit", lambda x: isinstance(x, str) and x in exits_lib.MODES, f"one of {', '.join(exits_lib.MODES)}")
+  require("threshold", lambda x: x is None or (_is_int(x) or isinstance(x, float)) and 0 <= x <= 1,
+          "None, or a confidence in [0, 1]")
+
+
+def _plain(value: Any) -> Any:
+  """Returns numbers and arrays of NumPy and JAX as those of Python, lists with them too; anything else as it is."""
+  if isinstance(value, (list, tuple)):
+    return [_plain(x) for x in value] if any(hasattr(x, "dtype") for x in value) else value
+  if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+    return np.asarray(value).tolist()
+  return value
 
 
 def _is_int(x: Any) -> bool:
