@@ -24,6 +24,11 @@ def show(value: Any) -> str:
   return _shown.repr(value)
 
 
+def is_text(value: str) -> bool:
+  """Returns False for half a character of UTF-16, which JSON can spell and UTF-8 cannot."""
+  return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def first_line(error: BaseException) -> str:
   """Returns the first line of the message of an error, short; its type if it has none."""
   lines = str(error).strip().splitlines()
@@ -116,6 +121,8 @@ def token(fields: Mapping[str, Any], name: str, where: str | pathlib.Path) -> st
     value = value.get("content")
   if value is not None and not isinstance(value, str):
     raise ValueError(f"{where}: {name.removesuffix('_token')} is a {type(value).__name__}, not text; fetch it again")
+  if value is not None and not is_text(value):
+    raise ValueError(f"{where}: {name.removesuffix('_token')} is no text; fetch it again")
   return value
 
 

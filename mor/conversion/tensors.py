@@ -233,7 +233,7 @@ def _lie(path: pathlib.Path) -> str:
     if key in seen:
       return f"tensor {key!r} is there twice"
     if dtype not in _BITS:
-      return f"tensor {key!r} has unsupported type {dtype!r}"
+      return f"tensor {key!r} has unsupported type {json_file.show(dtype)}"
     if math.prod(shape) * _BITS[dtype] != 8 * (stop - start):
       return f"tensor {key!r} of shape {tuple(shape)} and type {dtype} claims {stop - start} bytes"
     if start < end:

@@ -105,6 +105,7 @@ def test_a_known_name_goes_first_where_it_is_an_added_token(tmp_path):
     (dict(generation_config=dict(eos_token_id="x")), "generation_config.json: eos_token_id='x'; give an id"),
     (dict(config=dict(bos_token_id=[1, None])), "config.json: bos_token_id=.1, None.; give an id"),
     (dict(tokenizer_config=dict(bos_token=3)), "tokenizer_config.json: bos is a int, not text"),
+    (dict(tokenizer_config=dict(eos_token="\ud800")), "tokenizer_config.json: eos is no text"),
     (dict(tokenizer_config=dict(add_bos_token="yes")), "add_bos_token='yes'; use true or false"),
 ])
 def test_fields_of_another_type_are_refused(files, message, tmp_path):
