@@ -165,6 +165,7 @@ class _Chunk:
       return x.reshape(batch, seq_len, *x.shape[1:])
 
     def flat_attend(q_MNH, k_MKH, v_MKH):
+      k_MKH, v_MKH = storage_lib.hide_broken(k_MKH, v_MKH)  # padding must not harm what it follows
       return attend(split(q_MNH), kv_view.KV(split(k_MKH), split(v_MKH))).reshape(q_MNH.shape)
 
     h_1MD = self.decoder.layer(weights, h_BTD.reshape(1, batch * seq_len, -1), self.rotation, flat_attend, deltas,

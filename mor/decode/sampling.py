@@ -31,6 +31,8 @@ _LARGEST = 1e30  # finite in float32
 _LEAST_PENALTY = 1e-30  # a normal number in float32, whose inverse is finite
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 _INFINITY = 0x7F800000  # its bits
+NEVER = float(jnp.finfo(jnp.float32).min)  # logit of a token that is not drawn; finite, so that other logits must be too
+NOT_FINITE = -2  # in place of a token, if a logit is not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,9 @@ def sample(logits_MV: jax.Array, rows_M: SamplingRows, seen_MV: jax.Array, index
     seen_MV: True for tokens of the prompt and the output so far.
     index_M: number of tokens the request has generated.
     vocab_size: tokens at and beyond it are never drawn; see `mask`.
+
+  Returns:
+    Tokens; NOT_FINITE for a row with a logit that is not finite.
   """
   logits_MV = mask(logits_MV, vocab_size)
   drawn_M, penalised_M = rows_M.temperature_B > 0, rows_M.penalty_B != 1.0
@@ -125,38 +130,46 @@ def sample(logits_MV: jax.Array, rows_M: SamplingRows, seen_MV: jax.Array, index
   def choose():
     weighed_MV = jax.lax.cond(
         jnp.any(penalised_M), lambda: _penalise(logits_MV, rows_M.penalty_B, seen_MV), lambda: logits_MV)
-    greedy_M = most_likely(weighed_MV)
-    return jax.lax.cond(jnp.any(drawn_M), lambda: jnp.where(drawn_M, _draw(weighed_MV, rows_M, index_M), greedy_M),
-                        lambda: greedy_M)
+    greedy_M = _greatest(weighed_MV)[0]
+    token_M = jax.lax.cond(jnp.any(drawn_M), lambda: jnp.where(drawn_M, _draw(weighed_MV, rows_M, index_M), greedy_M),
+                           lambda: greedy_M)
+    return jnp.where(jnp.all(jnp.isfinite(logits_MV), axis=-1), token_M, NOT_FINITE)
   return jax.lax.cond(jnp.any(drawn_M | penalised_M), choose, lambda: most_likely(logits_MV))
 
 
-def most_likely(logits_MV):
-  """Returns the first greatest logit of each row, `[M]`; 7x faster than `argmax` on XLA:CPU, which does not vectorise it.
+def most_likely(logits_MV: jax.Array) -> jax.Array:
+  """Returns the first greatest logit of each row, `[M]`; NOT_FINITE for a row with a logit that is not finite."""
+  # One pass; infinity, as XLA:CPU may leave NaN out of a maximum.
+  token_M, best_M = _greatest(jnp.where(jnp.isfinite(logits_MV), logits_MV, jnp.inf))
+  return jnp.where(best_M == jnp.inf, NOT_FINITE, token_M)
 
-  The logits are read once, for the greatest of each block; the rest is done in one block a row.
+
+def _greatest(x_MN):
+  """Returns the first greatest number of each row and its index; 7x faster than `argmax` on XLA:CPU, which does not vectorise it.
+
+  The numbers are read once, for the greatest of each block; the rest is done in one block a row.
   """
-  num, size = logits_MV.shape
+  num, size = x_MN.shape
   block = math.gcd(size, 256)
   if block < 16 or block == size:
-    return _first_greatest(logits_MV)
-  logits_MCW = logits_MV.reshape(num, -1, block)
-  column_M = _first_greatest(jnp.max(logits_MCW, axis=2))
-  best_MW = jnp.take_along_axis(logits_MCW, column_M[:, None, None], axis=1)[:, 0]
-  return column_M * block + _first_greatest(best_MW)
+    return _first_greatest(x_MN)
+  x_MCW = x_MN.reshape(num, -1, block)
+  column_M, best_M = _first_greatest(jnp.max(x_MCW, axis=2))
+  best_MW = jnp.take_along_axis(x_MCW, column_M[:, None, None], axis=1)[:, 0]
+  return column_M * block + _first_greatest(best_MW)[0], best_M
 
 
 def _first_greatest(x_MN):
   index_1N = jnp.arange(x_MN.shape[1], dtype=jnp.int32)[None, :]
   best_M1 = jnp.max(x_MN, axis=-1, keepdims=True)
-  return jnp.min(jnp.where(x_MN == best_M1, index_1N, x_MN.shape[1] - 1), axis=-1)
+  return jnp.min(jnp.where(x_MN == best_M1, index_1N, x_MN.shape[1] - 1), axis=-1), best_M1[:, 0]
 
 
 def mask(logits_MV: jax.Array, vocab_size: int) -> jax.Array:
   """Takes tokens out that the tokenizer does not have: a model's vocabulary may be rounded up beyond it."""
   if vocab_size == logits_MV.shape[1]:
     return logits_MV
-  return jnp.where(jnp.arange(logits_MV.shape[1])[None, :] < vocab_size, logits_MV, -jnp.inf)
+  return jnp.where(jnp.arange(logits_MV.shape[1])[None, :] < vocab_size, logits_MV, NEVER)
 
 
 def log_probability(logits_MV: jax.Array, token_M: jax.Array, vocab_size: int) -> jax.Array:

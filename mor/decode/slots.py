@@ -56,7 +56,7 @@ MOVES: dict[tuple[int, int], tuple[str, ...]] = {
 } | {(phase, FREE): ("decode.slots.free",) for phase in ANY}
 
 STOP_TOKENS = 8  # that a request may name
-GOES_ON, STOPPED, LIMITED = range(3)  # why a request ended, if it did
+GOES_ON, STOPPED, LIMITED, FAILED = range(4)  # why a request ended, if it did
 
 
 @struct.dataclass
@@ -103,10 +103,10 @@ class NewTokens:
   """Tokens that a tick gave each slot, W at most.
 
   Attributes:
-    token_BW: their ids, in order; -1 where none.
+    token_BW: their ids, in order; -1 where none, `sampling.NOT_FINITE` where logits are not finite.
     depth_BW: steps that processed the token before each.
     logprob_BW: log-probability of each.
-    finish_B: why the last of them ended the request, GOES_ON to LIMITED.
+    finish_B: why the last of them ended the request, GOES_ON to FAILED.
     exits: what exits tell of them; None in an engine without exits.
   """
 
@@ -166,7 +166,7 @@ def at_step(slots: Slots, step: int | None) -> jax.Array:
 
 
 def find_finish(token_B: jax.Array, stop_BE: jax.Array, left_B: jax.Array, num_B: jax.Array | int = 1) -> jax.Array:
-  """Returns why a token ends its request, GOES_ON to LIMITED.
+  """Returns why a token ends its request, GOES_ON to FAILED.
 
   Args:
     token_B: the last of some new tokens.
@@ -175,7 +175,8 @@ def find_finish(token_B: jax.Array, stop_BE: jax.Array, left_B: jax.Array, num_B
     num_B: how many new tokens there are.
   """
   stop_B = jnp.any(token_B[:, None] == stop_BE, axis=1)
-  return jnp.where(stop_B, STOPPED, jnp.where(left_B <= num_B, LIMITED, GOES_ON))
+  finish_B = jnp.where(stop_B, STOPPED, jnp.where(left_B <= num_B, LIMITED, GOES_ON))
+  return jnp.where(token_B == sampling_lib.NOT_FINITE, FAILED, finish_B)
 
 
 def nothing_new(num_slots: int) -> NewTokens:

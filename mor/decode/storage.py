@@ -72,6 +72,16 @@ def decode(x: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
+def hide_broken(k_MKH: jax.Array, v_MKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns entries of which those that are not finite have NaN keys and zero values.
+
+  A query that sees such an entry gets NaN from its key. Any other query multiplies the value by 0, and 0 times
+  NaN is NaN: without the zeros a page that is used again would harm the next sequence.
+  """
+  ok_MK1 = jnp.all(jnp.isfinite(k_MKH) & jnp.isfinite(v_MKH), axis=-1, keepdims=True)
+  return jnp.where(ok_MK1, k_MKH, jnp.nan), jnp.where(ok_MK1, v_MKH, 0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Dense:
   """Buffers `[pages, page_size, K, H]`."""
@@ -88,6 +98,7 @@ class Dense:
   def write(self, buffer: Buffer, page_M: jax.Array, offset_M: jax.Array, k_MKH: jax.Array,
             v_MKH: jax.Array) -> Buffer:
     """Puts one entry for each token; see the module docstring."""
+    k_MKH, v_MKH = hide_broken(k_MKH, v_MKH)
     k = buffer.k.at[page_M, offset_M].set(encode(k_MKH, buffer.k), mode="drop")
     v = buffer.v.at[page_M, offset_M].set(encode(v_MKH, buffer.v), mode="drop")
     return Buffer(k, v)
@@ -130,6 +141,7 @@ class Paged:
   def write(self, buffer: Buffer, page_M: jax.Array, offset_M: jax.Array, k_MKH: jax.Array,
             v_MKH: jax.Array) -> Buffer:
     """Puts one entry for each token; see the module docstring."""
+    k_MKH, v_MKH = hide_broken(k_MKH, v_MKH)
     width = self.num_kv_heads * self.head_dim
 
     def put(old, new):

@@ -206,11 +206,11 @@ def emit(slots: slots_lib.Slots, new: slots_lib.NewTokens,
     new: tokens, of which `finish_B` is not known yet.
     position_B: of the last of each slot's new tokens.
   """
-  batch_B, given_BW = jnp.arange(slots.phase_B.shape[0]), new.token_BW >= 0
+  batch_B, given_BW = jnp.arange(slots.phase_B.shape[0]), new.token_BW != -1
   num_B = jnp.sum(given_BW, axis=1, dtype=jnp.int32)
   given_B, last_B = num_B > 0, new.token_BW[batch_B, jnp.maximum(num_B - 1, 0)]
   finish_B = jnp.where(given_B, slots_lib.find_finish(last_B, slots.stop_BE, slots.left_B, num_B), slots_lib.GOES_ON)
-  column_BW = jnp.where(given_BW, new.token_BW, slots.seen_BV.shape[1])
+  column_BW = jnp.where(new.token_BW >= 0, new.token_BW, slots.seen_BV.shape[1])
   slots = slots.replace(
       token_B=jnp.where(given_B, last_B, slots.token_B), position_B=jnp.where(given_B, position_B, slots.position_B),
       index_B=slots.index_B + num_B, left_B=slots.left_B - num_B,

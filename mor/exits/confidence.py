@@ -9,7 +9,7 @@ With p the softmax of the exit's logits, h its hidden state and h' the previous 
   agreement   1 where the previous exit chose the same token, else 0
 
 A row exits if its confidence > threshold, strictly: a threshold of 1 never exits.
-Tokens of logit -inf are no tokens (a model's vocabulary may be rounded up). A row
+Tokens of logit `sampling.NEVER` or -inf are no tokens (a model's vocabulary may be rounded up). A row
 without a token, or with NaN, has confidence 0: dead and padded rows do no harm.
 
 Source: CALM, arXiv:2207.07061, section 3.4 (margin, saturation); FREE, arXiv:2310.05424 (margin).
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from mor import types
+from mor.decode import sampling
 
 
 @struct.dataclass
@@ -67,7 +68,7 @@ def entropy(at: Exit) -> jax.Array:
   weight_BV, total_B = _weights(logits_BV)
   # H = log Z - sum(w log w) / Z for w = exp(logit - best) and their sum Z.
   entropy_B = jnp.log(total_B) - jnp.sum(jax.scipy.special.xlogy(weight_BV, weight_BV), axis=-1) / total_B
-  num_B = jnp.sum(logits_BV > -jnp.inf, axis=-1)
+  num_B = jnp.sum(logits_BV > sampling.NEVER, axis=-1)
   most_B = jnp.log(jnp.maximum(num_B, 2).astype(jnp.float32))  # of one token the entropy is 0 anyway
   return _unit(1.0 - entropy_B / most_B)
 

@@ -125,7 +125,7 @@ def _draw(decoder, weights, slots, inputs, logits_MV, vocab_size):
     draft_MV = decoder.head(weights, inputs.draft.hidden)
     kept_M = sampling.confirm(logits_MV, draft_MV, jnp.maximum(inputs.draft.token, 0), rows_M, seen_MV, index_M,
                               vocab_size)
-    return jnp.where(drawn_M, kept_M, token_M)
+    return jnp.where(drawn_M & (token_M >= 0), kept_M, token_M)
 
   return jax.lax.cond(jnp.any(drawn_M), confirm, lambda: token_M)
 
@@ -173,7 +173,7 @@ def _read_first(decoder, weights, slots, on_B, vocab_size, exits) -> Read:
 
     def draw():
       column_WE = jnp.arange(exits.first)[None, :]
-      logits_WV = jnp.full((index_W.shape[0], decoder.model.vocab_size), -jnp.inf).at[
+      logits_WV = jnp.full((index_W.shape[0], decoder.model.vocab_size), sampling.NEVER).at[
           jnp.arange(index_W.shape[0])[:, None], column_WE].set(logits_WE, mode="drop")
       offset_W = jnp.where(ring.mode_B == ring_lib.VERIFY, ring.count_B, 0)[index_W]
       drawn_W = sampling.sample(logits_WV, take(slots.rows), _mark_seen(slots, index_W, offset_W),

@@ -88,7 +88,7 @@ def _run_steps(decoder, part, setup, carry):
     slots, old = carry
     slots, new = part(slots, step, setup.room)
     # A slot gets its tokens in one part of a tick only; a number of the others is 0.
-    tokens = heads.choose(new.new.token_BW[:, 0] >= 0, new.new, old.new)
+    tokens = heads.choose(new.new.token_BW[:, 0] != -1, new.new, old.new)
     return slots, slots_lib.Ticked(tokens, old.ran_B | new.ran_B, old.stalled_B | new.stalled_B,
                                    old.crowded_B | new.crowded_B)
 

@@ -78,7 +78,7 @@ def show(model: model_lib.Model, prompts: Sequence[str], options: Mapping[str, A
     how: arguments of `Engine`; batching "none" is `Model.generate`, for any model.
 
   Raises:
-    ValueError: a prompt, an option or `how` is wrong; none is run then.
+    ValueError: a prompt, an option or `how` is wrong, and none is run; or the model fails at a prompt.
   """
   requests = [model.request(prompt, **options) for prompt in prompts]
   run, check, context = _runner(model, len(requests), how)
@@ -94,6 +94,8 @@ def show(model: model_lib.Model, prompts: Sequence[str], options: Mapping[str, A
     print("" if stream else prompt + completion.text)
     print(f"\n{_by_depth(model, request, completion, context)}\n")
   print(figures)
+  if errors := [completion.error for completion in completions if completion.error]:
+    raise ValueError(errors[0])
 
 
 def answer(model: model_lib.Model, path: str, options: Mapping[str, Any], how: Mapping[str, Any]) -> bool:
@@ -130,7 +132,8 @@ def answer(model: model_lib.Model, path: str, options: Mapping[str, Any], how: M
     watch = Watch(done=lambda index, completion: answers.put(numbers[index], _fields(requests[index], completion)))
     completions = run(requests, watch)
     print(watch.figures(completions, model.config.num_recursions), file=sys.stderr)
-  return len(requests) == len(lines)
+    return len(requests) == len(lines) and not any(completion.error for completion in completions)
+  return False
 
 
 def _lines(path: str) -> list[bytes]:
@@ -143,6 +146,8 @@ def _lines(path: str) -> list[bytes]:
 
 
 def _fields(request: request_lib.Request, completion: request_lib.Completion) -> dict[str, Any]:
+  if completion.error:
+    return {"error": completion.error}
   names = ("text", "tokens", "depths", *(["logprobs"] if request.logprobs else []), "finish")
   return {name: getattr(completion, name) for name in names}
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from mor.decode import decoder as decoder_lib
 from mor.decode import prefill
+from mor.decode import sampling
 from mor.decode import slots as slots_lib
 from mor.decode import storage as storage_lib
 from mor.decode import tick
@@ -310,10 +311,9 @@ class Engine:
     for k in range(num):
       for slot, job in enumerate(flight.jobs):
         for i in range(last + 1):
-          token = int(new.token_BW[k, slot, i])
-          if token < 0 or job is None or job.finished or job.slot != slot:
+          if new.token_BW[k, slot, i] == -1 or job is None or job.finished or job.slot != slot:
             break
-          more = i < last and new.token_BW[k, slot, i + 1] >= 0
+          more = i < last and new.token_BW[k, slot, i + 1] != -1
           finish = "" if more else request_lib.FINISH[new.finish_B[k, slot]]
           events.append((job.id, self._take_token(job, new, (k, slot, i), finish)))
     self.scheduler.pressed = bool(num) and bool(out.ticks.stalled_B[num - 1].any())
@@ -336,9 +336,12 @@ class Engine:
 
   def _take_token(self, job, new, at, finish) -> request_lib.Event:
     token, early = int(new.token_BW[at]), new.exits is not None and bool(new.exits.early_BW[at])
-    event = job.payload.add(token, int(new.depth_BW[at]), float(new.logprob_BW[at]), finish, early)
-    job.tokens.append(token)
-    self.meter.token(job.id)
+    if token == sampling.NOT_FINITE:
+      event = job.payload.end("error", request_lib.NOT_FINITE)
+    else:
+      event = job.payload.add(token, int(new.depth_BW[at]), float(new.logprob_BW[at]), finish, early)
+      job.tokens.append(token)
+      self.meter.token(job.id)
     if event.finish:
       self._end(job, freed=bool(finish))
     return event

@@ -74,11 +74,15 @@ def generate(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, request
     for k, (tokens_B, depths_B, logprobs_B, finish_B) in enumerate(
         zip(*(np.asarray(x) for x in (tokens_KB, depths_KB, logprobs_KB, finish_KB)))):
       for b, follower in enumerate(followers):
-        if not follower.completion.finish and tokens_B[b] >= 0:
+        if follower.completion.finish or tokens_B[b] == -1:
+          continue
+        if tokens_B[b] == sampling.NOT_FINITE:
+          event = follower.end("error", request_lib.NOT_FINITE)
+        else:
           event = follower.add(int(tokens_B[b]), int(depths_B[b]), float(logprobs_B[b]),
                                request_lib.FINISH[finish_B[b]])
-          if callback:
-            callback(b, event)
+        if callback:
+          callback(b, event)
     ended_B = np.array([bool(f.completion.finish) for f in followers])
     state = state.replace(left_B=jnp.where(ended_B, 0, state.left_B))  # stop strings are seen here only
   return [f.completion for f in followers]
@@ -150,9 +154,10 @@ def _turns(decoder, weights, state, rows, stop_BE, vocab_size):
     token_B = sampling.sample(logits_BV, rows, state.seen_BV, state.index_B, vocab_size)
     logprob_B = sampling.log_probability(logits_BV, token_B, vocab_size)
     finish_B = slots_lib.find_finish(token_B, stop_BE, state.left_B)
+    failed_B = finish_B == slots_lib.FAILED
     one_B = live_B.astype(jnp.int32)
     state = _State(cache, jnp.where(live_B, token_B, state.token_B), state.position_B + one_B, state.index_B + one_B,
-                   jnp.where(finish_B == slots_lib.STOPPED, 0, state.left_B - one_B),
+                   jnp.where(failed_B | (finish_B == slots_lib.STOPPED), 0, state.left_B - one_B),
                    state.seen_BV.at[jnp.arange(token_B.shape[0]), token_B].max(live_B))
     return state, (jnp.where(live_B, token_B, -1), depth_B, logprob_B, finish_B)
 

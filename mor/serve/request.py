@@ -17,7 +17,9 @@ from mor.decode import sampling as sampling_lib
 from mor.decode import slots as slots_lib
 from mor.exits import policy as exits_lib
 
-FINISH = ("", "stop", "length", "aborted")  # why a request ended, by `slots.GOES_ON` to `LIMITED`; "" goes on
+FINISH = ("", "stop", "length", "error", "aborted")  # why a request ended, by `slots.GOES_ON` to `FAILED`; "" goes on
+NOT_FINITE = ("the logits are not finite (NaN or infinite): weights are damaged, or the run has diverged; use a whole "
+              "checkpoint or file, or an earlier step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Completion:
       tokens and depths are the full depth's.
     logprobs: of each new token, where asked for.
     text: the new text, as it goes on after the prompt, up to a stop string; "" without a tokenizer.
-    finish: "" while it goes on, "stop", "length" or "aborted".
+    finish: "" while it goes on, "stop", "length", "error" or "aborted".
+    error: what went wrong, if finish is "error".
   """
 
   tokens: list[int] = dataclasses.field(default_factory=list)
@@ -91,6 +94,7 @@ class Completion:
   logprobs: list[float] = dataclasses.field(default_factory=list)
   text: str = ""
   finish: str = ""
+  error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +147,9 @@ class Follower:
     return self._tell(Event(None if stopped else token, text, depth, logprob if self.request.logprobs else None,
                             done.finish, early))
 
-  def end(self, finish: str) -> Event:
+  def end(self, finish: str, error: str = "") -> Event:
     """Ends the request from outside."""
-    self.completion.finish = finish
+    self.completion.finish, self.completion.error = finish, error
     return self._tell(Event(None, self._release("", ()), 0, None, finish))
 
   def _tell(self, event: Event) -> Event:
