@@ -204,7 +204,7 @@ def _gain(runners, routed: str, never: str) -> dict[str, Any]:
   gain = harness.ratios(a.rates("cpu"), b.rates("cpu"))
   depth = a.engine.metrics()["mean_depth"]
   parts = decode_parts.measure(b.engine, a.engine, depth)
-  num_steps = b.engine.decoder.num_steps
+  num_steps = b.engine.runner.decoder.num_steps
   full = num_steps * parts["pass_full"] + parts["edge_full"]
   ceiling = full / (depth * (parts["pass_routed"] + parts["edge_routed"]))
   return {"routed": routed, "full": never, "mean_depth": depth, "gain": gain, "seconds": parts,

@@ -25,7 +25,7 @@ def request(prompt: list[int], num_new: int) -> request_lib.Request:
 
 def kv_bytes(engine: engine_lib.Engine) -> int:
   """Returns the bytes of keys and values that the engine has allocated."""
-  cache = engine.slots.cache
+  cache = engine.runner.slots.cache
   return sum(a.nbytes for a in jax.tree.leaves((cache.edge, cache.stack)))
 
 
@@ -39,7 +39,7 @@ def measure(full: engine_lib.Engine, routed: engine_lib.Engine, mean_depth: floa
   num = full.num_slots
   few = max(1, round(num / mean_depth))
   programs = {
-      "pass_full": _pass(full, np.arange(_TURNS)[:, None] % full.decoder.num_steps + np.zeros((1, num), int)),
+      "pass_full": _pass(full, np.arange(_TURNS)[:, None] % full.runner.decoder.num_steps + np.zeros((1, num), int)),
       "pass_routed": _pass(routed, _steps(routed)),
       "edge_full": _edge(full, num),
       "edge_routed": _edge(full, few),
@@ -51,16 +51,16 @@ def measure(full: engine_lib.Engine, routed: engine_lib.Engine, mean_depth: floa
 
 def _steps(engine) -> np.ndarray:
   """Steps `[turn, B]` as often as they occur: as the entries that each step has stored."""
-  length_R = np.asarray(engine.slots.cache.length_BR).sum(axis=0).astype(float)
-  if len(length_R) < engine.decoder.num_steps:  # one row for all steps
-    length_R = np.ones(engine.decoder.num_steps)
+  length_R = np.asarray(engine.runner.slots.cache.length_BR).sum(axis=0).astype(float)
+  if len(length_R) < engine.runner.decoder.num_steps:  # one row for all steps
+    length_R = np.ones(engine.runner.decoder.num_steps)
   rng = np.random.default_rng(0)
   return rng.choice(len(length_R), (_TURNS, engine.num_slots), p=length_R / length_R.sum())
 
 
 def _pass(engine, steps_KB):
   """Returns a program of the stack alone; entries are written over and over in the same places."""
-  decoder, weights = engine.decoder, engine.weights
+  decoder, weights = engine.runner.decoder, engine.runner.weights
 
   @jax.jit
   def run(slots, steps_KB):
@@ -85,7 +85,7 @@ def _donating(run):
       slots.replace(cache=slots.cache.replace(stack=stack)), steps_KB), donate_argnums=0)
 
   def call(engine, steps_KB):
-    slots = engine.slots
+    slots = engine.runner.slots
     stack = state.pop("stack", None)
     if stack is None:
       stack = jax.tree.map(jnp.copy, slots.cache.stack)
@@ -98,7 +98,7 @@ def _donating(run):
 
 def _edge(engine, num: int):
   """Returns a program of everything but the stack, for the first `num` slots."""
-  decoder, weights = engine.decoder, engine.weights
+  decoder, weights = engine.runner.decoder, engine.runner.weights
   state: dict[str, Any] = {}
 
   def run(edge, slots):
@@ -118,7 +118,7 @@ def _edge(engine, num: int):
   jitted = jax.jit(run, donate_argnums=0)
 
   def call():
-    slots = slots_lib.first(engine.slots, num)
+    slots = slots_lib.first(engine.runner.slots, num)
     edge = state.pop("edge", None)
     if edge is None:
       edge = jax.tree.map(jnp.copy, slots.cache.edge)

@@ -113,7 +113,7 @@ def variants(args, model: model_lib.Model, num_slots: int) -> list[exit_turns.Va
     engine = engine_lib.Engine(
         model, num_slots=num_slots, context=CONTEXT, weight_format=args.format,
         kv_format="float32" if args.format == "float32" else "bfloat16", exits=exits)
-    engine.weights = weights.setdefault(exits, engine.weights)
+    engine.runner.weights = weights.setdefault(exits, engine.runner.weights)
     return exit_turns.Variant(name, engine, asked)
 
   made, ask = [make("full", [{}], None)], lambda mode, threshold: dict(exit=mode, threshold=threshold)

@@ -12,43 +12,21 @@ request alone: not on its neighbours, the order of arrival, or a preemption.
 
 import collections
 from collections.abc import Iterator, Sequence
-import dataclasses
-import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from mor.decode import decoder as decoder_lib
-from mor.decode import prefill
 from mor.decode import sampling
-from mor.decode import slots as slots_lib
 from mor.decode import storage as storage_lib
-from mor.decode import tick
 from mor.decode import weights as weights_lib
 from mor.exits import calibration
 from mor.exits import policy as exits_lib
-from mor.exits import ring as ring_lib
-from mor.exits import tick as exit_tick
 from mor.serve import early_exit as exit_host
 from mor.serve import meter as meter_lib
 from mor.serve import request as request_lib
+from mor.serve import runner as runner_lib
 from mor.serve import scheduler as scheduler_lib
 
-_LEAST_CHUNK = 16  # tokens of the smallest prefill bucket
 _STORAGES = {"paged": storage_lib.Paged, "dense": storage_lib.Dense}
-
-
-@dataclasses.dataclass
-class _Flight:
-  """A dispatch whose results have not been read."""
-
-  out: slots_lib.Out
-  jobs: list[scheduler_lib.Job | None]  # by slot
-  began: float  # when it was dispatched
-  drafted: bool  # whether requests that are verified did draft
-  alone: bool  # whether nothing was prefilled beside it
 
 
 class Engine:
@@ -94,41 +72,32 @@ class Engine:
     page_size = context if storage == "dense" else page_size
     kind, config = _STORAGES[storage], model.config
     exit_host.check(exits, config, batching, calibrator)
-    self.decoder = decoder_lib.Decoder(config, kind(page_size, config.num_kv_heads, config.head_dim, kv_format), router,
-                                       exits.after if exits else ())
+    decoder = decoder_lib.Decoder(config, kind(page_size, config.num_kv_heads, config.head_dim, kv_format), router,
+                                  exits.after if exits else ())
     self.exits, self.calibrator = exits, calibrator
-    cyclic = self.decoder.tables.schedule.cyclic
+    tables = decoder.tables
+    cyclic = tables.schedule.cyclic
     if not cyclic and exits is None:
       raise ValueError(f"sharing={config.sharing!r} gives each step its own layers, so tokens at different steps "
                        "cannot share a batch; use generate() (--batching=none), or train with a cyclic scheme")
     self.model, self.context, self.num_slots = model, context, num_slots
-    self.weights = weights_lib.prepare(config, model.variables, weight_format, exits.first if exits else 0)
-    self._together = batching == "sequence"
-    steps = self.decoder.num_steps if cyclic else 1  # passes of a tick that may have something to do
-    self._ticks = ticks or steps * -(-4 // steps)
-    self._chunk = max(_LEAST_CHUNK, prefill_chunk)
+    weights = weights_lib.prepare(config, model.variables, weight_format, exits.first if exits else 0)
+    steps = decoder.num_steps if cyclic else 1  # passes of a tick that may have something to do
+    ticks = ticks or steps * -(-4 // steps)
+    chunk = max(runner_lib.LEAST_CHUNK, prefill_chunk)
     pages_per_row = -(-context // page_size)
     whole = num_slots * pages_per_row
     pool = scheduler_lib.Pool(
-        page_size, self.decoder.tables.num_rows, num_pages or whole * self.decoder.tables.num_rows,
-        (num_edge_pages or whole) if self.decoder.tables.num_edges else 0,
-        max(1 + exits.pending, self.decoder.tables.num_rows) if exits else 1)
-    self.scheduler = scheduler_lib.Scheduler(num_slots, pool, self._ticks, self._chunk)
-    slots = slots_lib.make(self.decoder, self.weights, num_slots, pool.num_pages, pool.num_edge_pages, pages_per_row)
-    self._setup, self._pace = None, exit_host.Pace()
-    if exits:
-      slots = ring_lib.attach(self.decoder, slots, exits)
-      self._setup = exits_lib.set_up(config, exits, self.decoder.tables.schedule, num_slots)
-      self._pace = exit_host.Pace(exit_host.drafts_pay(self._setup.costs, exits.pending))
-    self.slots = jax.device_put(slots, *self.weights.lookup_VD.devices())  # committed, as a dispatch returns it
-    self._flights: collections.deque[_Flight] = collections.deque()
-    self._jobs: dict[int, scheduler_lib.Job] = {}
-    self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
-    self._starved = False  # a row waits and no page is free
-    self._mark: float | None = None  # when the last dispatch was read
-    self._events: list[tuple[int, request_lib.Event]] = []  # read, and not returned yet
-    self._alone = True  # whether nothing was prefilled since the last dispatch
+        page_size, tables.num_rows, num_pages or whole * tables.num_rows, (num_edge_pages or whole) if tables.num_edges else 0,
+        max(1 + exits.pending, tables.num_rows) if exits else 1)
+    self.scheduler = scheduler_lib.Scheduler(num_slots, pool, ticks, chunk)
     self.meter = meter_lib.Meter(num_slots, pool)
+    self.runner = runner_lib.SlotRunner(
+        decoder, weights, num_slots, pool, pages_per_row, self.meter, ticks=ticks, chunk=chunk,
+        vocab_size=model.vocab_size, together=batching == "sequence", exits=exits, calibrator=calibrator)
+    self._jobs: dict[int, scheduler_lib.Job] = {}
+    self._starved = False  # a row waits and no page is free
+    self._events: list[tuple[int, request_lib.Event]] = []  # read, and not returned yet
 
   def submit(self, prompt: str | Sequence[int], **options: Any) -> int:
     """Queues a prompt; returns the request's number.
@@ -221,91 +190,35 @@ class Engine:
   @property
   def idle(self) -> bool:
     """Whether no request waits or runs, and all results have been returned."""
-    return self.scheduler.idle and not self._flights and not self._events
+    return self.scheduler.idle and not self.runner.flights and not self._events
 
   def step(self) -> list[tuple[int, request_lib.Event]]:
     """Admits, prefills, dispatches, and reads the dispatch before; returns what is new."""
     with self.meter.busy():
       while self.scheduler.admit():
         pass
-      self._prefill()
+      self.runner.prefill(self.scheduler.held)
       dispatched = not self._starved and any(job.started for job in self.scheduler.held)
       if dispatched:
-        self._dispatch()
+        self.runner.dispatch(self.scheduler.slots)
       events, self._events = self._events, []
-      while len(self._flights) > (1 if dispatched else 0):
-        events += self._harvest(self._flights.popleft())
-      if self._starved and not self._flights:
+      while len(self.runner.flights) > (1 if dispatched else 0):
+        events += self._harvest()
+      if self._starved and not self.runner.flights:
         self._relieve()
       return events
 
   def wait(self) -> None:
     """Blocks until the device has done what was dispatched; the next `step` returns what was new."""
     with self.meter.busy():
-      while self._flights:
-        self._events += self._harvest(self._flights.popleft())
-      jax.block_until_ready(self.slots.phase_B)
+      while self.runner.flights:
+        self._events += self._harvest()
+      self.runner.wait()
 
-  def _prefill(self) -> None:
-    """Prefills prompts by chunks, the oldest first, and all of them if no slot decodes yet."""
-    held = self.scheduler.held
-    budget = self._chunk if any(job.started for job in held) else sum(len(job.tokens) for job in held)
-    for job in held:
-      while not job.started and budget > 0:
-        left = len(job.tokens) - 1 - job.stored
-        if left:
-          size = min(left, self._chunk)
-          self._store(job, size)
-          budget -= size
-        if job.stored == len(job.tokens) - 1:
-          self._start(job)
-
-  def _store(self, job: scheduler_lib.Job, size: int) -> None:
-    width = max(_LEAST_CHUNK, 1 << (size - 1).bit_length())
-    tokens_1T = np.zeros((1, width), np.int32)
-    tokens_1T[0, :size] = job.tokens[job.stored:job.stored + size]
-    self.slots, ok = prefill.store(
-        self.decoder, self.weights, self.slots, jnp.int32(job.slot), jnp.asarray(tokens_1T), jnp.int32(job.stored),
-        jnp.int32(size), context=job.stored > 0)
-    job.stored += size
-    self._alone = False
-    self.meter.prefilled(size)
-    self._sufficed.append(ok)
-
-  def _start(self, job: scheduler_lib.Job) -> None:
-    request, generated = job.payload.request, len(job.tokens) - len(job.prompt)
-    admission = slots_lib.make_admission(
-        job.slot, job.tokens, generated=generated, left=job.limit - generated, sampling=request.sampling,
-        stop_tokens=request.stop_tokens, logprobs=request.logprobs, vocab_size=self.model.config.vocab_size)
-    if self._setup is None:
-      self.slots = slots_lib.admit(self.slots, admission)
-    else:
-      fields = exit_host.set_fields(self._setup, request, job.payload.completion)
-      self.slots = ring_lib.admit(self.slots, admission, fields)
-    job.started = True
-
-  def _dispatch(self) -> None:
-    jobs = [job if job and job.started else None for job in self.scheduler.slots]
-    drafted = True
-    if any(job and exit_host.drafts_greedily(job.payload.request) for job in jobs):
-      drafted = self._pace.next()
-      self._setup = self._setup.replace(draft=jnp.bool_(drafted))
-    began, static = time.monotonic(), dict(num_ticks=self._ticks, vocab_size=self.model.vocab_size)
-    if self._setup is None:
-      self.slots, out = tick.run(self.decoder, self.weights, self.slots, together=self._together, **static)
-    else:
-      self.slots, out = exit_tick.run(self.decoder, self.weights, self.slots, setup=self._setup, **static)
-    self._flights.append(_Flight(out, jobs, began, drafted, self._alone))
-    self._alone = True
-
-  def _harvest(self, flight: _Flight) -> list[tuple[int, request_lib.Event]]:
-    out, sufficed = jax.device_get((flight.out, self._sufficed))
-    assert all(sufficed), "a prefill was admitted without room for it"
-    self._sufficed = []
-    num = int(out.num_ticks)
-    self.meter.harvested(out, num)
-    self._learn(flight, out, num)
-    self.scheduler.learn(int(out.free), int(out.edge_free), [job for job in flight.jobs if job], len(self._flights))
+  def _harvest(self) -> list[tuple[int, request_lib.Event]]:
+    flight, out = self.runner.read()
+    num, tables = int(out.num_ticks), self.runner.decoder.tables
+    self.scheduler.learn(int(out.free), int(out.edge_free), [job for job in flight.jobs if job], len(self.runner.flights))
     new = out.ticks.new
     events, last = [], new.token_BW.shape[2] - 1
     for k in range(num):
@@ -317,22 +230,10 @@ class Engine:
           finish = "" if more else request_lib.FINISH[new.finish_B[k, slot]]
           events.append((job.id, self._take_token(job, new, (k, slot, i), finish)))
     self.scheduler.pressed = bool(num) and bool(out.ticks.stalled_B[num - 1].any())
-    none_left = out.free == 0 or (self.decoder.tables.num_edges and out.edge_free == 0)
+    none_left = out.free == 0 or (tables.num_edges and out.edge_free == 0)
     stuck = bool(num) and not out.ticks.ran_B[num - 1].any()  # each needs more pages than are left
     self._starved = self.scheduler.pressed and bool(none_left or stuck)
     return events
-
-  def _learn(self, flight, out, num) -> None:
-    """Learns from a dispatch whether drafts pay, and what the exits' confidence is worth."""
-    now = time.monotonic()
-    if self._mark is not None and num:  # the first one compiles
-      seconds = now - max(self._mark, flight.began)
-      self._pace.saw(flight.drafted, int((out.ticks.new.token_BW[:num] >= 0).sum()), seconds, flight.alone)
-    self._mark = now
-    if self.calibrator is not None and self.exits.monitor:
-      report = out.ticks.new.exits
-      known_KBW = report.sure_BW[:num] >= 0
-      self.calibrator.update(report.sure_BW[:num][known_KBW], report.agreed_BW[:num][known_KBW])
 
   def _take_token(self, job, new, at, finish) -> request_lib.Event:
     token, early = int(new.token_BW[at]), new.exits is not None and bool(new.exits.early_BW[at])
@@ -350,7 +251,7 @@ class Engine:
     """Preempts the youngest request, so that the others find pages."""
     job = self.scheduler.youngest()
     if job:
-      self._free(self.scheduler.preempt(job))
+      self.runner.release(self.scheduler.preempt(job))
       self.meter.preempted()
     self._starved = False
 
@@ -358,10 +259,5 @@ class Engine:
     """Ends a job; its slot and pages go back unless the device has freed them itself."""
     slot = self.scheduler.finish(job)
     if slot is not None and not freed:
-      self._free(slot)
+      self.runner.release(slot)
     self.meter.finished(job.id)
-
-  def _free(self, slot: int) -> None:
-    done_B = np.zeros(self.num_slots, bool)
-    done_B[slot] = True
-    self.slots = slots_lib.release(self.decoder, self.slots, jnp.asarray(done_B))

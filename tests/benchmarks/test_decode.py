@@ -60,7 +60,7 @@ def test_steps_are_drawn_as_often_as_they_store():
   model = _model()
   engine = engine_lib.Engine(model, num_slots=4, page_size=4)
   length_BR = np.array([[10, 5, 0]] * 4, np.int32)
-  engine.slots = engine.slots.replace(cache=engine.slots.cache.replace(length_BR=jax.numpy.asarray(length_BR)))
+  engine.runner.slots = engine.runner.slots.replace(cache=engine.runner.slots.cache.replace(length_BR=jax.numpy.asarray(length_BR)))
   steps_KB = decode_parts._steps(engine)
   assert set(steps_KB.flat) == {0, 1}
   assert 0.4 < (steps_KB == 0).mean() < 0.95  # 2 in 3 of 32: outside by chance in under 1 of 1000

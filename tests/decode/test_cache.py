@@ -113,7 +113,7 @@ def test_engine_stores_the_kept_tokens_and_no_others():
   ceil = lambda length: int(np.ceil(np.asarray(length) / 4).sum())
   while not engine.idle:
     engine.step()
-    cache = engine.slots.cache
+    cache = engine.runner.slots.cache
     for num, length_R in zip(np.asarray(cache.edge_length_B), np.asarray(cache.length_BR)):
       assert (np.array(kept(num - 1)) <= length_R).all() and (length_R <= kept(num)).all()  # the last may be halfway
     assert pages_in_use(cache.free) == ceil(cache.length_BR)

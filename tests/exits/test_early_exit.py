@@ -79,11 +79,11 @@ def test_every_entry_after_a_sync_is_the_full_forwards(kind, num_slots):
     for number, event in made.step():
       if event.finish:
         done[number] = requests[numbers.index(number)][0] + made.take(number).tokens
-    slots = made.slots
+    slots = made.runner.slots
     for slot, job in enumerate(made.scheduler.slots):
       synced = int(slots.phase_B[slot]) == slots_lib.START and int(slots.ring.count_B[slot]) == 0
       if job and job.started and synced:
-        seen.append((job.id, int(slots.position_B[slot]), exiting.entries(made.decoder, slots.cache, slot)))
+        seen.append((job.id, int(slots.position_B[slot]), exiting.entries(made.runner.decoder, slots.cache, slot)))
   figures, compared = made.metrics(), 0
   assert figures["exit_rate"] > 0 and 0 < figures["acceptance"] < 1
   for number, length, found in seen[::4 if (kind, num_slots) in (("plain", 8), ("expert_choice", 8)) else 2]:
@@ -197,7 +197,7 @@ def test_a_calibrator_learns_online_what_the_exit_and_the_full_depth_said():
 def test_the_time_of_a_dispatch_is_its_own():
   """Not that of what the host does between it and the next one."""
   made, seen, own = engine("plain", exiting.model("plain")), [], []
-  made._pace.saw = lambda drafted, tokens, seconds, alone: seen.append(seconds)
+  made.runner.pace.saw = lambda drafted, tokens, seconds, alone: seen.append(seconds)
   made.submit([1, 5], max_tokens=20, stop_tokens=(), exit="verify", threshold=0.2)
   while not made.idle:
     start = time.monotonic()

@@ -45,12 +45,12 @@ def listed(docstring: str, room: str = "") -> list[str]:
     pytest.param("expert_choice", {}, exit_tick, "", 12, marks=pytest.mark.slow)])
 def test_files_that_a_tick_visits(kind, exits, module, room, most):
   engine = serving.engine(exiting.model(kind), exits=exits if exits is None else exiting.exits(kind))
-  more = dict(together=False) if exits is None else dict(setup=engine._setup)
+  more = dict(together=False) if exits is None else dict(setup=engine.runner.setup)
   run = module.run.__wrapped__
 
   def trace():
-    jax.make_jaxpr(lambda weights, slots: run(engine.decoder, weights, slots, num_ticks=1, vocab_size=61, **more))(
-        engine.weights, engine.slots)
+    jax.make_jaxpr(lambda weights, slots: run(engine.runner.decoder, weights, slots, num_ticks=1, vocab_size=61, **more))(
+        engine.runner.weights, engine.runner.slots)
 
   files = visited(trace)
   assert len(files) <= most

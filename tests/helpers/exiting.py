@@ -53,7 +53,7 @@ def quick(*chosen: tuple, slow: tuple[tuple, ...]) -> list:
 def engine(model: model_lib.Model, kind: str, fields: dict[str, Any] | None = None, **options: Any) -> Any:
   """One whose drafts do not depend on the clock; `fields` are of its exits."""
   made = serving.engine(model, exits=exits(kind, **fields or {}), **options)
-  made._pace = Turns()
+  made.runner.pace = Turns()
   return made
 
 
@@ -117,12 +117,12 @@ def entries(decoder: Any, cache: Any, slot: int) -> dict[tuple, np.ndarray]:
 
 def prefilled(engine: Any, tokens_T: list[int]) -> dict[tuple, np.ndarray]:
   """The entries that the full forward of the tokens leaves."""
-  decoder, size = engine.decoder, engine.decoder.tables.storage.page_size
+  decoder, size = engine.runner.decoder, engine.runner.decoder.tables.storage.page_size
   pages = -(-serving.CONTEXT // size)
   cache = decoder.tables.make_cache(1, decoder.tables.num_rows * pages, pages, pages)
   padded_1T = np.zeros((1, serving.CONTEXT), np.int32)
   padded_1T[0, :len(tokens_T)] = tokens_T
-  cache, _, ok = decoding.prefill(decoder, engine.weights, cache, padded_1T, jnp.zeros(1, jnp.int32),
+  cache, _, ok = decoding.prefill(decoder, engine.runner.weights, cache, padded_1T, jnp.zeros(1, jnp.int32),
                                   jnp.array([len(tokens_T)]), False)
   assert ok
   return entries(decoder, cache, 0)

@@ -187,5 +187,5 @@ def test_what_was_read_while_waiting_comes_with_the_next_step(engine):
     for number, event in engine.step():
       got[number].append(event.token)
     engine.wait()
-    assert not engine._flights
+    assert not engine.runner.flights
   assert got == {number: engine.take(number).tokens for number in numbers} and all(map(len, got.values()))

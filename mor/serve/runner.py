@@ -1,0 +1,171 @@
+"""The device's side of an engine: slots, the programs that change them, and dispatches that have not been read.
+
+  prefill   stores chunks of prompts, and starts the requests whose prompt is stored
+  dispatch  runs a few ticks for all slots
+  read      waits for the oldest dispatch
+  release   frees a slot
+"""
+
+import collections
+from collections.abc import Sequence
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor.decode import decoder as decoder_lib
+from mor.decode import prefill
+from mor.decode import slots as slots_lib
+from mor.decode import tick
+from mor.decode import weights as weights_lib
+from mor.exits import calibration
+from mor.exits import policy as exits_lib
+from mor.exits import ring as ring_lib
+from mor.exits import tick as exit_tick
+from mor.serve import early_exit as exit_host
+from mor.serve import meter as meter_lib
+from mor.serve import scheduler as scheduler_lib
+
+LEAST_CHUNK = 16  # tokens of the smallest prefill bucket
+
+
+@dataclasses.dataclass
+class Flight:
+  """A dispatch whose results have not been read."""
+
+  out: slots_lib.Out
+  jobs: list[scheduler_lib.Job | None]  # by slot
+  began: float  # when it was dispatched
+  drafted: bool  # whether requests that are verified did draft
+  alone: bool  # whether nothing was prefilled beside it
+
+
+class SlotRunner:
+  """Runs requests in slots; see the module docstring.
+
+  Args:
+    decoder: tables of the model.
+    weights: weights of the model.
+    num_slots: number of slots.
+    pool: sizes of the page pools.
+    pages_per_row: pages of a request's row at most.
+    meter: counts what is done.
+    ticks: ticks of a dispatch.
+    chunk: prompt tokens prefilled at most between two dispatches.
+    vocab_size: tokens beyond it are never drawn.
+    together: whether a token that is done waits for the deepest of the batch.
+    exits: where tokens may leave early.
+    calibrator: learns from exits if `exits.monitor`.
+  """
+
+  def __init__(self, decoder: decoder_lib.Decoder, weights: weights_lib.Weights, num_slots: int,
+               pool: scheduler_lib.Pool, pages_per_row: int, meter: meter_lib.Meter, *, ticks: int, chunk: int,
+               vocab_size: int, together: bool, exits: exits_lib.Exits | None,
+               calibrator: calibration.Calibrator | None):
+    self.decoder, self.weights, self.exits = decoder, weights, exits
+    self._num_slots, self._pool, self._pages_per_row, self._meter = num_slots, pool, pages_per_row, meter
+    self._ticks, self._chunk, self._vocab_size, self._together = ticks, chunk, vocab_size, together
+    self._calibrator = calibrator
+    self.setup, self.pace = None, exit_host.Pace()
+    if exits:
+      self.setup = exits_lib.set_up(decoder.model, exits, decoder.tables.schedule, num_slots)
+      self.pace = exit_host.Pace(exit_host.drafts_pay(self.setup.costs, exits.pending))
+    self.slots = self._make_slots()
+    self.flights: collections.deque[Flight] = collections.deque()
+    self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
+    self._mark: float | None = None  # when the last dispatch was read
+    self._alone = True  # whether nothing was prefilled since the last dispatch
+
+  def _make_slots(self) -> slots_lib.Slots:
+    slots = slots_lib.make(self.decoder, self.weights, self._num_slots, self._pool.num_pages,
+                           self._pool.num_edge_pages, self._pages_per_row)
+    if self.exits:
+      slots = ring_lib.attach(self.decoder, slots, self.exits)
+    return jax.device_put(slots, *self.weights.lookup_VD.devices())  # committed, as a dispatch returns it
+
+  def prefill(self, held: Sequence[scheduler_lib.Job]) -> None:
+    """Prefills prompts by chunks, the oldest first, and all of them if no slot decodes yet."""
+    budget = self._chunk if any(job.started for job in held) else sum(len(job.tokens) for job in held)
+    for job in held:
+      while not job.started and budget > 0:
+        left = len(job.tokens) - 1 - job.stored
+        if left:
+          size = min(left, self._chunk)
+          self._store(job, size)
+          budget -= size
+        if job.stored == len(job.tokens) - 1:
+          self._start(job)
+
+  def _store(self, job: scheduler_lib.Job, size: int) -> None:
+    width = max(LEAST_CHUNK, 1 << (size - 1).bit_length())
+    tokens_1T = np.zeros((1, width), np.int32)
+    tokens_1T[0, :size] = job.tokens[job.stored:job.stored + size]
+    self.slots, ok = prefill.store(
+        self.decoder, self.weights, self.slots, jnp.int32(job.slot), jnp.asarray(tokens_1T), jnp.int32(job.stored),
+        jnp.int32(size), context=job.stored > 0)
+    job.stored += size
+    self._alone = False
+    self._meter.prefilled(size)
+    self._sufficed.append(ok)
+
+  def _start(self, job: scheduler_lib.Job) -> None:
+    request, generated = job.payload.request, len(job.tokens) - len(job.prompt)
+    admission = slots_lib.make_admission(
+        job.slot, job.tokens, generated=generated, left=job.limit - generated, sampling=request.sampling,
+        stop_tokens=request.stop_tokens, logprobs=request.logprobs, vocab_size=self.decoder.model.vocab_size)
+    if self.setup is None:
+      self.slots = slots_lib.admit(self.slots, admission)
+    else:
+      fields = exit_host.set_fields(self.setup, request, job.payload.completion)
+      self.slots = ring_lib.admit(self.slots, admission, fields)
+    job.started = True
+
+  def dispatch(self, slots: Sequence[scheduler_lib.Job | None]) -> None:
+    """Runs a few ticks for the requests in slots that have started."""
+    jobs = [job if job and job.started else None for job in slots]
+    drafted = True
+    if any(job and exit_host.drafts_greedily(job.payload.request) for job in jobs):
+      drafted = self.pace.next()
+      self.setup = self.setup.replace(draft=jnp.bool_(drafted))
+    began, static = time.monotonic(), dict(num_ticks=self._ticks, vocab_size=self._vocab_size)
+    if self.setup is None:
+      self.slots, out = tick.run(self.decoder, self.weights, self.slots, together=self._together, **static)
+    else:
+      self.slots, out = exit_tick.run(self.decoder, self.weights, self.slots, setup=self.setup, **static)
+    self.flights.append(Flight(out, jobs, began, drafted, self._alone))
+    self._alone = True
+
+  def read(self) -> tuple[Flight, slots_lib.Out]:
+    """Waits for the oldest dispatch; returns it with its results as NumPy arrays."""
+    flight = self.flights.popleft()
+    out, sufficed = jax.device_get((flight.out, self._sufficed))
+    assert all(sufficed), "a prefill was admitted without room for it"
+    self._sufficed = []
+    num = int(out.num_ticks)
+    self._meter.harvested(out, num)
+    self._learn(flight, out, num)
+    return flight, out
+
+  def _learn(self, flight, out, num) -> None:
+    """Learns from a dispatch whether drafts pay, and what the exits' confidence is worth."""
+    now = time.monotonic()
+    if self._mark is not None and num:  # the first one compiles
+      seconds = now - max(self._mark, flight.began)
+      self.pace.saw(flight.drafted, int((out.ticks.new.token_BW[:num] >= 0).sum()), seconds, flight.alone)
+    self._mark = now
+    if self._calibrator is not None and self.exits.monitor:
+      report = out.ticks.new.exits
+      known_KBW = report.sure_BW[:num] >= 0
+      self._calibrator.update(report.sure_BW[:num][known_KBW], report.agreed_BW[:num][known_KBW])
+
+  def release(self, slot: int) -> None:
+    """Frees a slot and its pages."""
+    done_B = np.zeros(self._num_slots, bool)
+    done_B[slot] = True
+    self.slots = slots_lib.release(self.decoder, self.slots, jnp.asarray(done_B))
+
+  def wait(self) -> None:
+    """Blocks until the device has done what was dispatched."""
+    jax.block_until_ready(self.slots.phase_B)
