@@ -204,22 +204,23 @@ class Admission:
 def make(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, num_slots: int, num_pages: int,
          num_edge_pages: int, pages_per_row: int) -> Slots:
   """Returns empty slots."""
-  model = decoder.model
-
-  def make_empty():
-    int_B, bool_B = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
-    state_BD = jnp.zeros((num_slots, model.d_model), jnp.float32)
-    routed = decoder.decide(weights, state_BD, state_BD, bool_B, int_B, int_B, (0,))
-    routed = jax.tree.map(jnp.zeros_like, routed)
-    return dict(phase_B=int_B, token_B=int_B, position_B=int_B, h_BD=state_BD, entry_BD=state_BD, step_B=int_B,
-                depth_B=int_B, routed=routed, index_B=int_B, left_B=int_B, logprob_B=bool_B)
-
   return Slots(
-      **jax.jit(make_empty)(),  # jitted, so that each is a buffer of its own: they are donated
+      **_make_empty(decoder, weights, num_slots),
       cache=decoder.tables.make_cache(num_slots, num_pages, num_edge_pages, pages_per_row),
       rows=sampling_lib.rows([sampling_lib.Sampling()] * num_slots),
-      seen_BV=jnp.zeros((num_slots, model.vocab_size), bool),
+      seen_BV=jnp.zeros((num_slots, decoder.model.vocab_size), bool),
       stop_BE=jnp.full((num_slots, STOP_TOKENS), -1, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _make_empty(decoder, weights, num_slots):
+  """Returns most fields of empty slots; jitted, so that each is a buffer of its own: they are donated."""
+  int_B, bool_B = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
+  state_BD = jnp.zeros((num_slots, decoder.model.d_model), jnp.float32)
+  routed = decoder.decide(weights, state_BD, state_BD, bool_B, int_B, int_B, (0,))
+  routed = jax.tree.map(jnp.zeros_like, routed)
+  return dict(phase_B=int_B, token_B=int_B, position_B=int_B, h_BD=state_BD, entry_BD=state_BD, step_B=int_B,
+              depth_B=int_B, routed=routed, index_B=int_B, left_B=int_B, logprob_B=bool_B)
 
 
 def make_admission(slot: int, tokens: Sequence[int], *, generated: int, left: int, sampling: sampling_lib.Sampling,

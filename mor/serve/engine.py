@@ -8,6 +8,11 @@ A call of `step` admits requests, prefills a bounded number of prompt tokens,
 dispatches a few ticks (`tick.py`) and reads the results of the dispatch *before*, so
 that the device never waits for the host. The tokens of a request depend on the
 request alone: not on its neighbours, the order of arrival, or a preemption.
+
+An exception may end a call at any moment (Ctrl-C, a signal handler, a timeout). What is certain then is each
+request's prompt and the tokens that it was given. So if an exception ends a change of slots and queue, the next
+call makes them anew and computes the requests again, as after a preemption. An exception in a wait for the
+device leaves nothing in doubt. `guard.py` says what happens in the moment in which a token is handed out.
 """
 
 import collections
@@ -21,6 +26,7 @@ from mor.decode import weights as weights_lib
 from mor.exits import calibration
 from mor.exits import policy as exits_lib
 from mor.serve import early_exit as exit_host
+from mor.serve import guard as guard_lib
 from mor.serve import meter as meter_lib
 from mor.serve import request as request_lib
 from mor.serve import runner as runner_lib
@@ -31,6 +37,10 @@ _STORAGES = {"paged": storage_lib.Paged, "dense": storage_lib.Dense}
 
 class Engine:
   """Serves one model; see the module docstring.
+
+  Threads may share an engine: one call runs at a time, and the others wait for its lock. A call from inside
+  another call of the same thread is refused, but `abort`, which takes effect when the outer call ends. A
+  RuntimeError of any call says that the engine can no longer be used.
 
   Args:
     model: `serve.model.Model`: config, variables, tokenizer and context.
@@ -97,7 +107,9 @@ class Engine:
         vocab_size=model.vocab_size, together=batching == "sequence", exits=exits, calibrator=calibrator)
     self._jobs: dict[int, scheduler_lib.Job] = {}
     self._starved = False  # a row waits and no page is free
-    self._events: list[tuple[int, request_lib.Event]] = []  # read, and not returned yet
+    self._events: list[tuple[int, request_lib.Event]] = []  # of requests without a stream, and not returned yet
+    self._in_doubt = False  # whether slots and queue are being changed, or an exception has ended that
+    self.guard = guard_lib.Guard()
 
   def submit(self, prompt: str | Sequence[int], **options: Any) -> int:
     """Queues a prompt; returns the request's number.
@@ -115,36 +127,67 @@ class Engine:
 
   def submit_request(self, request: request_lib.Request) -> int:
     """Queues a ready request; returns its number."""
+    return self._queue([request])[0]
+
+  def _queue(self, requests: Sequence[request_lib.Request], events: collections.deque | None = None) -> list[int]:
+    """Queues requests, or none of them; returns their numbers."""
+    numbers: list[int] = []
+    try:
+      for request in requests:
+        self._queue_one(request, events, numbers)
+      return numbers
+    except BaseException:
+      self._forget(numbers)
+      raise
+
+  @guard_lib.alone
+  def _queue_one(self, request, events, numbers) -> None:
     request.check(self.model.config.vocab_size, self.context)
     request = exit_host.resolve(self.exits, request, self.calibrator, self.model.stored_exits)
     follower = request_lib.Follower(request, self.model.tokenizer)
-    job = self.scheduler.submit(request.prompt, request.limit(self.context), follower)
+    job = self.scheduler.make_job(request.prompt, request.limit(self.context), follower)
+    job.events = events
+    numbers.append(job.id)  # first, so that `_queue` can take back the rest
     self._jobs[job.id] = job
     self.meter.submitted(job.id)
-    return job.id
+    self.scheduler.submit(job)
 
   def abort(self, number: int) -> request_lib.Completion:
-    """Ends a request, wherever it is, and forgets it; returns what it has got."""
-    job = self._find(number)
-    if not job.finished:
-      self._end(job)
-      job.payload.end("aborted")
-    return self.take(number)
+    """Ends a request, wherever it is, and forgets it; returns what it has got.
 
+    From inside another call of the engine, it takes effect when that call ends.
+    """
+    if not self.guard.is_nested():
+      return self._abort(number)
+    completion = self._find(number).payload.completion
+    self.guard.noted.append(number)
+    return completion
+
+  @guard_lib.alone
+  def _abort(self, number: int) -> request_lib.Completion:
+    job = self._find(number)
+    self._drop(number)
+    return job.payload.completion
+
+  @guard_lib.alone
   def take(self, number: int) -> request_lib.Completion:
-    """Returns a request's completion so far; a finished request is forgotten then."""
+    """Returns a request's completion so far; a finished request is forgotten then, and its events with it."""
     job = self._find(number)
     if job.finished:
-      del self._jobs[number]
-    return job.payload.completion
+      self._drop(number)
+    return self._follow(job).completion
 
   def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[request_lib.Event]:
     """Yields a prompt's new tokens; other requests go on meanwhile. A closed stream aborts its request."""
-    number = self.submit(prompt, **options)
-    waiting = self._jobs[number].payload.events = collections.deque()
-    events = self._stream(number, waiting)
-    next(events)
-    return events
+    waiting: collections.deque = collections.deque()
+    numbers = self._queue([self.model.request(prompt, **options)], waiting)
+    try:
+      events = self._stream(numbers[0], waiting)
+      next(events)
+      return events
+    except BaseException:
+      self._forget(numbers)
+      raise
 
   def _stream(self, number: int, waiting: collections.deque) -> Iterator[request_lib.Event | None]:
     try:
@@ -154,33 +197,55 @@ class Engine:
           yield (event := waiting.popleft())
           if event.finish:
             return
-        self.step()
+        self._turn()
     finally:
-      if number in self._jobs:
-        self.abort(number)
+      self._forget([number])
 
   def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[request_lib.Completion]:
-    """Continues all prompts, and returns when the last one is done.
+    """Continues all prompts, and returns when the last one is done; an exception aborts all of them.
 
     Raises:
       ValueError: a prompt or an option is wrong; none is run then.
     """
-    requests = [self.model.request(prompt, **options) for prompt in prompts]
-    numbers = []
+    nowhere: collections.deque = collections.deque(maxlen=0)
+    numbers = self._queue([self.model.request(prompt, **options) for prompt in prompts], nowhere)
     try:
-      for request in requests:
-        numbers.append(self.submit_request(request))
-    except ValueError:
-      for number in numbers:
-        self.abort(number)
-      raise
-    while not all(self._jobs[n].finished for n in numbers):
-      self.step()
-    return [self.take(n) for n in numbers]
+      while not all(self._jobs[n].finished for n in numbers):
+        self._turn()
+      return [self.take(n) for n in numbers]
+    finally:
+      self._forget(numbers)
+
+  def _forget(self, numbers: Sequence[int]) -> None:
+    """Ends and forgets the requests that are known: now, or when the call that is inside ends."""
+    self.guard.noted.extend(numbers)
+    self.guard.settle(self._drop)
+
+  def _drop(self, number: int) -> None:
+    """Ends and forgets a request, if it is known."""
+    job = self._jobs.get(number)
+    if job is None:
+      return
+    if not job.finished:
+      if self._in_doubt:
+        self._recover()
+      event = self._follow(job).end("aborted")
+      if job.events is not None:
+        job.events.append(event)
+      self._in_doubt = True
+      self._end(job)
+      self._in_doubt = False
+    self.meter.finished(number)
+    events = self._events
+    kept = [(n, event) for n, event in events if n != number]
+    if self._events is events:  # else another thread's `step` returns them
+      self._events = kept
+    self._jobs.pop(number, None)
 
   def metrics(self) -> dict[str, float]:
     """Returns figures since the engine was made; see `meter.py`."""
-    return self.meter.figures()
+    with self.guard.lock:
+      return self.meter.figures()
 
   def _find(self, number: int) -> scheduler_lib.Job:
     if number not in self._jobs:
@@ -193,59 +258,112 @@ class Engine:
     return self.scheduler.idle and not self.runner.flights and not self._events
 
   def step(self) -> list[tuple[int, request_lib.Event]]:
-    """Admits, prefills, dispatches, and reads the dispatch before; returns what is new."""
+    """Admits, prefills, dispatches, and reads the dispatch before; returns the events that no `step` has returned yet.
+
+    Events of a stream, and of `generate`, are its own. Any call may read those of other requests: they are kept
+    until `step` returns them, or the request is taken or aborted.
+    """
+    self._turn()
+    events, self._events = self._events, []
+    return events
+
+  @guard_lib.alone
+  def _turn(self) -> None:
     with self.meter.busy():
+      if self._in_doubt:
+        self._recover()
+      self._in_doubt = True
       while self.scheduler.admit():
         pass
       self.runner.prefill(self.scheduler.held)
       dispatched = not self._starved and any(job.started for job in self.scheduler.held)
       if dispatched:
         self.runner.dispatch(self.scheduler.slots)
-      events, self._events = self._events, []
+      self._in_doubt = False
       while len(self.runner.flights) > (1 if dispatched else 0):
-        events += self._harvest()
+        self._harvest()
       if self._starved and not self.runner.flights:
+        self._in_doubt = True
         self._relieve()
-      return events
+        self._in_doubt = False
 
+  @guard_lib.alone
   def wait(self) -> None:
     """Blocks until the device has done what was dispatched; the next `step` returns what was new."""
     with self.meter.busy():
+      if self._in_doubt:
+        self._recover()
       while self.runner.flights:
-        self._events += self._harvest()
+        self._harvest()
       self.runner.wait()
 
-  def _harvest(self) -> list[tuple[int, request_lib.Event]]:
-    flight, out = self.runner.read()
-    num, tables = int(out.num_ticks), self.runner.decoder.tables
-    self.scheduler.learn(int(out.free), int(out.edge_free), [job for job in flight.jobs if job], len(self.runner.flights))
-    new = out.ticks.new
-    events, last = [], new.token_BW.shape[2] - 1
+  def _recover(self) -> None:
+    """Makes slots and queue anew, after an exception that has ended a change of them."""
+    self.runner.reset()
+    unfinished = [job for job in self._jobs.values() if not job.finished]
+    for job in unfinished:
+      self._follow(job)
+    self.scheduler.restart(unfinished)
+    self._starved = self._in_doubt = False
+
+  def _follow(self, job: scheduler_lib.Job) -> request_lib.Follower:
+    """Returns the follower of a request, made anew if an exception has ended a change of it."""
+    if not job.whole:
+      job.payload = job.payload.replay(len(job.tokens) - len(job.prompt))
+      job.whole = True
+    return job.payload
+
+  def _harvest(self) -> None:
+    """Reads the oldest dispatch, and hands out its tokens."""
+    out = self.runner.wait_oldest()  # an exception here leaves nothing in doubt
+    self._in_doubt = True
+    jobs, tables = self.runner.pop_oldest(out), self.runner.decoder.tables
+    num, new = int(out.num_ticks), out.ticks.new
+    self.scheduler.learn(int(out.free), int(out.edge_free), [job for job in jobs if job], len(self.runner.flights))
+    last = new.token_BW.shape[2] - 1
     for k in range(num):
-      for slot, job in enumerate(flight.jobs):
+      for slot, job in enumerate(jobs):
         for i in range(last + 1):
           if new.token_BW[k, slot, i] == -1 or job is None or job.finished or job.slot != slot:
             break
           more = i < last and new.token_BW[k, slot, i + 1] != -1
-          finish = "" if more else request_lib.FINISH[new.finish_B[k, slot]]
-          events.append((job.id, self._take_token(job, new, (k, slot, i), finish)))
+          self._hand_out(job, new, (k, slot, i), "" if more else request_lib.FINISH[new.finish_B[k, slot]])
     self.scheduler.pressed = bool(num) and bool(out.ticks.stalled_B[num - 1].any())
     none_left = out.free == 0 or (tables.num_edges and out.edge_free == 0)
     stuck = bool(num) and not out.ticks.ran_B[num - 1].any()  # each needs more pages than are left
     self._starved = self.scheduler.pressed and bool(none_left or stuck)
-    return events
+    self._in_doubt = False
 
-  def _take_token(self, job, new, at, finish) -> request_lib.Event:
-    token, early = int(new.token_BW[at]), new.exits is not None and bool(new.exits.early_BW[at])
-    if token == sampling.NOT_FINITE:
-      event = job.payload.end("error", request_lib.NOT_FINITE)
+  def _hand_out(self, job, new, at, finish) -> None:
+    """Gives a request its next token, or the reason why there is none."""
+    event, tokens = self._follow_token(job, new, at, finish)
+    self.guard.torn = True
+    if job.events is None:
+      self._events.append((job.id, event))
     else:
-      event = job.payload.add(token, int(new.depth_BW[at]), float(new.logprob_BW[at]), finish, early)
-      job.tokens.append(token)
+      job.events.append(event)
+    job.tokens.extend(tokens)
+    job.whole, job.finished = True, bool(event.finish)
+    self.guard.torn = False
+    if tokens:
       self.meter.token(job.id)
     if event.finish:
       self._end(job, freed=bool(finish))
-    return event
+
+  def _follow_token(self, job, new, at, finish) -> tuple[request_lib.Event, list[int]]:
+    """Returns the event of a request's next token, and the token, if there is one."""
+    follower, token = self._follow(job), int(new.token_BW[at])
+    job.whole = False
+    if token == sampling.NOT_FINITE:
+      return follower.end("error", request_lib.NOT_FINITE), []
+    early = new.exits is not None and bool(new.exits.early_BW[at])
+    try:
+      return follower.add(token, int(new.depth_BW[at]), float(new.logprob_BW[at]), finish, early), [token]
+    except Exception as error:
+      if job.failed != len(job.tokens):  # a signal handler's, perhaps: the next call tries it again
+        job.failed = len(job.tokens)
+        raise
+      return self._follow(job).end("error", f"token {token} cannot be made text: {error!r}"), []
 
   def _relieve(self) -> None:
     """Preempts the youngest request, so that the others find pages."""

@@ -60,12 +60,13 @@ class Meter:
     self._tokens[number] = self._tokens.get(number, 0) + 1
 
   def finished(self, number: int) -> None:
-    """Counts a request that has ended, one way or the other."""
+    """Counts a request that has ended, one way or the other, once."""
+    if self._submitted.pop(number, None) is None:
+      return
     self._counts["requests"] += 1
     first, tokens = self._first.pop(number, None), self._tokens.pop(number, 0)
     if tokens > 1:
       self._tpot.append((time.monotonic() - first) / (tokens - 1))
-    del self._submitted[number]
 
   def preempted(self) -> None:
     self._counts["preemptions"] += 1

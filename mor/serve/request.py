@@ -3,7 +3,6 @@
 A request is checked when it arrives, and a wrong one is refused alone.
 """
 
-import collections
 from collections.abc import Mapping, Set
 import dataclasses
 from typing import Any
@@ -126,7 +125,7 @@ class Follower:
       raise ValueError("stop_strings need a tokenizer; give one, or use stop_tokens")
     self.request = request
     self.completion = Completion()
-    self.events: collections.deque[Event] | None = None  # where a stream wants them
+    self._tokenizer = tokenizer
     self._detokeniser = detokenise.Detokeniser(tokenizer.decode, request.prompt) if tokenizer is not None else None
     self._held = ""  # text that may belong to a stop string
 
@@ -144,18 +143,20 @@ class Follower:
         text = self._detokeniser.add(token)
     done.finish = finish
     text = self._release(text, self.request.stop_strings)
-    return self._tell(Event(None if stopped else token, text, depth, logprob if self.request.logprobs else None,
-                            done.finish, early))
+    return Event(None if stopped else token, text, depth, logprob if self.request.logprobs else None, done.finish,
+                 early)
 
   def end(self, finish: str, error: str = "") -> Event:
     """Ends the request from outside."""
     self.completion.finish, self.completion.error = finish, error
-    return self._tell(Event(None, self._release("", ()), 0, None, finish))
+    return Event(None, self._release("", ()), 0, None, finish)
 
-  def _tell(self, event: Event) -> Event:
-    if self.events is not None:
-      self.events.append(event)
-    return event
+  def replay(self, num: int) -> "Follower":
+    """Returns a follower that has taken the first `num` tokens of this one, whatever an exception left of it."""
+    done, again = self.completion, Follower(self.request, self._tokenizer)
+    for i in range(num):
+      again.add(done.tokens[i], done.depths[i], done.logprobs[i] if self.request.logprobs else 0.0, "", done.early[i])
+    return again
 
   def _release(self, text: str, stops: tuple[str, ...]) -> str:
     """Takes text, and returns what no later token can change; a stop string ends the request."""

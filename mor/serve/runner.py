@@ -1,9 +1,10 @@
 """The device's side of an engine: slots, the programs that change them, and dispatches that have not been read.
 
-  prefill   stores chunks of prompts, and starts the requests whose prompt is stored
-  dispatch  runs a few ticks for all slots
-  read      waits for the oldest dispatch
-  release   frees a slot
+  prefill                  stores chunks of prompts, and starts the requests whose prompt is stored
+  dispatch                 runs a few ticks for all slots
+  wait_oldest, pop_oldest  read the oldest dispatch
+  release                  frees a slot
+  reset                    frees all of them, whatever state they are in
 """
 
 import collections
@@ -72,6 +73,11 @@ class SlotRunner:
     if exits:
       self.setup = exits_lib.set_up(decoder.model, exits, decoder.tables.schedule, num_slots)
       self.pace = exit_host.Pace(exit_host.drafts_pay(self.setup.costs, exits.pending))
+    self.reset()
+
+  def reset(self) -> None:
+    """Makes all slots anew, and forgets the dispatches that have not been read."""
+    self.slots: slots_lib.Slots | None = None  # old ones make room
     self.slots = self._make_slots()
     self.flights: collections.deque[Flight] = collections.deque()
     self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
@@ -137,16 +143,19 @@ class SlotRunner:
     self.flights.append(Flight(out, jobs, began, drafted, self._alone))
     self._alone = True
 
-  def read(self) -> tuple[Flight, slots_lib.Out]:
-    """Waits for the oldest dispatch; returns it with its results as NumPy arrays."""
-    flight = self.flights.popleft()
-    out, sufficed = jax.device_get((flight.out, self._sufficed))
+  def wait_oldest(self) -> slots_lib.Out:
+    """Waits for the oldest dispatch; returns its results as NumPy arrays, and changes nothing."""
+    out, sufficed = jax.device_get((self.flights[0].out, self._sufficed))
     assert all(sufficed), "a prefill was admitted without room for it"
+    return out
+
+  def pop_oldest(self, out: slots_lib.Out) -> list[scheduler_lib.Job | None]:
+    """Takes the oldest dispatch off, whose results are known; returns the requests that were in its slots."""
+    flight, num = self.flights.popleft(), int(out.num_ticks)
     self._sufficed = []
-    num = int(out.num_ticks)
     self._meter.harvested(out, num)
     self._learn(flight, out, num)
-    return flight, out
+    return flight.jobs
 
   def _learn(self, flight, out, num) -> None:
     """Learns from a dispatch whether drafts pay, and what the exits' confidence is worth."""

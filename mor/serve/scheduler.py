@@ -29,6 +29,9 @@ class Job:
     stored: tokens of it that have been prefilled.
     started: whether it is being decoded.
     finished: whether its last token is known, or it was aborted.
+    events: where its events go; None leaves them to `Engine.step`.
+    whole: whether the payload has taken the tokens of the output, and no others.
+    failed: length of `tokens` at which the payload did not take the next one.
   """
 
   id: int
@@ -40,6 +43,9 @@ class Job:
   stored: int = 0
   started: bool = False
   finished: bool = False
+  events: collections.deque | None = None
+  whole: bool = True
+  failed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +94,8 @@ class Scheduler:
     self._ids = itertools.count()
     self._order: list[Job] = []  # jobs that hold slots, oldest first
 
-  def submit(self, prompt: tuple[int, ...], limit: int, payload: Any) -> Job:
-    """Queues a request.
+  def make_job(self, prompt: tuple[int, ...], limit: int, payload: Any) -> Job:
+    """Returns a request to submit.
 
     Raises:
       ValueError: it would not fit the empty pool.
@@ -100,8 +106,21 @@ class Scheduler:
       raise ValueError(f"the request may need {needed[0]} + {needed[1]} pages of {self.pool.page_size} tokens "
                        f"({len(prompt)} prompt + {limit} new tokens at {self.pool.num_rows} steps), more than the pool "
                        f"of {has[0]} + {has[1]}; lower max_tokens, or give the engine more pages")
-    self.queue.append(job)
     return job
+
+  def submit(self, job: Job) -> None:
+    """Queues a request."""
+    self.queue.append(job)
+
+  def restart(self, jobs: list[Job]) -> None:
+    """Sends requests to the queue, in the order in which they came; all slots and pages are free."""
+    for job in jobs:
+      job.slot, job.stored, job.started = None, 0, False
+    self.queue = collections.deque(sorted(jobs, key=lambda job: job.id))
+    self.slots = [None] * len(self.slots)
+    self.free = [self.pool.num_pages, self.pool.num_edge_pages]
+    self.pressed = False
+    self._order = []
 
   def admit(self) -> Job | None:
     """Moves the first request of the queue to a slot, if one is free and the pool has room."""

@@ -15,7 +15,9 @@ def make(num_slots=2, pool=POOL, ticks=6, chunk=16):
 
 
 def submit(scheduler, prompt=1, limit=4):
-  return scheduler.submit((0,) * prompt, limit, None)
+  job = scheduler.make_job((0,) * prompt, limit, None)
+  scheduler.submit(job)
+  return job
 
 
 def admit_all(scheduler):
