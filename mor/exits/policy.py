@@ -79,7 +79,7 @@ class Exits:
 
     require(isinstance(self.after, tuple) and self.after and all(map(integer, self.after))
             and list(self.after) == sorted(set(self.after)), "after", "a tuple of ascending layers, one at least")
-    require(self.measure in confidence.MEASURES, "measure", f"one of {', '.join(confidence.MEASURES)}")
+    require(isinstance(self.measure, str) and self.measure in confidence.MEASURES, "measure", f"one of {', '.join(confidence.MEASURES)}")
     require(self.measure != "agreement" or len(self.after) > 1, "after", "two or more for the measure 'agreement'")
     require(integer(self.pending) and self.pending >= 1, "pending", "a count >= 1")
     require(integer(self.carry) and (self.carry == 0 or self.carry >= self.pending), "carry",
@@ -87,8 +87,10 @@ class Exits:
     require(integer(self.first) and (self.first == 0 or self.first >= 2), "first",
             "0 for the whole vocabulary, or 2 or more")
     require(self.kv in POLICIES, "kv", f"one of {', '.join(POLICIES)}")
+    require(isinstance(self.monitor, bool), "monitor", "True or False")
     require(not self.monitor or self.kv == "exact", "monitor", "False, or kv='exact', which runs the full depth")
-    require(self.worth is None or 0 <= self.worth <= 1, "worth", "None, or a share in [0, 1]")
+    number = isinstance(self.worth, (int, float)) and not isinstance(self.worth, bool)
+    require(self.worth is None or number and 0 <= self.worth <= 1, "worth", "None, or a share in [0, 1]")
 
   def check(self, model: config_lib.ModelConfig) -> None:
     """Refuses what a model cannot do.

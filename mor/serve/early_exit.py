@@ -28,6 +28,10 @@ def check(exits: exits_lib.Exits | None, model: config_lib.ModelConfig, batching
   Raises:
     ValueError: says what, the value and the remedy.
   """
+  if exits is not None and not isinstance(exits, exits_lib.Exits):
+    raise ValueError(f"exits={exits!r}; give Exits(after=(…,)) of mor.exits.policy, or None")
+  if calibrator is not None and not isinstance(calibrator, calibration.Calibrator):
+    raise ValueError(f"calibrator={calibrator!r}; give a Calibrator of mor.exits.calibration, or None")
   if exits is None:
     if calibrator is not None:
       raise ValueError("calibrator is given but exits=None; give exits too, or leave it out")

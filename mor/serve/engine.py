@@ -31,6 +31,7 @@ from mor.serve import meter as meter_lib
 from mor.serve import request as request_lib
 from mor.serve import runner as runner_lib
 from mor.serve import scheduler as scheduler_lib
+from mor.serve import sizes
 
 _STORAGES = {"paged": storage_lib.Paged, "dense": storage_lib.Dense}
 
@@ -70,15 +71,14 @@ class Engine:
                prefill_chunk: int = 256, router: Any = None, storage: str = "paged",
                exits: exits_lib.Exits | None = None,
                calibrator: calibration.Calibrator | None = None):
-    context = model.context if context is None else context
+    sizes.check_model(model, router)
     for name, value, choices in (("batching", batching, ("depth", "sequence")), ("storage", storage, _STORAGES),
-                                 ("kv_format", kv_format, storage_lib.FORMATS)):
-      if value not in choices:
-        raise ValueError(f"{name}={value!r}; use one of {', '.join(choices)}")
-    for name, value in dict(num_slots=num_slots, page_size=page_size, prefill_chunk=prefill_chunk, ticks=ticks,
-                            context=context, num_pages=num_pages, num_edge_pages=num_edge_pages).items():
-      if value is not None and value < 1:
-        raise ValueError(f"{name}={value}; use a count >= 1")
+                                 ("kv_format", kv_format, storage_lib.FORMATS),
+                                 ("weight_format", weight_format, weights_lib.FORMATS)):
+      sizes.check_choice(name, value, choices)
+    num_slots, page_size, num_pages, num_edge_pages, ticks, prefill_chunk, context = sizes.check_counts(
+        num_slots=num_slots, page_size=page_size, num_pages=num_pages, num_edge_pages=num_edge_pages, ticks=ticks,
+        prefill_chunk=prefill_chunk, context=model.context if context is None else context)
     page_size = context if storage == "dense" else page_size
     kind, config = _STORAGES[storage], model.config
     exit_host.check(exits, config, batching, calibrator)
@@ -91,7 +91,6 @@ class Engine:
       raise ValueError(f"sharing={config.sharing!r} gives each step its own layers, so tokens at different steps "
                        "cannot share a batch; use generate() (--batching=none), or train with a cyclic scheme")
     self.model, self.context, self.num_slots = model, context, num_slots
-    weights = weights_lib.prepare(config, model.variables, weight_format, exits.first if exits else 0)
     steps = decoder.num_steps if cyclic else 1  # passes of a tick that may have something to do
     ticks = ticks or steps * -(-4 // steps)
     chunk = max(runner_lib.LEAST_CHUNK, prefill_chunk)
@@ -100,6 +99,8 @@ class Engine:
     pool = scheduler_lib.Pool(
         page_size, tables.num_rows, num_pages or whole * tables.num_rows, (num_edge_pages or whole) if tables.num_edges else 0,
         max(1 + exits.pending, tables.num_rows) if exits else 1)
+    sizes.check_memory(decoder, num_slots, pool, pages_per_row, ticks)
+    weights = weights_lib.prepare(config, model.variables, weight_format, exits.first if exits else 0)
     self.scheduler = scheduler_lib.Scheduler(num_slots, pool, ticks, chunk)
     self.meter = meter_lib.Meter(num_slots, pool)
     self.runner = runner_lib.SlotRunner(
@@ -159,14 +160,14 @@ class Engine:
     """
     if not self.guard.is_nested():
       return self._abort(number)
-    completion = self._find(number).payload.completion
-    self.guard.noted.append(number)
-    return completion
+    job = self._find(number)
+    self.guard.noted.append(job.id)
+    return job.payload.completion
 
   @guard_lib.alone
   def _abort(self, number: int) -> request_lib.Completion:
     job = self._find(number)
-    self._drop(number)
+    self._drop(job.id)
     return job.payload.completion
 
   @guard_lib.alone
@@ -174,7 +175,7 @@ class Engine:
     """Returns a request's completion so far; a finished request is forgotten then, and its events with it."""
     job = self._find(number)
     if job.finished:
-      self._drop(number)
+      self._drop(job.id)
     return self._follow(job).completion
 
   def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[request_lib.Event]:
@@ -207,6 +208,7 @@ class Engine:
     Raises:
       ValueError: a prompt or an option is wrong; none is run then.
     """
+    sizes.check_prompts(prompts)
     nowhere: collections.deque = collections.deque(maxlen=0)
     numbers = self._queue([self.model.request(prompt, **options) for prompt in prompts], nowhere)
     try:
@@ -247,10 +249,10 @@ class Engine:
     with self.guard.lock:
       return self.meter.figures()
 
-  def _find(self, number: int) -> scheduler_lib.Job:
-    if number not in self._jobs:
+  def _find(self, number: Any) -> scheduler_lib.Job:
+    if not sizes.is_index(number) or int(number) not in self._jobs:
       raise ValueError(f"no request {number}; it was never submitted, or its completion was taken")
-    return self._jobs[number]
+    return self._jobs[int(number)]
 
   @property
   def idle(self) -> bool:

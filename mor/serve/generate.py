@@ -21,6 +21,8 @@ from mor.decode import sampling
 from mor.decode import slots as slots_lib
 from mor.decode import weights as weights_lib
 from mor.serve import request as request_lib
+from mor.serve import scheduler
+from mor.serve import sizes
 
 _TURNS = 16  # tokens a dispatch decodes
 
@@ -98,7 +100,9 @@ def _begin(decoder, weights, requests, context):
   size = decoder.tables.storage.page_size
   pages = -(-context // size)
   num = len(requests)
-  cache = decoder.tables.make_cache(num, num * decoder.tables.num_rows * pages, num * pages, pages)
+  pool = scheduler.Pool(size, decoder.tables.num_rows, num * decoder.tables.num_rows * pages, num * pages)
+  sizes.check_memory(decoder, num, pool, pages, _TURNS)
+  cache = decoder.tables.make_cache(num, pool.num_pages, pool.num_edge_pages, pages)
   if length_B.max() > 1:
     cache = _prefill(decoder, weights, cache, tokens_BT, jnp.asarray(length_B - 1, jnp.int32))
   seen_BV = np.zeros((len(requests), decoder.model.vocab_size), bool)

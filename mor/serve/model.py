@@ -16,6 +16,7 @@ from mor.decode import weights as weights_lib
 from mor.exits import stored as stored_lib
 from mor.serve import generate as generate_lib
 from mor.serve import request as request_lib
+from mor.serve import sizes
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -104,7 +105,7 @@ class Model:
                         callback: Callable[[int, request_lib.Event], None] | None = None
                         ) -> list[request_lib.Completion]:
     """Continues ready requests as `generate` does."""
-    context = self.context if context is None else context
+    context, = sizes.check_counts(context=self.context if context is None else context)
     storage = storage_lib.Dense(context, self.config.num_kv_heads, self.config.head_dim, "float32")
     return generate_lib.generate(
         decoder_lib.Decoder(self.config, storage), weights_lib.prepare(self.config, self.variables, weight_format),

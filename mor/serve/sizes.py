@@ -1,0 +1,116 @@
+"""What an engine may be made of: arguments of the right kind, and no more memory than there is."""
+
+from collections.abc import Collection
+import operator
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor.decode import decoder as decoder_lib
+from mor.decode import storage as storage_lib
+from mor.serve import scheduler
+
+_MOST = 2**31 - 1  # a count on the device
+
+
+def is_index(value: Any) -> bool:
+  """Returns True for an integer of Python, NumPy or JAX, which True and False are not here."""
+  if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == bool:
+    return False
+  try:
+    operator.index(value)
+  except TypeError:
+    return False
+  return True
+
+
+def check_counts(**counts: Any) -> list[int | None]:
+  """Returns counts as Python's integers, in their order; None stays.
+
+  Raises:
+    ValueError: a value is no count.
+  """
+  for name, value in counts.items():
+    if value is not None and not (is_index(value) and operator.index(value) >= 1):
+      raise ValueError(f"{name}={value!r}; use a count >= 1")
+    if value is not None and operator.index(value) > _MOST:
+      raise ValueError(f"{name} is a number of {operator.index(value).bit_length()} bits; use a count <= {_MOST}")
+  return [None if value is None else operator.index(value) for value in counts.values()]
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+  """Refuses a value that is none of the choices.
+
+  Raises:
+    ValueError: names the choices.
+  """
+  if not isinstance(value, str) or value not in choices:
+    raise ValueError(f"{name}={value!r}; use one of {', '.join(choices)}")
+
+
+def check_model(model: Any, router: Any) -> None:
+  """Refuses what is no model, or no router.
+
+  Raises:
+    ValueError: says what to give.
+  """
+  if not all(hasattr(model, name) for name in ("config", "variables", "tokenizer", "context")):
+    raise ValueError(f"model={model!r}; give what mor.load(workdir) returns")
+  if router is not None and not all(hasattr(router, name) for name in ("enter", "decide")):
+    raise ValueError(f"router={router!r}; give a router of the model's config, or None for the model's own")
+
+
+def check_prompts(prompts: Any) -> None:
+  """Refuses what is no list of prompts.
+
+  Raises:
+    ValueError: says what to give.
+  """
+  if isinstance(prompts, (str, bytes)):
+    raise ValueError("prompts is one text; give a list of prompts")
+  if not hasattr(prompts, "__iter__"):
+    raise ValueError(f"prompts={prompts!r}; give a list of prompts")
+
+
+def check_memory(decoder: decoder_lib.Decoder, num_slots: int, pool: scheduler.Pool, pages_per_row: int,
+                 ticks: int) -> None:
+  """Refuses slots and pools that are larger than the free memory.
+
+  Raises:
+    ValueError: says how much they need.
+  """
+  needed = count_bytes(decoder, num_slots, pool, pages_per_row, ticks)
+  free = _free_bytes(jax.devices()[0])
+  if free is not None and needed > free:
+    raise ValueError(f"the engine needs {needed / 2**30:.1f} GiB for keys, values and slots, and {free / 2**30:.1f} GiB are "
+                     f"free; use a smaller context ({pages_per_row * pool.page_size} positions), fewer slots "
+                     f"({num_slots}), fewer pages ({pool.num_pages} + {pool.num_edge_pages} of {pool.page_size} tokens), or "
+                     f"fewer ticks ({ticks})")
+
+
+def count_bytes(decoder: decoder_lib.Decoder, num_slots: int, pool: scheduler.Pool, pages_per_row: int,
+                ticks: int) -> int:
+  """Returns the bytes of pools, page tables and what a dispatch tells; what grows with no argument is left out."""
+  tables, model = decoder.tables, decoder.model
+  storage = tables.storage
+  entry = 2 * storage.num_kv_heads * storage.head_dim * jnp.dtype(storage_lib.FORMATS[storage.kv_format]).itemsize
+  pools = entry * pool.page_size * (pool.num_pages * tables.schedule.depth + pool.num_edge_pages * tables.num_edges)
+  row = 4 * pages_per_row * (1 + tables.num_rows)
+  if tables.overlays:
+    row += tables.num_rows * pages_per_row * pool.page_size
+  states = 2 * 4 * model.d_model * pool.entries
+  told = 16 * ticks * (1 + pool.entries)
+  return pools + 4 * (pool.num_pages + pool.num_edge_pages) + num_slots * (row + model.vocab_size + states + told)
+
+
+def _free_bytes(device: jax.Device) -> int | None:
+  """Returns the memory that a device has left; None if it does not say."""
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+  if device.platform != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
+    return None
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
