@@ -8,13 +8,12 @@ Text that spells a special token is encoded as ordinary text: only the data pipe
 writes `eos_id`. Byte-level tokens decode to exactly the same text.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import hashlib
 import json
 import pathlib
-import re
-from typing import Any, Protocol, runtime_checkable, SupportsIndex
+from typing import Protocol, runtime_checkable, SupportsIndex
 
 from absl import logging
 import numpy as np
@@ -23,14 +22,13 @@ import tokenizers
 from mor import config as config_lib
 from mor import json_file
 from mor.data import cache
+from mor.data import pieces
 from mor.data import sources
 from mor.data import special_tokens
 from mor.data import token_bytes
 
 END_OF_TEXT = ("<|endoftext|>", "<|im_end|>", "</s>", "<eos>")
-_PIECE_CHARACTERS = 65536
-# The pattern of GPT-2 always splits words here, so a text cut here has the same tokens.
-_WORD_BREAK = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
+_LONGEST_WORD = 512  # bytes that are one word in training
 
 
 @runtime_checkable
@@ -157,7 +155,7 @@ class JsonTokenizer:
     told = "" if self.eos_id == known else f"\0{self.eos_id}"
     self.identity = hashlib.sha256((serialized + told).encode("utf-8")).hexdigest()
     fields = json.loads(serialized)
-    self._divisible = _splits_words(fields)
+    self._encoder = pieces.Encoder(self._tokenizer, fields)
     self.num_bytes_V = token_bytes.count(self._tokenizer, fields)
     prefix = token_bytes.prefix(self._tokenizer, self.num_bytes_V)
     problem = token_bytes.check(self._tokenizer, self.num_bytes_V, prefix)
@@ -177,12 +175,7 @@ class JsonTokenizer:
     return self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    pieces = [list(split_pieces(text)) if self._divisible else [text] for text in texts]
-    encoded = iter(self._tokenizer.encode_batch_fast([piece for text in pieces for piece in text],
-                                                     add_special_tokens=False))
-    empty = np.zeros(0, np.int32)
-    return [np.concatenate([empty, *(np.array(next(encoded).ids, np.int32) for _ in text)])
-            for text in pieces]
+    return self._encoder.encode_batch(texts)
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
     return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
@@ -226,18 +219,6 @@ def _byte_characters() -> dict[int, str]:
   return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def split_pieces(text: str) -> Iterator[str]:
-  """Cuts a long text between words, because one call on the whole text needs 130 times its bytes."""
-  start = 0
-  while len(text) - start > _PIECE_CHARACTERS:
-    found = _WORD_BREAK.search(text, start + _PIECE_CHARACTERS)
-    if not found:
-      break
-    yield text[start:found.start()]
-    start = found.start()
-  yield text[start:]
-
-
 def _load_trained(size: str, texts: sources.Documents, root: pathlib.Path) -> JsonTokenizer:
   """Reads or trains byte-level BPE with `size` tokens, end-of-text included."""
   if not size.isdecimal() or int(size) < 257:
@@ -247,26 +228,18 @@ def _load_trained(size: str, texts: sources.Documents, root: pathlib.Path) -> Js
   def write(directory: pathlib.Path) -> None:
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # The time of training grows with the square of a word's length.
+    short = tokenizers.pre_tokenizers.Split(tokenizers.Regex(f"[\\s\\S]{{1,{_LONGEST_WORD}}}"), "isolated")
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, short])
     trained.decoder = tokenizers.decoders.ByteLevel()
     trained.train_from_iterator(
-        (piece for text in texts for piece in split_pieces(text)),
+        (piece for text in texts for piece in pieces.split(text, words)),
         tokenizers.trainers.BpeTrainer(vocab_size=int(size), special_tokens=[END_OF_TEXT[0]],
                                        initial_alphabet=alphabet, show_progress=False))
+    trained.pre_tokenizer = words
     trained.save(str(directory / "tokenizer.json"))
 
   name = cache.key("bpe", int(size), texts.identity)
   directory = cache.publish(root / "tokenizers" / name, write)
   return JsonTokenizer((directory / "tokenizer.json").read_text(encoding="utf-8"))
-
-
-def _splits_words(fields: dict[str, Any]) -> bool:
-  """Returns True if cutting a text at `_WORD_BREAK` does not change its tokens."""
-  if any(not token["special"] and (token["rstrip"] or token["single_word"] or token["content"].endswith(" ")
-                                        or _WORD_BREAK.search(token["content"]))
-         for token in fields.get("added_tokens") or []):
-    return False  # the library matches such a token across the cut
-  before = fields.get("pre_tokenizer") or {}
-  return fields.get("normalizer") is None and any(
-      part["type"] == "ByteLevel" and part.get("use_regex", True)
-      for part in before.get("pretokenizers", [before]) if part)

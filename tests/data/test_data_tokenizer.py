@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from mor.data import pieces
 from mor.data import sources
 from mor.data import tokenizer
 from tests.helpers import tiny
@@ -85,6 +86,45 @@ def test_trained_vocabulary_has_the_size(tmp_path, size):
   assert (np.sort(made.num_bytes_V)[:2] == [0, 1]).all()
 
 
+@pytest.mark.parametrize("run", ["a" + " " * 20_000 + "b", "a" * 20_000, "\u6c49\u5b57" * 10_000], ids=["spaces", "letters", "words"])
+def test_training_on_a_long_run_reads_short_words(tmp_path, monkeypatch, run):
+  """The cost of training is the square of a word's length: words are counted, not seconds."""
+  seen, library = [], tokenizers.Tokenizer
+
+  class Watched:  # the library's cannot be inherited from
+    from_str = library.from_str
+
+    def __init__(self, model):
+      vars(self)["made"] = library(model)
+
+    def __setattr__(self, name, value):
+      setattr(self.made, name, value)
+
+    def train_from_iterator(self, texts, trainer):
+      texts = list(texts)
+      seen.extend(len(word) for text in texts for word, _ in self.made.pre_tokenizer.pre_tokenize_str(text))
+      self.made.train_from_iterator(texts, trainer)
+
+    def save(self, path):
+      self.made.save(path)
+
+  monkeypatch.setattr(tokenizers, "Tokenizer", Watched)
+  made = load(tmp_path, "bpe:280", texts=[run])
+  assert max(seen) <= 512 and sum(seen) == len(run.encode())
+  assert made.decode(made.encode(run)) == run
+  assert json.loads(made.serialized)["pre_tokenizer"]["type"] == "ByteLevel", "a plain file of the library"
+
+
+def test_ordinary_text_trains_the_tokenizer_that_it_trained(tmp_path):
+  plain = tokenizers.Tokenizer(tokenizers.models.BPE())
+  plain.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  plain.decoder = tokenizers.decoders.ByteLevel()
+  plain.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
+      vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False))
+  assert json.loads(load(tmp_path, "bpe:300").serialized) == json.loads(plain.to_str())
+
+
 def test_training_is_deterministic_and_kept(tmp_path, monkeypatch):
   first = load(tmp_path / "a", "bpe:290")
   assert load(tmp_path / "b", "bpe:290").identity == first.identity
@@ -100,20 +140,8 @@ def test_training_is_deterministic_and_kept(tmp_path, monkeypatch):
     load(tmp_path / "a", "bpe:291")
 
 
-def test_long_texts_are_cut_without_changing_tokens(tmp_path, monkeypatch):
-  path = byte_bpe(tmp_path / "t.json")
-  text = "".join(TEXTS) + "five     spaces, that's 4 more    than 1. " * 20
-  whole = load(tmp_path, path).encode(text)
-  for size in range(1, 10):
-    monkeypatch.setattr(tokenizer, "_PIECE_CHARACTERS", size)
-    pieces = list(tokenizer.split_pieces(text))
-    assert len(pieces) > 40
-    assert "".join(pieces) == text
-    np.testing.assert_array_equal(load(tmp_path, path).encode(text), whole)
-
-
 def test_texts_are_not_cut_where_tokens_span_words(tmp_path, monkeypatch):
-  monkeypatch.setattr(tokenizer, "_PIECE_CHARACTERS", 1)
+  monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 1)
   vocab = {token: i for i, token in enumerate(["<eos>", "a", "b", "\u0120", "\u0120b", "a\u0120b"])}
   pre = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   path = save(tmp_path / "t.json", tokenizers.models.BPE(vocab, [("\u0120", "b"), ("a", "\u0120b")]), pre,
@@ -122,7 +150,7 @@ def test_texts_are_not_cut_where_tokens_span_words(tmp_path, monkeypatch):
 
 
 def test_prefix_space_is_put_once(tmp_path, monkeypatch):
-  monkeypatch.setattr(tokenizer, "_PIECE_CHARACTERS", 1)
+  monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 1)
   path = byte_bpe(tmp_path / "t.json", pre=tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True))
   assert load(tmp_path, path).encode("x a b").size == 6, "' x a b'"
 

@@ -6,6 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
+from mor.data import pieces
 from mor.data import special_tokens
 from mor.data import tokenizer as tokenizer_lib
 from tests.helpers import tiny
@@ -131,7 +132,7 @@ def test_special_tokens_that_a_text_spells(tmp_path):
 @pytest.mark.parametrize("content", ["state of", "of", " of", "of "])
 def test_added_tokens_are_matched_as_the_library_does(flags, content, monkeypatch):
   """Long texts too, which are cut between words."""
-  monkeypatch.setattr(tokenizer_lib, "_PIECE_CHARACTERS", 3)
+  monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 3)
   plain = vocabularies.llama3()
   plain.add_tokens([tokenizers.AddedToken(content, **flags)])
   made = tokenizer_lib.JsonTokenizer(plain.to_str(), EOS)
