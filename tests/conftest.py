@@ -42,6 +42,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+  """Marks the tests of slow.txt; a line that names no test is an error."""
+  lines = (pathlib.Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
+  wanted = {line for line in lines if line and not line.startswith("#")}
+  for item in items:
+    if item.nodeid in wanted:
+      item.add_marker(pytest.mark.slow)
+  if not any("::" in arg for arg in config.args):  # whole files are collected
+    files = {item.nodeid.partition("::")[0] for item in items}
+    unknown = sorted(name for name in wanted - {item.nodeid for item in items} if name.partition("::")[0] in files)
+    if unknown:
+      raise pytest.UsageError(f"tests/slow.txt names {unknown[0]}, which does not exist; rename or delete the line")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
   """Starts each test from the same state of the global generators."""
