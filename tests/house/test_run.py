@@ -247,7 +247,7 @@ def test_the_command_line_of_a_moved_run(tmp_path):
 
   small = ["--config=base", "--config.data.tokenizer=bpe:300", "--config.model.vocab_size=300", "--config.model.d_model=16",
            "--config.model.num_heads=2", "--config.model.num_kv_heads=1", "--config.model.head_dim=8",
-           "--config.model.d_ff=32", "--config.data.seq_len=16", "--config.data.batch_size=4", "--config.train.steps=4",
+           "--config.model.d_ff=32", "--config.data.seq_len=16", "--config.data.batch_size=8", "--config.train.steps=4",
            "--config.optim.warmup_steps=1", f"--config.data.source={write_texts(tmp_path / 'texts')}"]
   done = run("home", *small, f"--workdir={tmp_path}/run")
   assert done.returncode == 0, done.stderr
