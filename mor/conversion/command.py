@@ -46,6 +46,7 @@ from mor.conversion import official_import
 from mor.conversion import pretrained
 from mor.conversion import recursive_init
 from mor.data import tokenizer as tokenizer_lib
+from mor.decode import slots as slots_lib
 from mor.train import step as step_lib
 
 _DESCRIBERS = {"hf": hf_import.describe, "gguf": gguf_import.describe}
@@ -254,6 +255,10 @@ def _check_tokenizer(config: config_lib.Config, given: _Given, directory: pathli
     expected = tokenizer_lib.JsonTokenizer(given.tokenizer, _eos_id(given))
   except ValueError as error:
     raise ValueError(f"the source's tokenizer: {error}") from error
+  stops = {*(given.about or {}).get("stops", ()), expected.eos_id}
+  if len(stops) > slots_lib.STOP_TOKENS:
+    raise ValueError(f"the source names {len(stops)} tokens that end a text, and a request may have "
+                     f"{slots_lib.STOP_TOKENS}; leave that many in its generation_config.json and config.json")
   if is_ours:
     return
   remedy = f"give --config.data.tokenizer={ours}, where this command writes the source's"

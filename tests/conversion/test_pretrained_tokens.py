@@ -139,3 +139,8 @@ def test_weights_that_are_not_finite_are_named(value, tmp_path):
   spec = f"hf:{checkpoints.write_folder(tmp_path / 'hf', checkpoints.hf_config(model), arrays)}"
   refuses(spec, tmp_path / "run", r"tensor 'model.layers.1.mlp.up_proj.weight' has 1 numbers that are not finite, "
           r"the first at \(3, 2\)", tokenizer="bytes")
+
+
+def test_more_stops_than_a_request_may_have_are_refused(tmp_path):
+  spec = folder(tmp_path / "hf", vocabularies.llama3(), eos_token_id=list(range(9)))
+  refuses(spec, tmp_path / "run", "names 9 tokens that end a text, and a request may have 8")

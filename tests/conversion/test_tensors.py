@@ -56,6 +56,7 @@ def test_a_file_is_read_by_name(tmp_path):
     (dict(a=entry(0, 8, [3])), 8, None, r"tensor 'a' of shape \(3,\) and type F32 claims 8 bytes"),
     (dict(a=entry(0, 8, [2**62, 2**62])), 8, None, "tensor 'a' of shape"),
     (dict(a=entry(0, 8, [2], "Q7")), 8, None, "tensor 'a' has unsupported type 'Q7'"),
+    (dict(a=entry(0, 8, [2], [])), 8, None, "the header is not a JSON object of dtype, shape"),
     (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', 8,
      None, "tensor 'a' is there twice"),
 ])
