@@ -1,6 +1,6 @@
 """Checks that every export of a run continues a text as `generate` does.
 
-  python -m tests.check_exports [--steps=60] [--folder=DIR]
+  python -m tests.check_exports [--steps=300] [--folder=DIR]
 
 Trains three small models on the shipped texts: a vanilla one, a recursive one without routing,
 and a Mixture-of-Recursions. Sends the same texts through `mor`, through
@@ -32,7 +32,7 @@ MODELS = {  # name -> fields of the model, and exports beside --target=hf
 
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--steps", type=int, default=60, help="training steps of each model")
+  parser.add_argument("--steps", type=int, default=300, help="training steps of each model")
   parser.add_argument("--folder", help="where runs and exports go; default is a temporary one")
   options = parser.parse_args(argv)
   if importlib.util.find_spec("llama_cpp") is None:
