@@ -208,7 +208,7 @@ class Engine:
     Raises:
       ValueError: a prompt or an option is wrong; none is run then.
     """
-    sizes.check_prompts(prompts)
+    request_lib.check_prompts(prompts)
     nowhere: collections.deque = collections.deque(maxlen=0)
     numbers = self._queue([self.model.request(prompt, **options) for prompt in prompts], nowhere)
     try:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor import fields
 from mor.decode import decoder as decoder_lib
 from mor.decode import storage as storage_lib
 from mor.serve import scheduler
@@ -35,7 +36,7 @@ def check_counts(**counts: Any) -> list[int | None]:
   """
   for name, value in counts.items():
     if value is not None and not (is_index(value) and operator.index(value) >= 1):
-      raise ValueError(f"{name}={value!r}; use a count >= 1")
+      raise ValueError(f"{name}={fields.show(value)}; use a count >= 1")
     if value is not None and operator.index(value) > _MOST:
       raise ValueError(f"{name} is a number of {operator.index(value).bit_length()} bits; use a count <= {_MOST}")
   return [None if value is None else operator.index(value) for value in counts.values()]
@@ -48,7 +49,7 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     ValueError: names the choices.
   """
   if not isinstance(value, str) or value not in choices:
-    raise ValueError(f"{name}={value!r}; use one of {', '.join(choices)}")
+    raise ValueError(f"{name}={fields.show(value)}; use one of {', '.join(choices)}")
 
 
 def check_model(model: Any, router: Any) -> None:
@@ -58,21 +59,9 @@ def check_model(model: Any, router: Any) -> None:
     ValueError: says what to give.
   """
   if not all(hasattr(model, name) for name in ("config", "variables", "tokenizer", "context")):
-    raise ValueError(f"model={model!r}; give what mor.load(workdir) returns")
+    raise ValueError(f"model={fields.show(model)}; give what mor.load(workdir) returns")
   if router is not None and not all(hasattr(router, name) for name in ("enter", "decide")):
-    raise ValueError(f"router={router!r}; give a router of the model's config, or None for the model's own")
-
-
-def check_prompts(prompts: Any) -> None:
-  """Refuses what is no list of prompts.
-
-  Raises:
-    ValueError: says what to give.
-  """
-  if isinstance(prompts, (str, bytes)):
-    raise ValueError("prompts is one text; give a list of prompts")
-  if not hasattr(prompts, "__iter__"):
-    raise ValueError(f"prompts={prompts!r}; give a list of prompts")
+    raise ValueError(f"router={fields.show(router)}; give a router of the model's config, or None for the model's own")
 
 
 def check_memory(decoder: decoder_lib.Decoder, num_slots: int, pool: scheduler.Pool, pages_per_row: int,
