@@ -2,7 +2,10 @@
 
 One chunk of T tokens a sequence, after the tokens that the cache holds already.
 Every step runs all T (masked execution; see `model/recursion.py`) with the router's
-causal decision, and stores the entries that decoding token by token would store.
+causal decision, and stores the entries that decoding token by token would store; the
+chunk reads its own entries as they are stored. Sums are in another order, though, and
+paged decoding rounds queries and attention weights to bfloat16 if keys are: entries in
+bfloat16 may differ in their last bit.
 Hidden states leave no trace: the last token of a prompt is decoded, not prefilled.
 """
 
@@ -166,6 +169,7 @@ class _Chunk:
 
     def flat_attend(q_MNH, k_MKH, v_MKH):
       k_MKH, v_MKH = storage_lib.hide_broken(k_MKH, v_MKH)  # padding must not harm what it follows
+      k_MKH, v_MKH = (storage_lib.round_as_stored(x, self.storage.kv_format) for x in (k_MKH, v_MKH))
       return attend(split(q_MNH), kv_view.KV(split(k_MKH), split(v_MKH))).reshape(q_MNH.shape)
 
     h_1MD = self.decoder.layer(weights, h_BTD.reshape(1, batch * seq_len, -1), self.rotation, flat_attend, deltas,

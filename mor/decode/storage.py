@@ -72,6 +72,13 @@ def decode(x: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
+def round_as_stored(x: jax.Array, kv_format: str) -> jax.Array:
+  """Returns float32 numbers as the storage gives them back."""
+  if kv_format == "float32":
+    return x
+  return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # XLA may leave out a conversion and its inverse
+
+
 def hide_broken(k_MKH: jax.Array, v_MKH: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns entries of which those that are not finite have NaN keys and zero values.
 
