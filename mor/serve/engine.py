@@ -112,7 +112,7 @@ class Engine:
     self._in_doubt = False  # whether slots and queue are being changed, or an exception has ended that
     self.guard = guard_lib.Guard()
 
-  def submit(self, prompt: str | Sequence[int], **options: Any) -> int:
+  def submit(self, prompt: Any, /, **options: Any) -> int:
     """Queues a prompt; returns the request's number.
 
     Args:
@@ -178,7 +178,7 @@ class Engine:
       self._drop(job.id)
     return self._follow(job).completion
 
-  def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[request_lib.Event]:
+  def stream(self, prompt: Any, /, **options: Any) -> Iterator[request_lib.Event]:
     """Yields a prompt's new tokens; other requests go on meanwhile. A closed stream aborts its request."""
     waiting: collections.deque = collections.deque()
     numbers = self._queue([self.model.request(prompt, **options)], waiting)
@@ -202,7 +202,7 @@ class Engine:
     finally:
       self._forget([number])
 
-  def generate(self, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[request_lib.Completion]:
+  def generate(self, prompts: Any, /, **options: Any) -> list[request_lib.Completion]:
     """Continues all prompts, and returns when the last one is done; an exception aborts all of them.
 
     Raises:

@@ -1,5 +1,6 @@
 """Requests that are wrong, aborted or streamed; and what an engine says of itself."""
 
+import numpy as np
 import pytest
 
 from mor.data import tokenizer as tokenizer_lib
@@ -53,6 +54,11 @@ WRONG = [
     ([1], dict(temperature=float("nan")), "temperature=nan; use a finite number"),
     ([1], dict(stop_strings=[""]), "use non-empty strings"),
     ([1], dict(top_q=1), "unknown option 'top_q'"),
+    (None, {}, "prompt=None; give text, or a list of token ids"),
+    (np.array([1.9, 2.2]), {}, "token 1.9 of the prompt"),
+    (b"hi", {}, "prompt=b'hi' is bytes"),
+    ([1], dict(max_tokens="3"), "max_tokens='3'; use a count >= 1"),
+    ([1], dict(self=1), "unknown option .self."),
 ]
 
 
@@ -65,6 +71,14 @@ def test_a_wrong_request_is_refused_alone(engine, beside):
     with pytest.raises(ValueError, match=message):
       engine.generate([[1, 2], prompt], **options)
     engine.step()
+  finish(engine, numbers, beside)
+
+
+def test_arrays_and_their_integers_are_prompts(engine, model, beside):
+  numbers, options = start(engine, beside), dict(max_tokens=np.int64(3), seed=np.uint32(1), temperature=np.float32(1.0))
+  (expected,) = model.generate([[1, 2]], max_tokens=3, seed=1, temperature=1.0)
+  for done in engine.generate(np.array([[1, 2], [1, 2]]), **options):
+    serving.assert_same(done, expected)
   finish(engine, numbers, beside)
 
 
