@@ -48,6 +48,8 @@ def pytest_collection_modifyitems(config, items):
   lines = (pathlib.Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
   wanted = {line for line in lines if line and not line.startswith("#")}
   for item in items:
+    if " at 0x" in item.nodeid:
+      raise pytest.UsageError(f"the id {item.nodeid} differs between processes, so -n 2 fails; give ids")
     if item.nodeid in wanted:
       item.add_marker(pytest.mark.slow)
   if not any("::" in arg for arg in config.args):  # whole files are collected

@@ -53,7 +53,7 @@ def test_bytes_are_those_that_are_allocated():
     (lambda: sizes.check_choice("storage", ["paged"], ("paged", "dense")), r"storage=\['paged'\]; use one of paged, dense"),
     (lambda: sizes.check_model("runs/quickstart", None), "model='runs/quickstart'; give what mor.load"),
     (lambda: sizes.check_model(serving.model(), "fixed"), "router='fixed'; give a router"),
-], ids=str)
+], ids=["storage", "model", "router"])
 def test_other_kinds_are_refused(check, message):
   with pytest.raises(ValueError, match=message):
     check()
