@@ -302,6 +302,8 @@ def load_variables(workdir: str | os.PathLike, placed: Any = None) -> tuple[conf
 def load_pretrained(workdir: str | os.PathLike) -> dict[str, Any] | None:
   """Returns the facts about the source of a converted run (`conversion/command.py`); None for any other run.
 
+  A file that was written before `opening` and `stops` were gets them from `special_ids`.
+
   Raises:
     ValueError: the file is damaged.
   """
@@ -310,8 +312,14 @@ def load_pretrained(workdir: str | os.PathLike) -> dict[str, Any] | None:
     return None
   try:
     about = json.loads(path.read_text(encoding="utf-8"))
-    ids = [number for numbers in about["special_ids"].values() for number in numbers]
-    sound = isinstance(about["add_bos"], bool) and all(type(number) is int for number in ids)
+    ids = about["special_ids"]
+    if "opening" not in about:
+      about |= dict(opening=ids.get("bos", [])[:1] if about["add_bos"] else [], stops=ids.get("eos", []))
+    lists = [*ids.values(), about["opening"], about["stops"]]
+    sound = (isinstance(about["add_bos"], bool) and all(isinstance(numbers, list) for numbers in lists)
+             and all(type(number) is int and number >= 0 for numbers in lists for number in numbers)
+             and all(about.get(name) is None or type(about[name]) is int for name in ("context", "eos_id"))
+             and isinstance(about.get("chat_template"), (str, type(None))))
   except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
     sound = False
   if not sound:

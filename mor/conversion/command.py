@@ -157,9 +157,7 @@ def _special_ids(about: Mapping[str, Any], eos_id: int) -> dict[str, Sequence[in
   """Returns the ids with which `generate` opens and ends a text, those of training unless the source has its own."""
   if not about:
     return {name: (eos_id,) for name in ("opening", "bos", "eos", "pad")}
-  ids = about["special_ids"]
-  opening = about["opening"] if "opening" in about else ids.get("bos", ())[:1] if about["add_bos"] else ()
-  return {**ids, "opening": tuple(opening), "eos": tuple(dict.fromkeys([*about.get("stops", ids.get("eos", ())), eos_id]))}
+  return {**about["special_ids"], "opening": about["opening"], "eos": tuple(dict.fromkeys((*about["stops"], eos_id)))}
 
 
 def _find(spec: str, kinds: Collection[str]) -> tuple[str, pathlib.Path]:
@@ -178,12 +176,12 @@ def _find(spec: str, kinds: Collection[str]) -> tuple[str, pathlib.Path]:
 
 def _given(spec: str, config: config_lib.Config) -> _Given:
   kind, _, path = spec.partition(":")
-  if kind == "mor":
+  if kind == "mor" and path:
     theirs, step, variables = checkpoint.load_variables(path)
     variables = jax.tree.map(np.asarray, variables)
     _check_finite(path, variables)
     tokenizer, trained = _tokenizer_of_run(path, theirs, config.data.tokenizer)
-    return _Given(theirs.model, variables, tokenizer, _about_run(path, step), trained)
+    return _Given(theirs.model, variables, tokenizer, _about_run(path, step, trained), trained)
   source = read(spec, config.model)
   about = dict(opening=source.opening, stops=source.stops, eos_id=source.eos_id, context=source.context,
                special_ids=source.special_ids, special_tokens=source.special_tokens, add_bos=source.add_bos,
@@ -210,12 +208,14 @@ def _eos_id(given: _Given) -> int | None:
   return (given.about or {}).get("eos_id")
 
 
-def _about_run(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
+def _about_run(workdir: str | os.PathLike, step: int,
+               trained: tuple[str, tokenizer_lib.Tokenizer] | None) -> dict[str, Any] | None:
   """Returns pretrained.json for a run made of another; once it was trained, texts open and end as its documents do."""
   about = checkpoint.load_pretrained(workdir)
-  if about is None or step == 0 or about.get("eos_id") is None:
+  if about is None or step == 0:
     return about
-  return about | dict(opening=[about["eos_id"]], stops=[about["eos_id"]])
+  eos_id = about.get("eos_id") if trained is None else trained[1].eos_id
+  return about if eos_id is None else about | dict(opening=[eos_id], stops=[eos_id], eos_id=eos_id)
 
 
 def _check_finite(workdir: str | os.PathLike, variables: Mapping[str, Any]) -> None:

@@ -130,9 +130,5 @@ def open_run(workdir: str | os.PathLike) -> tuple[Model, config_lib.Config]:
   about = checkpoint.load_pretrained(workdir) if step == 0 else None
   if about is None:
     return model, config
-  if "opening" in about:
-    opening, stops = tuple(about["opening"]), tuple(dict.fromkeys((*about["stops"], tokenizer.eos_id)))
-    return dataclasses.replace(model, opening=opening, stops=stops), config
-  ids = about["special_ids"]  # written before `opening` and `stops` were
-  opening = tuple(ids.get("bos", ())[:1]) if about["add_bos"] else ()
-  return dataclasses.replace(model, opening=opening, stops=tuple({*ids.get("eos", ()), tokenizer.eos_id})), config
+  stops = tuple(dict.fromkeys((*about["stops"], tokenizer.eos_id)))
+  return dataclasses.replace(model, opening=tuple(about["opening"]), stops=stops), config

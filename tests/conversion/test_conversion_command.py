@@ -145,6 +145,8 @@ def test_what_is_wrong_is_said_and_nothing_is_written(source):
   made = config(source, workdir)
   with pytest.raises(ValueError, match="gguf:PATH"):
     command.convert(made, f"onnx:{source}/hf", workdir)
+  with pytest.raises(ValueError, match="mor:WORKDIR"):
+    command.convert(made, "mor:", workdir)
   with pytest.raises(ValueError, match=r"d_model=24 \(there 20\)"):
     command.convert(config(source, workdir, d_model=24), f"hf:{source}/hf", workdir)
   with pytest.raises(ValueError, match="not the source's tokenizer.*--config.data.tokenizer="):

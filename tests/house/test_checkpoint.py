@@ -346,11 +346,23 @@ def test_a_reader_that_is_always_late_says_so(two, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"special_ids": [1], "add_bos": true}', "[" * 100_000,
-                                     '{"special_ids": {"eos": ["2"]}, "add_bos": true}'])
+                                     '{"special_ids": {"eos": ["2"]}, "add_bos": true}',
+                                     '{"special_ids": {"eos": 2}, "add_bos": true}',
+                                     '{"special_ids": {}, "add_bos": true, "opening": [1]}',
+                                     '{"special_ids": {}, "add_bos": true, "opening": "12", "stops": [2]}',
+                                     '{"special_ids": {}, "add_bos": true, "context": "48"}'])
 def test_damaged_facts_about_the_source_are_named(content, tmp_path):
   (tmp_path / "pretrained.json").write_text(content)
   with pytest.raises(ValueError, match=f"{tmp_path}/pretrained.json is damaged"):
     checkpoint.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("add_bos,opening", [("true", [5]), ("false", [])])
+def test_older_facts_about_the_source_say_how_a_text_opens_and_ends(add_bos, opening, tmp_path):
+  (tmp_path / "pretrained.json").write_text(
+      f'{{"special_ids": {{"bos": [5], "eos": [7, 8]}}, "add_bos": {add_bos}}}')
+  about = checkpoint.load_pretrained(tmp_path)
+  assert about["opening"] == opening and about["stops"] == [7, 8]
 
 
 def test_chosen_steps_are_kept_for_ever(tmp_path):
