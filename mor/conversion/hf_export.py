@@ -128,7 +128,7 @@ def write_llama(directory: str | os.PathLike, model: model_config.ModelConfig, v
 
 
 def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Reads a folder of `write`: fields of `ModelConfig`, and variables in float32.
+  """Reads a folder of `write`, also one that PyTorch saved again: fields of `ModelConfig`, and variables in float32.
 
   Fields that belong to a run are left out: execution, attention, cross_documents,
   compute_dtype, remat and scan_layers.
@@ -143,7 +143,7 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
   except ValueError as error:
     raise ValueError(f"{directory / 'config.json'} is no config of `write` ({error}); export again") from error
   expected = {entry.key: entry for entry in layout.layout(model, "mor")}
-  tensors = wrapped.unwrap(tensors_lib.open_path(directory / "model.safetensors"), expected)
+  tensors = wrapped.unwrap(tensors_lib.open_path(directory), expected)
   for name in sorted(expected.keys() ^ tensors.shapes.keys()):
     problem = "misses" if name in expected else "has, and config.json does not ask for,"
     raise ValueError(f"{tensors.where} {problem} tensor {name!r}; export again")

@@ -235,6 +235,14 @@ def test_read_names_what_is_wrong(tmp_path):
     safetensors_numpy.save_file(broken, weights)
     with pytest.raises(ValueError, match=problem):
       hf_export.read(case.folder)
+  parts = {f"{i}.safetensors": dict(list(state.items())[i::2]) for i in range(2)}  # as transformers saves a large model
+  for part, tensors in parts.items():
+    safetensors_numpy.save_file(tensors, case.folder / part)
+  weights.rename(tmp_path / "whole")
+  (case.folder / "model.safetensors.index.json").write_text(json.dumps(
+      dict(weight_map={key: part for part, tensors in parts.items() for key in tensors})))
+  jax.tree.map(np.testing.assert_array_equal, hf_export.read(case.folder)[1], case.variables)
+  (tmp_path / "whole").rename(weights)
   weights.write_bytes(weights.read_bytes()[:-9])
   with pytest.raises(ValueError, match="model.safetensors"):
     hf_export.read(case.folder)
