@@ -144,6 +144,8 @@ def export(workdir: str | os.PathLike, target: str, output: str | os.PathLike, d
   Raises:
     ValueError: no checkpoint, or a model, folder or file that cannot be written.
   """
+  if target not in TARGETS:
+    raise ValueError(f"target={target!r}; use one of {', '.join(TARGETS)}")
   config, step, variables = checkpoint.load_variables(workdir)
   about = checkpoint.load_pretrained(workdir) or {}
   tokenizer = run_lib.load_tokenizer(workdir, config.data)

@@ -63,6 +63,8 @@ def write(path: str | os.PathLike, model: model_config.ModelConfig, variables: M
     raise ValueError(f"output={str(path)!r} is no name of a GGUF file; give --output={path.name or 'model'}.gguf")
   if path.exists():
     raise ValueError(f"{path} is there; name a new file, or remove it")
+  if dtype not in _TYPES:
+    raise ValueError(f"dtype={dtype!r}; use {', '.join(map(repr, _TYPES))}")
   unrolled.check(model)
   family = "qwen3" if model.qk_norm else "llama"
   if model.qk_norm and model.rope_scaling.factor != 1.0:

@@ -155,6 +155,10 @@ def test_what_is_wrong_is_said_and_nothing_is_written(source):
     command.convert(made, f"mor:{source}/nowhere", workdir)
   assert not workdir.exists()
   command.convert(made, f"hf:{source}/hf", workdir)
+  with pytest.raises(ValueError, match="target='onnx'; use one of hf, llama, gguf"):
+    command.export(workdir, "onnx", source / "none", "float32")
+  with pytest.raises(ValueError, match="dtype='int8'; use 'float32', 'float16', 'bfloat16'"):
+    command.export(workdir, "gguf", source / "none.gguf", "int8")
   with pytest.raises(ValueError, match="already"):
     command.convert(made, f"hf:{source}/hf", workdir)
 
