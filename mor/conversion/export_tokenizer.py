@@ -90,7 +90,7 @@ def _with_opening(serialized: str, parsed: tokenizers.Tokenizer, opening: list[i
   if all(parsed.encode(text).ids == opening + parsed.encode(text, add_special_tokens=False).ids for text in _PROBES):
     return serialized
   fields = json.loads(serialized)
-  old = fields["post_processor"] or {}
+  old = fields.get("post_processor") or {}
   kept = [processors.ByteLevel(trim_offsets=part["trim_offsets"])  # it moves offsets and adds no token
           for part in old.get("processors", [old]) if part.get("type") == "ByteLevel"]
   single = "opening:0 $A:0" if opening else "$A:0"

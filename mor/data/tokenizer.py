@@ -88,7 +88,7 @@ def load(config: config_lib.DataConfig, texts: sources.Documents | None) -> Toke
     raise FileNotFoundError(f"data.tokenizer={config.tokenizer!r}: no such file; use 'bytes', "
                             "'bpe:SIZE' or the path of a tokenizers .json")
   try:
-    serialized = path.read_text(encoding="utf-8")
+    serialized = json_file.read_text(path)
     return JsonTokenizer(serialized, find_eos(path, serialized))
   except (ValueError, OSError) as error:
     raise ValueError(f"data.tokenizer={config.tokenizer!r}: {error}") from error

@@ -111,6 +111,10 @@ def test_a_tokenizer_that_opens_its_texts_stays_as_it_is(tmp_path):
   files = export_tokenizer.files(ours.serialized, None, 99, ours.vocab_size, dict(opening=(1,), bos=(1,), eos=(2, 5)))
   assert files["tokenizer.json"] == ours.serialized
   assert json.loads(files["generation_config.json"]) == dict(bos_token_id=1, eos_token_id=[2, 5], pad_token_id=2)
+  old = json.loads(KINDS["bytes"]().serialized)
+  del old["post_processor"]  # as in a file that was written by hand
+  opened = export_tokenizer.files(json.dumps(old), None, 99, 257, dict(opening=(256,)))["tokenizer.json"]
+  assert tokenizers.Tokenizer.from_str(opened).encode("of").ids == [256, *b"of"]
   with pytest.raises(ValueError, match="opening=999 is no token"):
     export_tokenizer.files(ours.serialized, None, 99, 9999, dict(opening=(999,)))
 

@@ -177,6 +177,13 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path):
   assert load(tmp_path, path).encode("abcde").size == 5
 
 
+def test_a_byte_order_mark_is_no_tokenizer(tmp_path):
+  path = byte_bpe(tmp_path / "t.json")
+  expected = load(tmp_path, path)
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  assert load(tmp_path, path).identity == expected.identity
+
+
 def test_sentencepiece_bytes(tmp_path):
   vocab = [("</s>", 0.0), ("\u2581", -1.0), ("\u2581ab", -1.0), ("<0xC3>", -2.0), ("é", -1.0), ("<unk>", 0.0)]
   path = save(tmp_path / "t.json", tokenizers.models.Unigram(vocab, 5, False), special=["</s>", "<unk>"])
