@@ -63,9 +63,9 @@ def read(path: pathlib.Path) -> pretrained.Source:
   """
   metadata, tensors, model = _begin(path)
   form, _ = FAMILIES[metadata.family]
+  context = pretrained.check_context(path, "context_length", metadata.of_family("context_length", int))
   return pretrained.Source(
-      model=model, variables=pretrained.assemble(tensors, model, form),
-      context=metadata.of_family("context_length", int), **_tokenizer(metadata.take, str(path), model.vocab_size))
+      model=model, variables=pretrained.assemble(tensors, model, form), context=context, **_tokenizer(metadata.take, str(path), model.vocab_size))
 
 
 def describe(path: pathlib.Path) -> model_config.ModelConfig:
@@ -188,7 +188,6 @@ class _Tensors:
     except NotImplementedError as error:
       raise ValueError(f"{self.where}: tensor {key!r} has unsupported quantisation {tensor.tensor_type.name}; "
                        "quantise the model to another type") from error
-
 
   def _native(self, key: str) -> np.ndarray:
     """Returns the data of a tensor in the byte order of this machine."""

@@ -113,11 +113,9 @@ def fields(config: Mapping[str, Any], where: pathlib.Path) -> dict[str, Any]:
 
 def context(config: Mapping[str, Any], where: pathlib.Path) -> int:
   """Returns the number of positions that the model was trained for."""
-  positions = json_file.number(
-      DEFAULTS.get(config["model_type"], {}) | config, "max_position_embeddings", int, where)
-  if not 1 <= positions < 2**31:
-    raise ValueError(f"{where}: max_position_embeddings={positions}; give a number of positions")
-  return positions
+  name = "max_position_embeddings"
+  positions = json_file.number(DEFAULTS.get(config["model_type"], {}) | config, name, int, where)
+  return pretrained.check_context(where, name, positions)
 
 
 def companions(folder: pathlib.Path, config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:

@@ -137,6 +137,13 @@ def check_sizes(where: str | pathlib.Path, said: Mapping[str, Any]) -> None:
       raise ValueError(f"{where}: {name}={json_file.show(said[name])} is no size of a model; fetch the file again")
 
 
+def check_context(where: str | pathlib.Path, name: str, positions: int) -> int:
+  """Returns the number of positions that a field says; raises ValueError if it is no such number."""
+  if not 1 <= positions < 2**31:
+    raise ValueError(f"{where}: {name}={positions}; give a number of positions")
+  return positions
+
+
 def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form: str) -> dict[str, Any]:
   """Returns our variables from the tensors of a file, float32.
 
@@ -160,7 +167,7 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
   tensors = wrapped.unwrap(tensors, [entry.key for entry in entries],
                            re.compile(f"{_BUFFERS.pattern}|{re.escape(_head(form))}"))
   _check(tensors, model, entries, form)
-  lengths: dict[str, tuple[int, ...]] = {}  # of the leading axes of each leaf
+  lengths: dict[str, tuple[int, ...]] = {}  # of the leading axes of each leaf that is not made yet
   for entry in entries:
     lengths[entry.path] = max(lengths.get(entry.path, ()), tuple(i + 1 for i in entry.index))
   variables: dict[str, Any] = {}
@@ -169,8 +176,8 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
     if entry.key not in tensors.shapes:
       continue
     ours = entry.read(tensors_lib.read_finite(tensors, entry.key))
-    if not any(path == entry.path for path, _ in first):
-      parameters.put(variables, entry.path, np.empty((*lengths[entry.path], *ours.shape), np.float32))
+    if entry.path in lengths:
+      parameters.put(variables, entry.path, np.empty((*lengths.pop(entry.path), *ours.shape), np.float32))
     leaf = parameters.get(variables, entry.path)
     known = first.setdefault((entry.path, entry.index), entry.key)
     if known == entry.key:

@@ -216,6 +216,7 @@ def test_tokenizer_and_template_come_along(tmp_path):
     (vocabulary(**{"ggml.merges": None}), "has no tokenizer.ggml.merges"),
     (vocabulary(**{"ggml.merges": [1, 2]}), "tokenizer.ggml.tokens or merges are no text"),
     ({"llama.rope.freq_base": float("nan")}, "rope.freq_base=nan is no number"),
+    ({"llama.context_length": 0}, "context_length=0; give a number of positions"),
     ({"llama.attention.head_count": 2**31}, "num_heads=2147483648 is no size of a model"),
     (vocabulary(**{"ggml.tokens": ["a", "a"]}), "1 different tokens of 2 with 2.. types"),
     (vocabulary(**{"ggml.eos_token_id": 999}), "special token 999 of 2.. tokens"),
