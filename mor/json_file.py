@@ -30,9 +30,9 @@ def is_text(value: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-  """Returns the first line of the message of an error, short; its type if it has none."""
+  """Returns the first line of the message of an error, short and without a full stop; its type if it has none."""
   lines = str(error).strip().splitlines()
-  return lines[0][:300] if lines else type(error).__name__
+  return lines[0][:300].rstrip(".") if lines else type(error).__name__
 
 
 def read_text(path: pathlib.Path) -> str | None:

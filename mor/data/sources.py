@@ -19,6 +19,7 @@ import pathlib
 import sys
 
 from mor import distributed
+from mor import json_file
 from mor.data import cache
 from mor.data import lines
 from mor.data import readers
@@ -115,7 +116,7 @@ def _open_tfds(name: str, split: str, text_key: str) -> Documents:
   except Exception as error:  # pylint: disable=broad-except
     remedy = ("install TensorFlow, which its code needs" if isinstance(error, ImportError) else
               "give the name of a prepared TFDS dataset")
-    raise ValueError(f"{what}: {_first_line(error)}; {remedy}") from error
+    raise ValueError(f"{what}: {json_file.first_line(error)}; {remedy}") from error
   if not dataset.is_prepared():
     raise FileNotFoundError(f"{what}: not prepared under {dataset.data_dir}; run "
                             "download_and_prepare with file_format='array_record', or set "
@@ -141,14 +142,14 @@ def _tfds_texts(name: str, data_dir: pathlib.Path | str | None, split: str,
   try:
     records = tfds.data_source(name, split=split, data_dir=data_dir, download=False)
   except (ValueError, KeyError) as error:
-    raise ValueError(f"data source 'tfds:{name}#{split}': {_first_line(error)}; name one of its "
+    raise ValueError(f"data source 'tfds:{name}#{split}': {json_file.first_line(error)}; name one of its "
                      "splits after '#'") from error
   for index in range(len(records)):
     where = f"data source 'tfds:{name}#{split}', record {index}"
     try:
       text = records[index][text_key]
     except Exception as error:  # of TFDS and of ArrayRecord; pylint: disable=broad-except
-      raise ValueError(f"{where}: damaged ({_first_line(error)}); prepare the dataset again") from error
+      raise ValueError(f"{where}: damaged ({json_file.first_line(error)}); prepare the dataset again") from error
     if not isinstance(text, bytes):
       raise ValueError(f"{where}: field {text_key!r} is not text; set data.text_key")
     try:
@@ -170,7 +171,7 @@ def _open_hf(directory: str, split: str, text_key: str) -> Documents:
   try:
     dataset = datasets.load_from_disk(str(path))
   except Exception as error:  # pylint: disable=broad-except
-    raise ValueError(f"{what}: {_first_line(error)}; give a directory written by "
+    raise ValueError(f"{what}: {json_file.first_line(error)}; give a directory written by "
                      "save_to_disk") from error
   if isinstance(dataset, datasets.DatasetDict):
     if split not in dataset:
@@ -191,7 +192,7 @@ def _open_hf(directory: str, split: str, text_key: str) -> Documents:
       for index, record in enumerate(texts):
         yield record[text_key]
     except Exception as error:  # of Arrow; pylint: disable=broad-except
-      raise ValueError(f"{what}, record {index + 1}: damaged ({_first_line(error)}); write it again with "
+      raise ValueError(f"{what}, record {index + 1}: damaged ({json_file.first_line(error)}); write it again with "
                        "save_to_disk") from error
 
   files = tuple((p, f"hf#{split}") for p in paths if p.suffix == ".arrow")
@@ -229,7 +230,3 @@ def _stamp(path: pathlib.Path) -> str:
   except OSError as error:
     raise readers.unreadable(path, error) from error
   return f"{path} {status.st_size} {status.st_mtime_ns}"
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -121,11 +121,6 @@ def find_opening(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
   return ()
 
 
-def eos_beside(path: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> int | None:
-  """Returns the id of the end of a text that the files beside a tokenizer.json name; raises as `read`."""
-  return next(iter(read(path.parent, tokenizer).stops), None)
-
-
 def drop_beyond(serialized: str, vocab_size: int) -> tuple[str, list[str]]:
   """Drops the added tokens that have no row in an embedding.
 
