@@ -9,7 +9,8 @@ lines; `calibrate` finds the threshold of a run's exits on a text, and stores it
 `generate`; `convert` starts a run from a pretrained model, `export` writes a run's model for
 PyTorch or llama.cpp; `info` prints the size and cost of a config as a JSON object; `fields` prints
 each field of a config, with its value, meaning, unit and allowed values; `study` trains
-and compares the models that an experiment such as study_cpu lists. `generate`
+and compares the models that an experiment such as study_cpu lists; `compile` compiles the
+training step for TPU chips that are not there, and prints its memory and collectives. `generate`
 and `calibrate` take the config from the workdir, and so does `eval` where none is given.
 
 `train` and `eval` run on several machines: the same command on each, with
