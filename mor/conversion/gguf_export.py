@@ -29,6 +29,7 @@ from mor import model_config
 from mor.conversion import gguf_import
 from mor.conversion import gguf_tokenizer
 from mor.conversion import layout
+from mor.conversion import rope_factors
 from mor.conversion import unrolled
 
 _VOCABULARY = ("params/embedding", "params/head")  # leaves with a row for each id
@@ -109,7 +110,8 @@ def _write_tensors(writer: "_Writer", model: model_config.ModelConfig, variables
   shapes = {entry.key: (rows.get(entry.key, entry.shape[0]), *entry.shape[1:]) for entry in entries}
   factors = {}
   if model.rope_scaling.factor != 1.0:
-    factors = {"rope_freqs.weight": _rope_divisors(model)}
+    divisors_H = rope_factors.divisors(model.rope_scaling, model.rope_theta, model.head_dim // 2)
+    factors = {"rope_freqs.weight": np.float32(divisors_H)}
   for key, shape in (shapes | {key: value.shape for key, value in factors.items()}).items():
     is_matrix = len(shape) == 2
     size = math.prod(shape) * np.dtype(numbers if is_matrix else np.float32).itemsize
@@ -132,14 +134,6 @@ def _cast(key: str, theirs: np.ndarray, numbers: Any) -> np.ndarray:
     raise ValueError(f"tensor {key!r} has numbers up to {np.abs(theirs).max():.3g}, which {np.dtype(numbers).name} does "
                      "not hold; export with --dtype=bfloat16 or float32")
   return stored.view(np.uint16) if stored.itemsize == 2 else stored
-
-
-def _rope_divisors(model: model_config.ModelConfig) -> np.ndarray:
-  """Returns what each rotary frequency is divided by; `layers.rotation` multiplies it by the inverse."""
-  scaling, half = model.rope_scaling, model.head_dim // 2
-  turns_H = scaling.original_context * model.rope_theta ** (-np.arange(half) / half) / (2 * np.pi)
-  kept_H = np.clip((turns_H - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
-  return np.float32(1.0 / (kept_H + (1.0 - kept_H) / scaling.factor))
 
 
 class _Writer(gguf.GGUFWriter):

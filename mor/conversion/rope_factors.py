@@ -1,8 +1,8 @@
-"""The scaling of Llama 3 from the divisors of its rotary frequencies.
+"""The divisors of rotary frequencies that a scaling of Llama 3 means, and the scaling from its divisors.
 
 A GGUF file of Llama 3 says what each frequency is divided by (`rope_freqs.weight`), not
 the four numbers of the config that it was made from. With x_i turns per position of frequency i,
-1 / divisor_i = s_i + (1 - s_i) / factor, where
+1 / divisor_i = s_i + (1 - s_i) / factor (as `layers.rotation` multiplies it), where
 
   s_i = clip((original_context * x_i - low) / (high - low), 0, 1)
 
@@ -17,6 +17,13 @@ import numpy as np
 from mor import model_config
 
 _TOLERANCE = 1e-5  # of a divisor
+
+
+def divisors(given: model_config.RopeScalingConfig, rope_theta: float, num: int) -> np.ndarray:
+  """Returns what a scaling divides each of `num` frequencies by, highest frequency first."""
+  turns_H = given.original_context * rope_theta ** (-np.arange(num) / num) / (2 * np.pi)
+  kept_H = np.clip((turns_H - given.low_freq_factor) / (given.high_freq_factor - given.low_freq_factor), 0.0, 1.0)
+  return 1.0 / (kept_H + (1.0 - kept_H) / given.factor)
 
 
 def scaling(divisors_H: np.ndarray, rope_theta: float, context: int) -> model_config.RopeScalingConfig:
@@ -46,8 +53,7 @@ def scaling(divisors_H: np.ndarray, rope_theta: float, context: int) -> model_co
   low, high = (_round(context * (s + offset) / slope) for s in (0.0, 1.0))
   found = model_config.RopeScalingConfig(factor=factor, low_freq_factor=low, high_freq_factor=high,
                                          original_context=context)
-  again_H = np.clip((context * turns_H - low) / (high - low), 0.0, 1.0)
-  if not np.allclose(1 / (again_H + (1 - again_H) / factor), divisors_H, rtol=_TOLERANCE, atol=0):
+  if not np.allclose(divisors(found, rope_theta, len(divisors_H)), divisors_H, rtol=_TOLERANCE, atol=0):
     raise ValueError("its divisors are not those of a Llama 3")
   return found
 

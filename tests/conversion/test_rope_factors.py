@@ -39,6 +39,7 @@ def test_any_scaling_divides_alike():
                                            int(rng.integers(5, 9000)))
     theta, half = float(rng.choice([100.0, 10000.0, 5e5])), int(rng.integers(2, 20))
     wanted_H = divisors(given, theta, half)
+    np.testing.assert_allclose(rope_factors.divisors(given, theta, half), wanted_H, rtol=1e-6)
     found = rope_factors.scaling(wanted_H, theta, 8192)
     np.testing.assert_allclose(divisors(found, theta, half) if found.factor > 1 else np.ones(half), wanted_H, rtol=2e-5)
     seen.add(min(int(((wanted_H > 1.001) & (wanted_H < given.factor - 0.001)).sum()), 2))
