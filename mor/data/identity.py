@@ -1,8 +1,8 @@
 """What a run is trained on, by content: the size and the SHA-256 of each file of its sources.
 
 The digest of an `Identity` changes whenever the documents may change, and only then: a
-corpus that is moved or touched keeps it. A file is hashed once; the cache keeps its hash
-by path, size and time of change.
+corpus that is moved or touched keeps it. The cache keeps the hashes of a source by path, size and
+time of change of its files, so an unchanged source is hashed once.
 """
 
 from collections.abc import Sequence
