@@ -16,6 +16,7 @@ import numpy as np
 
 from mor import config as config_lib
 from mor import run as run_lib
+from mor.data import lines as lines_lib
 from mor.exits import calibration
 from mor.exits import pairs
 from mor.exits import policy as exits_lib
@@ -92,11 +93,19 @@ def _read_rows(workdir: str | os.PathLike, model: model_lib.Model, config: confi
                                  "or give another text with --calibration_text=FILE")
     batches = ((batch["tokens_BT"], batch["segment_BT"]) for batch in corpus.validation.in_order(_BATCH, num_rows))
     return batches, "held-out", _hash(corpus.validation_text())
-  text = pathlib.Path(path).read_text(encoding="utf-8")
+  text = _read_text(path)
   if not text.strip():
     raise ValueError(f"--calibration_text={path}: no text in it")
   ids = np.asarray(model.request(text).prompt, np.int32)[:num_rows * model.context]
   return _cut(ids, model.context), str(path), _hash(text)
+
+
+def _read_text(path: str) -> str:
+  """Returns the text of a file as a source of training has it: without a byte order mark, with its line ends."""
+  try:
+    return lines_lib.decode(lines_lib.without_mark(pathlib.Path(path).read_bytes()))
+  except ValueError as error:
+    raise ValueError(f"--calibration_text={path}: {error}") from error
 
 
 def _cut(ids: np.ndarray, context: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

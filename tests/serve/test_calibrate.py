@@ -130,8 +130,8 @@ def test_the_command_stores_what_generate_uses(run, workdir, capsys):
 
 
 def test_a_file_of_text(run, workdir, tmp_path):
-  text = "of the state of the union, " * 3
-  (tmp_path / "text.txt").write_text(text)
+  text = "of the state of the union,\r\n" * 3
+  (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())  # a byte order mark is no text
   assert run("--mode=calibrate", "--exit_after=1,2", f"--calibration_text={tmp_path / 'text.txt'}",
              "--calibration_method=beta_mixture", "--calibration_agreement=0.8") == 0
   stored = stored_lib.read(workdir)
@@ -150,6 +150,7 @@ def test_a_file_of_text(run, workdir, tmp_path):
     (["--exit_after=2", "--calibration_tokens=0"], "--calibration_tokens=0; use a count >= 1"),
     (["--exit_after=2", "--calibration_text=nowhere.txt"], "nowhere.txt"),
     (["--exit_after=2", "--calibration_text=mor/train/__init__.py"], "no text in it"),
+    (["--exit_after=2", "--calibration_text=mor/data/corpora/sotu.txt.xz"], "sotu.txt.xz: not UTF-8 ("),
 ])
 def test_a_mistake_is_one_line_and_stores_nothing(run, workdir, argv, said, capsys):
   assert run("--mode=calibrate", *argv) == 2
