@@ -7,6 +7,7 @@ nothing to clean up. The content of the file says who holds it. Readers need no 
 An object store has no locks: two processes on one gs:// workdir are not found out.
 """
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -21,6 +22,7 @@ from mor import paths
 
 NAME = "lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Lock:
@@ -74,26 +76,30 @@ class Lock:
   def _take(self) -> None:
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      file = open(self._path, "a+", encoding="utf-8")
+      with contextlib.ExitStack() as opened:  # closes the file, and so gives the lock back, if an error follows
+        file = opened.enter_context(open(self._path, "a+", encoding="utf-8"))
+        self._flock(file)
+        started = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+        file.truncate(0)
+        file.write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), work=self._work, since=started)) + "\n")
+        file.flush()
+        opened.pop_all()
     except OSError as error:
-      raise OSError(f"cannot write {self._path} ({error.strerror}); give a --workdir that you may write") from error
+      remedy = "free some space" if error.errno in _FULL else "give a --workdir that you may write"
+      raise OSError(f"cannot write {self._path} ({error.strerror}); {remedy}") from error
+    self._file = file
+
+  def _flock(self, file: IO[str]) -> None:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      with file:
-        raise ValueError(f"{self._path.parent} is in use: {_read_holder(file)}; wait for it or stop it, or give "
-                         "another --workdir") from error
+      raise ValueError(f"{self._path.parent} is in use: {_read_holder(file)}; wait for it or stop it, or give "
+                       "another --workdir") from error
     except OSError as error:
       if error.errno not in _UNSUPPORTED:
-        file.close()
         raise
       print(f"warning: {self._path} cannot be locked ({error.strerror}); make sure that no other process works in "
             "this directory", file=sys.stderr, flush=True)
-    self._file = file
-    started = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-    file.truncate(0)
-    file.write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), work=self._work, since=started)) + "\n")
-    file.flush()
 
 
 def _read_holder(file: IO[str]) -> str:

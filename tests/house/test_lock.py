@@ -92,3 +92,16 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
   with lock.Lock(tmp_path, "trains"):
     pass
   assert "warning" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_and_gives_the_lock_back(tmp_path, monkeypatch):
+  def fill(*unused):
+    raise OSError(lock.errno.ENOSPC, "No space left on device")
+
+  with monkeypatch.context() as full:
+    full.setattr(lock.json, "dumps", fill)  # the line of the holder is what needs space
+    with pytest.raises(OSError, match=rf"cannot write {tmp_path}/lock \(No space left on device\); free some space"):
+      with lock.Lock(tmp_path, "trains"):
+        pass
+  with lock.Lock(tmp_path, "trains"):
+    pass
