@@ -22,6 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
+import typing
 from typing import Any
 
 from etils import epath
@@ -95,7 +96,9 @@ def read(workdir: str | os.PathLike) -> Record | None:
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
     data = tuple(DataRecord(one["since_step"], identity_lib.from_dict(one["identity"])) for one in values["data"])
-    return Record(TokenizerRecord(**values["tokenizer"]), data, tuple(dict(one) for one in values["sessions"]))
+    record = Record(TokenizerRecord(**values["tokenizer"]), data, tuple(dict(one) for one in values["sessions"]))
+    _check_types(record)
+    return record
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); restore it from a copy, or remove "
                      "it: the next start writes another, from the config and the texts") from error
@@ -253,6 +256,17 @@ def versions() -> dict[str, str | None]:
       return None
 
   return {"python": platform.python_version()} | {name: find(name) for name in _PACKAGES}
+
+
+def _check_types(value: Any) -> None:
+  """Raises TypeError if a field of a dataclass, or of a dataclass in it, has another type than it declares."""
+  for field in dataclasses.fields(value):
+    found = getattr(value, field.name)
+    if not isinstance(found, typing.get_origin(field.type) or field.type):
+      raise TypeError(f"{field.name} is of type {type(found).__name__}")
+    for one in found if isinstance(found, tuple) else (found,):
+      if dataclasses.is_dataclass(one):
+        _check_types(one)
 
 
 def _read_trained(workdir: str | os.PathLike) -> Record | None:

@@ -186,6 +186,16 @@ def test_a_damaged_record_is_one_line(harm, said, moved):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("find, name, value", [
+    (lambda record: record.tokenizer, "identity", 1), (lambda record: record.data[0], "since_step", "0"),
+    (lambda record: record.data[0].identity, "settings", []), (lambda record: record.data[0].identity.files[0], "size", None)])
+def test_every_field_of_a_record_has_its_type(find, name, value, trained):
+  record = run_lib.read(trained[0])
+  object.__setattr__(find(record), name, value)  # past the type checker of the tests
+  with pytest.raises(TypeError, match=f"{name} is of type {type(value).__name__}"):
+    run_lib._check_types(record)
+
+
 def test_a_run_of_an_older_version_gets_its_record(trained, moved):
   workdir, config = moved
   shutil.rmtree(workdir / "run")
