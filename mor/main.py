@@ -162,6 +162,8 @@ def _eval() -> int:
   config, state, step, mesh = _restore("eval")
   workdir = _workdir("eval")
   if _EVAL_TEXT.value:
+    if _CONFIG.value is not None:
+      run_lib.check_tokenizer(workdir, config.data)
     tokenizer = run_lib.load_tokenizer(workdir, config.data)
     figures, content = loop.evaluate_text(config, mesh, state, tokenizer, _EVAL_TEXT.value)
   else:

@@ -156,6 +156,13 @@ def load_corpus(workdir: str | os.PathLike, config: config_lib.Config, accept_ne
   return text.load(config.data, config.model.vocab_size, tokenizer)
 
 
+def check_tokenizer(workdir: str | os.PathLike, config: config_lib.DataConfig) -> None:
+  """Raises ValueError if a config names another tokenizer than that of the run."""
+  record = read(workdir)
+  if record is not None:
+    _check_tokenizer(workdir, config, record.tokenizer, _read_tokenizer(workdir, record.tokenizer))
+
+
 def check_teacher(teacher: str | os.PathLike, tokenizer: tokenizer_lib.Tokenizer) -> None:
   """Raises ValueError if the run of a teacher is known to read text with another tokenizer."""
   record = read(teacher)

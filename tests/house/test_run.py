@@ -167,9 +167,12 @@ def test_another_tokenizer_is_refused(trained, moved, tmp_path):
     with pytest.raises(ValueError, match=r"data.tokenizer=.* is not the tokenizer that .* was trained with, 'bpe:300' "
                        r"\(identity \w{12}\)"):
       run_lib.load_corpus(workdir, longer(config, tokenizer=name))
+    with pytest.raises(ValueError, match=r"data.tokenizer=.* is not the tokenizer"):
+      run_lib.check_tokenizer(workdir, longer(config, tokenizer=name).data)
   same = tmp_path / "same.json"  # the same one in other words
   same.write_text(json.dumps(json.loads((workdir / "run/tokenizer.json").read_text()), indent=3))
   run_lib.load_corpus(workdir, longer(config, tokenizer=str(same)))
+  run_lib.check_tokenizer(workdir, longer(config, tokenizer=str(same)).data)
 
 
 @pytest.mark.parametrize("harm, said", [
