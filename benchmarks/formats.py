@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
-from mor import checkpoint
 from mor import run as run_lib
 from mor.decode import decoder as decoder_lib
 from mor.decode import storage as storage_lib
@@ -60,9 +59,7 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv)
   if args.rows < 1:
     raise ValueError(f"--rows={args.rows}; use 1 or more")
-  model = model_lib.load(args.workdir)
-  with checkpoint.Checkpoints(args.workdir, read_only=True) as checkpoints:
-    config = checkpoints.config()
+  model, config = model_lib.open_run(args.workdir)
   batch = next(iter(run_lib.load_corpus(args.workdir, config).validation.in_order(args.rows)))
   tokens_BT, target_BT, first_BT = batch["tokens_BT"], batch["target_BT"], batch["segment_BT"] == 1
   rows, right = [], None

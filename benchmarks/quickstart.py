@@ -12,8 +12,8 @@ import numpy as np
 from benchmarks import harness
 from mor import checkpoint
 from mor import report
+from mor import run as run_lib
 from mor import sharding
-from mor.data import text
 from mor.train import loop
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
   with checkpoint.Checkpoints(args.workdir, read_only=True) as checkpoints:
     config = checkpoints.config()
     state, _ = loop.restore_or_init(config, sharding.make_mesh(config.mesh), checkpoints)
-  corpus = text.load(config.data, config.model.vocab_size)
+  corpus = run_lib.load_corpus(args.workdir, config)
   parts, depths = report.measure_held_out(config, {"params": state.params, "balance": state.balance}, corpus)
   model, data = config.model, config.data
   sizes = dict(steps=config.train.steps, batch=data.batch_size, seq_len=data.seq_len, d_model=model.d_model,

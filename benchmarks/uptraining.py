@@ -22,11 +22,13 @@ import jax.numpy as jnp
 from benchmarks import harness
 from configs import uptrain_smollm2
 from mor import config as config_lib
+from mor import run as run_lib
 from mor import sharding
 from mor.conversion import pretrained
 from mor.conversion import recursive_init
 from mor.conversion import command
 from mor.data import text
+from mor.data import tokenizer as tokenizer_lib
 from mor.train import evaluate
 from mor.train import step as step_lib
 
@@ -47,7 +49,7 @@ def make_config(run: str, args) -> config_lib.Config:
                      f"{', '.join(recursive_init.METHODS)}")
   fields = uptrain_smollm2.get_config(model)
   fields.init.method = method
-  fields.data.update(tokenizer=args.tokenizer, batch_size=args.batch, seq_len=args.seq_len)
+  fields.data.update(tokenizer=f"{args.workdir}/tokenizer.json", batch_size=args.batch, seq_len=args.seq_len)
   fields.train.update(steps=args.steps, eval_rows=args.eval_rows)
   fields.optim.update(learning_rate=args.learning_rate, warmup_steps=min(4, args.steps))
   fields.distill.teacher = "" if alone else "the source"
@@ -55,10 +57,11 @@ def make_config(run: str, args) -> config_lib.Config:
   return config_lib.from_config_dict(fields)
 
 
-def measure(run: str, config: config_lib.Config, source: pretrained.Source) -> dict[str, Any]:
-  """Trains one run; its figures."""
+def measure(run: str, config: config_lib.Config, source: pretrained.Source,
+            tokenizer: tokenizer_lib.Tokenizer) -> dict[str, Any]:
+  """Trains one run; returns its figures."""
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-  corpus = text.load(config.data, config.model.vocab_size)
+  corpus = text.load(config.data, config.model.vocab_size, tokenizer)
   state = step_lib.start(config, jax.tree.map(jnp.asarray, recursive_init.convert(
       config.model, config.init, config.seed, source.model, source.variables)))
   teacher = None
@@ -98,7 +101,7 @@ def main(argv: list[str]) -> None:
   """Trains the runs and writes the record."""
   parser = harness.Parser(prog="python -m benchmarks.uptraining", description=__doc__.splitlines()[0])
   parser.add_argument("--source", required=True, help="hf:FOLDER or gguf:FILE of SmolLM2-135M")
-  parser.add_argument("--tokenizer", default="runs/smollm2/tokenizer.json", help="of the source")
+  parser.add_argument("--workdir", default="runs/smollm2", help="run converted from the source; its tokenizer is used")
   parser.add_argument("--runs", default=",".join(RUNS))
   parser.add_argument("--steps", type=int, default=32)
   parser.add_argument("--batch", type=int, default=4)
@@ -109,11 +112,12 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv)
   configs = {run: make_config(run, args) for run in args.runs.split(",")}
   source = command.read(args.source)
+  tokenizer = run_lib.load_tokenizer(args.workdir, next(iter(configs.values())).data)
   sizes = {name: getattr(args, name) for name in ("steps", "batch", "seq_len", "learning_rate", "eval_rows")}
   record = harness.header("uptraining", argv, "float32", sizes)
-  record |= {"source_nll": _source_nll(configs, source), "runs": []}
+  record |= {"source_nll": _source_nll(configs, source, tokenizer), "runs": []}
   for run, config in configs.items():
-    record["runs"].append(measure(run, config, source))
+    record["runs"].append(measure(run, config, source, tokenizer))
     print(json.dumps(record["runs"][-1]), file=sys.stderr, flush=True)
     harness.write(record, args.out) if args.out else None  # what is done is kept
     gc.collect()
@@ -121,11 +125,12 @@ def main(argv: list[str]) -> None:
   harness.write(record, args.out)
 
 
-def _source_nll(configs: dict[str, config_lib.Config], source: pretrained.Source) -> float:
+def _source_nll(configs: dict[str, config_lib.Config], source: pretrained.Source,
+                tokenizer: tokenizer_lib.Tokenizer) -> float:
   """Returns the source's own loss on the held-out rows."""
   config = next(iter(configs.values()))
   config = dataclasses.replace(config, model=source.model)
-  corpus = text.load(config.data, config.model.vocab_size)
+  corpus = text.load(config.data, config.model.vocab_size, tokenizer)
   judge = evaluate.make(config, sharding.make_mesh(config.mesh, jax.devices()[:1]), corpus.tokenizer.num_bytes_V)
   return judge(jax.tree.map(jnp.asarray, source.variables["params"]), {},
                corpus.validation.in_order(config.data.batch_size, config.train.eval_rows))["nll_causal"]

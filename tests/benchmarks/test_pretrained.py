@@ -55,9 +55,10 @@ def test_full_rank_is_the_source_and_less_is_not():
 
 
 def test_runs_are_named_by_model_method_and_teacher():
-  args = argparse.Namespace(tokenizer="t.json", batch=4, seq_len=256, steps=8, eval_rows=4, learning_rate=1e-3)
+  args = argparse.Namespace(workdir="runs/source", batch=4, seq_len=256, steps=8, eval_rows=4, learning_rate=1e-3)
   made = uptraining.make_config("r3-lora64/lower/alone", args)
   assert made.model.num_recursions == 3 and made.model.lora.q == 64 and made.init.method == "lower"
+  assert made.data.tokenizer == "runs/source/tokenizer.json"
   assert not made.distill.teacher and uptraining.make_config("r2/average", args).distill.teacher
   assert all(uptraining.make_config(run, args) for run in uptraining.RUNS)
   with pytest.raises(ValueError, match="MODEL/METHOD"):
