@@ -113,7 +113,7 @@ def _convert(config, spec, workdir, lock):
   recursive_init.check(given.model, config.model)
   _check_tokenizer(config, given, directory)
   tokenizer = _find_tokenizer(config, given)
-  variables = recursive_init.convert(config.model, config.init, config.seed, given.model, given.variables)  # may take minutes
+  variables = recursive_init.convert(config.model, config.init, config.seed, given.model, given.variables)
   lock.acquire()
   _refuse_checkpoint(workdir)  # of a process that was here before the lock
   if given.tokenizer is not None:

@@ -33,7 +33,6 @@ from mor.conversion import layout
 from mor.conversion import pretrained
 from mor.conversion import tensors as tensors_lib
 from mor.conversion import unrolled
-from mor.conversion import wrapped
 from mor.model.routers import table as router_table
 
 MODELING = pathlib.Path(__file__).with_name("modeling_mor.py")
@@ -142,22 +141,7 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     model = fields_lib.build(model_config.ModelConfig, fields | pretrained.EXECUTION, "model")
   except ValueError as error:
     raise ValueError(f"{directory / 'config.json'} is no config of `write` ({error}); export again") from error
-  expected = {entry.key: entry for entry in layout.layout(model, "mor")}
-  tensors = wrapped.unwrap(tensors_lib.open_path(directory), expected)
-  for name in sorted(expected.keys() ^ tensors.shapes.keys()):
-    problem = "misses" if name in expected else "has, and config.json does not ask for,"
-    raise ValueError(f"{tensors.where} {problem} tensor {name!r}; export again")
-  leaves: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
-  for name, entry in expected.items():
-    if tensors.shapes[name] != entry.shape:
-      raise ValueError(f"{tensors.where}: tensor {name!r} has shape {tensors.shapes[name]}, and config.json asks for "
-                       f"{entry.shape}; export again")
-    leaves.setdefault(entry.path, {})[entry.index] = entry.read(tensors_lib.read_finite(tensors, name))
-  variables: dict[str, Any] = {}
-  for path, parts in leaves.items():
-    lead = tuple(n + 1 for n in max(parts))
-    parameters.put(variables, path, np.stack([parts[i] for i in np.ndindex(lead)]).reshape(lead + parts[max(parts)].shape))
-  return fields, variables
+  return fields, pretrained.assemble(tensors_lib.open_path(directory), model, "mor")
 
 
 def read_fields(path: pathlib.Path) -> dict[str, Any]:

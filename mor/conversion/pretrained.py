@@ -160,7 +160,7 @@ def assemble(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, form
     ValueError: a tensor is missing, superfluous, of another shape or type, or
       differs from what it is tied to.
   """
-  if model.num_layers > len(tensors.shapes):
+  if model.sharing == "vanilla" and model.num_layers > len(tensors.shapes):
     raise ValueError(f"{tensors.where} has {len(tensors.shapes)} tensors, its config says {model.num_layers} layers; "
                      "is it whole, and is it what its config says?")
   entries = layout.layout(model, form)
@@ -208,7 +208,7 @@ def _check(tensors: tensors_lib.Tensors, model: model_config.ModelConfig, entrie
   extra = [key for key in tensors.shapes if key not in shapes and not _BUFFERS.fullmatch(key)]
   if extra:
     raise ValueError(f"{tensors.file(extra[0])} has tensor {_some(extra)}, which a {form} model of "
-                     f"{model.num_layers} layers as its config says has not; only plain Llama layers are supported")
+                     f"{model.num_layers} layers as its config says has not; only these layers are supported")
   for key, shape in shapes.items():
     if tensors.shapes.get(key, shape) != shape:
       raise ValueError(f"{tensors.file(key)}: tensor {key!r} has shape {tuple(tensors.shapes[key])}, its config says "
