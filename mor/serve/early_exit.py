@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor import config as config_lib
+from mor import fields as fields_lib
 from mor.exits import calibration
 from mor.exits import policy as exits_lib
 from mor.exits import ring as ring_lib
@@ -29,9 +30,9 @@ def check(exits: exits_lib.Exits | None, model: config_lib.ModelConfig, batching
     ValueError: says what, the value and the remedy.
   """
   if exits is not None and not isinstance(exits, exits_lib.Exits):
-    raise ValueError(f"exits={exits!r}; give Exits(after=(…,)) of mor.exits.policy, or None")
+    raise ValueError(f"exits={fields_lib.show(exits)}; give Exits(after=(…,)) of mor.exits.policy, or None")
   if calibrator is not None and not isinstance(calibrator, calibration.Calibrator):
-    raise ValueError(f"calibrator={calibrator!r}; give a Calibrator of mor.exits.calibration, or None")
+    raise ValueError(f"calibrator={fields_lib.show(calibrator)}; give a Calibrator of mor.exits.calibration, or None")
   if exits is None:
     if calibrator is not None:
       raise ValueError("calibrator is given but exits=None; give exits too, or leave it out")

@@ -19,6 +19,7 @@ import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mor import fields
 from mor.decode import decoder as decoder_lib
 from mor.decode import sampling
 from mor.decode import storage as storage_lib
@@ -251,7 +252,7 @@ class Engine:
 
   def _find(self, number: Any) -> scheduler_lib.Job:
     if not sizes.is_index(number) or int(number) not in self._jobs:
-      raise ValueError(f"no request {number}; it was never submitted, or its completion was taken")
+      raise ValueError(f"no request {fields.show(number)}; it was never submitted, or its completion was taken")
     return self._jobs[int(number)]
 
   @property

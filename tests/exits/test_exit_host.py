@@ -1,5 +1,7 @@
 """What an engine accepts of exits, whether drafts pay, and who finds room in a pass."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -123,6 +125,15 @@ def test_wrong_requests_are_refused(options, said):
 def test_wrong_engines_are_refused(exits, options, said):
   with pytest.raises(ValueError, match=said):
     serving.engine(exiting.model("cycle"), exits=exits if exits is None else exiting.exits("cycle", **exits), **options)
+
+
+@pytest.mark.parametrize("given, said", [((np.zeros((200, 2)), None), "exits=.*; give "),
+                                         ((exiting.exits("cycle"), np.zeros((200, 2))), "calibrator=.*; give ")])
+def test_things_in_place_of_exits_are_refused_in_one_line(given, said):
+  check = inspect.unwrap(exit_host.check)  # without the type checker of the tests
+  with pytest.raises(ValueError, match=said) as error:
+    check(given[0], exiting.model("cycle").config, "depth", given[1])
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("fields, said", [
