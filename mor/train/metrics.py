@@ -233,10 +233,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
 
 def _keep_until(step: int, workdir: str | os.PathLike, path: pathlib.Path) -> None:
   """Writes the lines of steps up to `step` to `path`, all or nothing if the process is killed."""
-  kept = [json.dumps(row) for row in read(workdir) if row["step"] <= step]
-  fresh = path.with_suffix(".jsonl.tmp")
-  fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-  os.replace(fresh, path)
+  paths.write_whole(path, "".join(json.dumps(row) + "\n" for row in read(workdir) if row["step"] <= step))
 
 
 class Progress:
