@@ -5,8 +5,9 @@ the step before. Before an evaluation or a save it reads the metrics of all step
 before a save it looks at the state. So a state whose loss, gradient or arrays are not
 finite is never saved.
 
-A run writes run.json and run/ (`mor/run.py`), checkpoints/, metrics.jsonl and tensorboard/ in its workdir. The argument
-`finish` writes the rest, e.g. the report (`mor/report.py`).
+A run writes run.json and run/ (`mor/run.py`), checkpoints/, metrics.jsonl and
+tensorboard/ in its workdir. The argument `finish` writes the rest, e.g. the report
+(`mor/report.py`).
 """
 
 from collections.abc import Callable, Mapping
