@@ -81,8 +81,11 @@ def test_generate_in_a_fresh_process_is_ours(tmp_path):
       assert len({depth for completion in ours for depth in completion.depths}) == 3, "some depth is never chosen"
 
 
-@pytest.mark.parametrize("model", [MODELS["vanilla"], RELAXED, LOSS_FREE, AUX],
-                         ids=["vanilla", "lora", "token", "expert"])
+FEW = FLAT | dict(num_layers=12, num_recursions=12, router=tiny.FIXED)  # fewer tensors than unrolled layers
+
+
+@pytest.mark.parametrize("model", [MODELS["vanilla"], RELAXED, LOSS_FREE, AUX, FEW],
+                         ids=["vanilla", "lora", "token", "expert", "few"])
 def test_read_is_the_inverse_of_write(model, tmp_path):
   case = exported.make(tmp_path / "full", **model)
   fields, variables = hf_export.read(case.folder)
