@@ -197,7 +197,7 @@ def _tokenizer_of_run(workdir: str, theirs: config_lib.Config,
   """Returns the tokenizer.json of a run, unless "bytes" or "bpe:SIZE" names it here too, and what its record says."""
   record = run_lib.read(workdir)
   if record is None:
-    file = pathlib.Path(workdir).expanduser() / "tokenizer.json"
+    file = paths.directory(workdir) / "tokenizer.json"
     return file.read_text(encoding="utf-8") if file.is_file() else None, None
   trained = record.tokenizer.name, run_lib.load_tokenizer(workdir, theirs.data)
   if name == trained[0] and (name == "bytes" or name.startswith("bpe:")):
