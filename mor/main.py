@@ -161,7 +161,7 @@ def _train() -> int:
 def _eval() -> int:
   config, state, step, mesh = _restore("eval")
   workdir = _workdir("eval")
-  if _EVAL_TEXT.value:
+  if _EVAL_TEXT.value is not None:
     if _CONFIG.value is not None:
       run_lib.check_tokenizer(workdir, config.data)
     tokenizer = run_lib.load_tokenizer(workdir, config.data)

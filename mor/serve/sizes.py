@@ -96,7 +96,7 @@ def count_bytes(decoder: decoder_lib.Decoder, num_slots: int, pool: scheduler.Po
 
 
 def _free_bytes(device: jax.Device) -> int | None:
-  """Returns the memory that a device has left; None if it does not say."""
+  """Returns the memory that a device has left, and of a CPU all that the machine has; None if it is unknown."""
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

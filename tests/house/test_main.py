@@ -136,6 +136,12 @@ def test_eval_repeats_the_figures_of_the_end(tiny_run, capsys):
   assert {"bpb_causal", "bpb_oracle", "bpb_gzip", "bpb_xz"} <= set(figures)
 
 
+def test_an_empty_name_of_a_text_is_not_the_held_out_text(tiny_run, capsys):
+  assert run("--mode=eval", f"--workdir={tiny_run[0]}", "--eval_text=") == main.WRONG
+  out, err = capsys.readouterr()
+  assert out == "" and err.startswith("error: data source '': no such file") and err.count("\n") == 1
+
+
 def test_generate_asks_the_newest_checkpoint(tiny_run, capsys):
   argv = ["--mode=generate", f"--workdir={tiny_run[0]}", "--prompt=Un", "--max_tokens=5", "--temperature=2", "--seed=3"]
   assert run(*argv) == 0
