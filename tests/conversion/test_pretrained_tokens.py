@@ -125,10 +125,14 @@ def test_another_file_of_the_tokenizer_must_end_texts_alike(tmp_path):
 def test_once_trained_a_text_opens_as_documents_do(tmp_path):
   """Also in a run that is made of the trained one."""
   spec = folder(tmp_path / "hf", vocabularies.llama3(), eos_token_id=EOS)
-  convert(spec, tmp_path / "run")
-  about = command._about_run(tmp_path / "run", 5)
+  trained = "tokenizer.json", convert(spec, tmp_path / "run").tokenizer
+  about = command._about_run(tmp_path / "run", 5, trained)
   assert about["opening"] == about["stops"] == [EOS] and about["context"] == 77
-  assert command._about_run(tmp_path / "run", 0)["opening"] == [BOS]
+  assert command._about_run(tmp_path / "run", 5, None) == about
+  assert command._about_run(tmp_path / "run", 0, trained)["opening"] == [BOS]
+  old = {name: about[name] for name in ("special_ids", "add_bos", "context")}  # of an older version
+  (tmp_path / "run" / "pretrained.json").write_text(json.dumps(old))
+  assert command._about_run(tmp_path / "run", 5, trained)["opening"] == [EOS]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
