@@ -104,7 +104,7 @@ def _train_and_judge(directory: pathlib.Path, one: study_plan.Run, judge: judge_
 
 
 def fork(one: study_plan.Run, directory: pathlib.Path) -> None:
-  """Copies the state of the full run at the last shared step to the short run.
+  """Copies the state of the full run at the last shared step, and its tokenizer, to the short run.
 
   Without that checkpoint the short run trains from step 0, with the same result.
   """
@@ -117,6 +117,10 @@ def fork(one: study_plan.Run, directory: pathlib.Path) -> None:
       return
     with checkpoint.Checkpoints(directory / "plateau", read_only=True) as start:
       state, step = loop.restore_or_init(one.short, sharding.make_mesh(one.short.mesh), start)
+    record = run_lib.read(directory / "full")
+    if record is not None:  # else its first start would train a "bpe:SIZE" again, and on other texts another one
+      tokenizer = run_lib.load_tokenizer(directory / "full", one.full.data)
+      run_lib.keep_tokenizer(directory / "short", record.tokenizer.name, tokenizer)
     target.save(step, state, one.short)
 
 

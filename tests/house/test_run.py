@@ -19,6 +19,7 @@ from mor.conversion import command
 from mor.data import text
 from mor.data import tokenizer as tokenizer_lib
 from mor.serve import calibrate
+from mor.study import plan as study_plan
 from mor.study import run as study_run
 from mor.train import loop
 from tests.helpers import checkpoints as checkpoint_files
@@ -230,6 +231,17 @@ def test_calibration_and_a_study_refuse_other_texts(moved, tmp_path):
     with pytest.raises(ValueError, match="d.txt is new.*--calibration_text"):
       calibrate.run(workdir, {"after": (3,)}, {})
   assert study_run._has_started(workdir) and not study_run._has_started(tmp_path)
+
+
+def test_a_fork_of_a_study_carries_its_tokenizer(trained, tmp_path):
+  workdir, config, _ = trained
+  shutil.copytree(workdir, tmp_path / "full")
+  one = object.__new__(study_plan.Run)
+  for name, value in dict(full=config, short=config, fork=2).items():
+    object.__setattr__(one, name, value)
+  study_run.fork(one, tmp_path)
+  assert run_lib.read(tmp_path / "short") == run_lib.Record(run_lib.read(workdir).tokenizer)
+  assert (tmp_path / "short/run/tokenizer.json").read_bytes() == (workdir / "run/tokenizer.json").read_bytes()
 
 
 def test_a_converted_run_carries_its_tokenizer(trained, moved, tmp_path):
