@@ -7,7 +7,6 @@ files of the source (name, size, time of change), the split, the tokenizer and t
 length. So a second run reads the rows at once.
 """
 
-from collections.abc import Iterable
 import dataclasses
 import pathlib
 import time

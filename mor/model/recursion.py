@@ -16,7 +16,6 @@ different widths are unrolled over R.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from flax import struct
 import jax

@@ -6,7 +6,6 @@ padding, which no query sees.
 
 from flax import struct
 import jax
-import jax.numpy as jnp
 
 from mor import types
 
