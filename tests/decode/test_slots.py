@@ -9,7 +9,7 @@ from mor.decode import slots as slots_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "mor").rglob("*.py"))
-CONSTRUCTION, MOVE = "decode.slots.make.make_empty", "decode.slots.move"
+CONSTRUCTION, MOVE = "decode.slots._make_empty", "decode.slots.move"
 
 
 class Visitor(ast.NodeVisitor):

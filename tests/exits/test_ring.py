@@ -15,7 +15,7 @@ COSTS = exits_lib.ExitCosts(full=100.0, turn=20.0, look=5.0, draft=40.0, worth=0
 
 @pytest.fixture(scope="module")
 def empty():
-  return serving.engine(exiting.model("plain"), exits=exiting.exits("plain"), num_slots=16).slots
+  return serving.engine(exiting.model("plain"), exits=exiting.exits("plain"), num_slots=16).runner.slots
 
 
 def placed(empty, phases, steps, counts):
