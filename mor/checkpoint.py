@@ -336,8 +336,8 @@ def _one_line(what: str, remedy: str, errors: type[Exception] = Exception):
   except errors as error:
     if distributed.is_lost(error):
       raise
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    reason = "no space left on the device" if "No space left" in lines[0] else lines[0][:200]
+    reason = distributed.first_line(error)
+    reason = "no space left on the device" if "No space left" in reason else reason[:200]
     raise OSError(f"{what}: {reason}; {remedy}") from error
 
 

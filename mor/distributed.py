@@ -54,7 +54,7 @@ def initialize(mode: str = "off", coordinator: str | None = None, num_processes:
   except (ValueError, RuntimeError) as error:
     if jax.distributed.is_initialized():
       raise
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = first_line(error)
     if mode == "auto":
       raise ValueError(f"--distributed=auto finds no cluster here ({reason}); give --coordinator=HOST:PORT, "
                        "--num_processes=N and --process_id=I, or nothing for one process") from error
@@ -85,6 +85,11 @@ def _check(mode: str, given: dict[str, Any]) -> None:
 def is_main() -> bool:
   """Returns True in process 0, which alone prints and writes."""
   return jax.process_index() == 0
+
+
+def first_line(error: BaseException) -> str:
+  """Returns the first line of the message of an error; its type if it has none."""
+  return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def process_name() -> str:

@@ -4,7 +4,8 @@ A reader of such a file takes its fields through this module only. Then a file t
 damaged, or written by another version, ends in a ValueError of one line.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import json
 import math
 import os
@@ -33,6 +34,15 @@ def first_line(error: BaseException) -> str:
   """Returns the first line of the message of an error, short and without a full stop; its type if it has none."""
   lines = str(error).strip().splitlines()
   return lines[0][:300].rstrip(".") if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def naming_damage(path: os.PathLike, remedy: str) -> Iterator[None]:
+  """Turns any error of reading a file that `mor` wrote into a ValueError with its path and the remedy."""
+  try:
+    yield
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {remedy}") from error
 
 
 def read_text(path: pathlib.Path) -> str | None:

@@ -22,7 +22,6 @@ from mor import paths
 
 NAME = "lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Lock:
@@ -85,7 +84,7 @@ class Lock:
         file.flush()
         opened.pop_all()
     except OSError as error:
-      remedy = "free some space" if error.errno in _FULL else "give a --workdir that you may write"
+      remedy = "free some space" if error.errno in paths.FULL else "give a --workdir that you may write"
       raise OSError(f"cannot write {self._path} ({error.strerror}); {remedy}") from error
     self._file = file
 

@@ -339,12 +339,8 @@ def _find_devices() -> None:
 def _fail(error: Exception, status: int) -> int:
   if os.environ.get("MOR_TRACEBACK"):
     raise error
-  print(f"error{distributed.process_name()}: {_first_line(error)}", file=sys.stderr)
+  print(f"error{distributed.process_name()}: {distributed.first_line(error)}", file=sys.stderr)
   return status
-
-
-def _first_line(error: Exception) -> str:
-  return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

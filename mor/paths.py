@@ -9,6 +9,7 @@ gs:// paths only, and renames directories, which a bucket cannot do in one step.
 """
 
 import atexit
+import errno
 import functools
 import importlib.util
 import os
@@ -19,6 +20,8 @@ import sys
 import tempfile
 
 from etils import epath
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errno of a disk or quota without space
 
 
 def is_url(path: str | os.PathLike) -> bool:

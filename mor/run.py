@@ -31,6 +31,7 @@ import jax
 from mor import checkpoint
 from mor import config as config_lib
 from mor import distributed
+from mor import json_file
 from mor import paths
 from mor.data import identity as identity_lib
 from mor.data import text
@@ -93,15 +94,13 @@ def read(workdir: str | os.PathLike) -> Record | None:
   path = paths.directory(workdir) / NAME
   if not path.is_file():
     return None
-  try:
+  with json_file.naming_damage(path, "restore it from a copy, or remove it: the next start writes another, from the "
+                               "config and the texts"):
     values = json.loads(path.read_text(encoding="utf-8"))
     data = tuple(DataRecord(one["since_step"], identity_lib.from_dict(one["identity"])) for one in values["data"])
     record = Record(TokenizerRecord(**values["tokenizer"]), data, tuple(dict(one) for one in values["sessions"]))
     _check_types(record)
     return record
-  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-    raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); restore it from a copy, or remove "
-                     "it: the next start writes another, from the config and the texts") from error
 
 
 def free_fields(workdir: str | os.PathLike, accept_new_data: bool = False) -> frozenset[str]:

@@ -7,7 +7,6 @@ incomplete copy), the directory counts as absent and is made again.
 """
 
 from collections.abc import Callable
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,7 +19,7 @@ from typing import IO
 from mor import paths
 
 _RECORD = "complete.json"
-_FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
+_FULL = tuple(map(os.strerror, paths.FULL))
 
 
 def root(cache_dir: str) -> pathlib.Path:

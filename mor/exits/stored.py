@@ -9,6 +9,7 @@ import json
 import os
 from typing import Any
 
+from mor import json_file
 from mor import paths
 from mor.exits import calibration
 from mor.exits import policy as exits_lib
@@ -90,9 +91,6 @@ def read(workdir: str | os.PathLike) -> StoredExits | None:
   path = paths.directory(workdir) / NAME
   if not path.is_file():
     return None
-  try:
+  with json_file.naming_damage(path, "write it again with --mode=calibrate, or delete it"):
     fields = json.loads(path.read_text(encoding="utf-8"))
     return StoredExits(**{**fields, "after": tuple(fields["after"])})
-  except (ValueError, TypeError, KeyError, RecursionError) as error:
-    raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}); write it again with --mode=calibrate, or "
-                     "delete it") from error

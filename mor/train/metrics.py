@@ -12,7 +12,6 @@ resumed run measures these steps again.
 """
 
 import contextlib
-import errno
 import json
 import os
 import pathlib
@@ -226,7 +225,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in paths.FULL
     remedy = "free some space" if full else "make its directory writable, or give another --workdir"
     raise OSError(f"cannot write {path}: {error.strerror or error}; {remedy} and run the same command again") from error
 

@@ -1,5 +1,6 @@
 """Random requests, what `generate` answers to them, and an engine under load."""
 
+from collections.abc import Sequence
 import random
 from typing import Any
 
@@ -109,3 +110,13 @@ def assert_all_free(engine: engine_lib.Engine) -> None:
   for free, num in ((slots.cache.free, pool.num_pages), (slots.cache.edge_free, pool.num_edge_pages)):
     assert int(free.num) == num
     assert sorted(np.asarray(free.page_P)[:num].tolist()) == list(range(num))
+
+
+def finish(engine: engine_lib.Engine, numbers: Sequence[int], expected: Sequence[request_lib.Completion]) -> None:
+  """Runs until all is done; each request has got what is its own, and nothing is left."""
+  while not engine.idle:
+    engine.step()
+  for number, completion in zip(numbers, expected):
+    assert_same(engine.take(number), completion)
+  assert_all_free(engine)
+  assert not engine.meter._submitted and not engine._jobs

@@ -79,9 +79,13 @@ def test_a_holder_that_has_not_signed_is_told_so(tmp_path):
       lock.Lock(tmp_path, "trains").acquire()
 
 
-def test_an_object_store_has_no_lock():
-  with lock.Lock("gs://bucket/run", "trains") as held:
+def test_an_object_store_has_no_lock(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with lock.Lock("gs://bucket/run", "trains") as held, lock.Lock("gs://bucket/run", "trains") as second:
     held.acquire()
+    second.acquire()  # a lock would refuse it
+    assert held._file is None and second._file is None
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):

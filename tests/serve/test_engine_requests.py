@@ -35,16 +35,6 @@ def start(engine, beside):
   return [engine.submit(prompt, **options) for prompt, options in beside[0]]
 
 
-def finish(engine, numbers, beside):
-  """Runs until all is done; the requests beside got what is theirs."""
-  while not engine.idle:
-    engine.step()
-  for number, expected in zip(numbers, beside[1]):
-    serving.assert_same(engine.take(number), expected)
-  serving.assert_all_free(engine)
-  assert not engine.meter._submitted and not engine._jobs
-
-
 WRONG = [
     ([], {}, "the prompt is empty"),
     ("", {}, "the prompt is empty; give some text"),
@@ -71,7 +61,7 @@ def test_a_wrong_request_is_refused_alone(engine, beside):
     with pytest.raises(ValueError, match=message):
       engine.generate([[1, 2], prompt], **options)
     engine.step()
-  finish(engine, numbers, beside)
+  serving.finish(engine, numbers, beside[1])
 
 
 def test_arrays_and_their_integers_are_prompts(engine, model, beside):
@@ -79,7 +69,7 @@ def test_arrays_and_their_integers_are_prompts(engine, model, beside):
   (expected,) = model.generate([[1, 2]], max_tokens=3, seed=1, temperature=1.0)
   for done in engine.generate(np.array([[1, 2], [1, 2]]), **options):
     serving.assert_same(done, expected)
-  finish(engine, numbers, beside)
+  serving.finish(engine, numbers, beside[1])
 
 
 def test_a_request_that_never_fits_is_refused_alone(model, beside):
@@ -87,7 +77,7 @@ def test_a_request_that_never_fits_is_refused_alone(model, beside):
   numbers = start(engine, beside)
   with pytest.raises(ValueError, match="may need 24 .* pages .* more than the pool of 12 .*; lower max_tokens"):
     engine.submit([1] * 20, max_tokens=13)
-  finish(engine, numbers, beside)
+  serving.finish(engine, numbers, beside[1])
 
 
 def test_a_stream_adds_up_to_the_completion(engine, model, beside):
@@ -100,7 +90,7 @@ def test_a_stream_adds_up_to_the_completion(engine, model, beside):
   assert [e.depth for e in events][:len(expected.depths)] == expected.depths
   assert [e.logprob for e in events][:len(expected.logprobs)] == pytest.approx(expected.logprobs, abs=1e-4)
   assert [e.finish for e in events] == [""] * (len(events) - 1) + [expected.finish]
-  finish(engine, numbers, beside)
+  serving.finish(engine, numbers, beside[1])
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
@@ -112,7 +102,7 @@ def test_a_closed_stream_aborts_its_request(engine, beside, taken):
   waiting = len(engine.scheduler.queue) + len(engine.scheduler.held)
   stream.close()
   assert len(engine.scheduler.queue) + len(engine.scheduler.held) == waiting - 1
-  finish(engine, numbers, beside)
+  serving.finish(engine, numbers, beside[1])
 
 
 def test_two_streams_take_turns(engine, model):
@@ -124,7 +114,7 @@ def test_two_streams_take_turns(engine, model):
     for stream, mine in zip(streams, tokens):
       mine += [e.token for e in [next(stream, None)] if e and e.token is not None]
   assert tokens == [done.tokens for done in expected]
-  finish(engine, [], ([], []))
+  serving.finish(engine, [], [])
 
 
 def test_aborted_and_taken_requests_are_forgotten(engine, beside):
@@ -138,7 +128,7 @@ def test_aborted_and_taken_requests_are_forgotten(engine, beside):
     for call in (engine.take, engine.abort):
       with pytest.raises(ValueError, match=f"no request {number}; it was never submitted, or its completion was taken"):
         call(number)
-  finish(engine, numbers, beside)
+  serving.finish(engine, numbers, beside[1])
 
 
 def test_a_stop_string_frees_the_slot(engine, model, beside):
@@ -146,7 +136,7 @@ def test_a_stop_string_frees_the_slot(engine, model, beside):
   text = engine.generate(["of "], max_tokens=20, temperature=2.0, seed=3)[0].text
   (done,) = engine.generate(["of "], max_tokens=20, temperature=2.0, seed=3, stop_strings=[text[2:4]])
   assert done.finish == "stop" and done.text == text[:text.find(text[2:4])]
-  finish(engine, numbers, beside)
+  serving.finish(engine, numbers, beside[1])
 
 
 def test_figures(model, beside):

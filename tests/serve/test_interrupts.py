@@ -51,15 +51,6 @@ def used(model):
   return serving.engine(model)
 
 
-def finish(engine, numbers, cases):
-  while not engine.idle:
-    engine.step()
-  for number, expected in zip(numbers, cases[1]):
-    serving.assert_same(engine.take(number), expected)
-  serving.assert_all_free(engine)
-  assert not engine.meter._submitted and not engine._jobs
-
-
 def start(engine, cases):
   return [engine.submit(prompt, **options) for prompt, options in cases[0]]
 
@@ -89,7 +80,7 @@ def test_an_interrupt_as_a_token_is_handed_out_is_exact(used, cases, monkeypatch
   with pytest.raises(KeyboardInterrupt):
     for _ in range(50):
       used.step()
-  finish(used, numbers, cases)
+  serving.finish(used, numbers, cases[1])
 
 
 def test_an_engine_that_cannot_know_says_so_for_good(model, cases):
@@ -118,7 +109,7 @@ def test_what_a_tokenizer_cannot_decode_ends_its_request_alone(used, cases, monk
   failed = used.take(numbers.pop(2))
   assert failed.finish == "error" and failed.tokens == own[:4]
   assert failed.error == f"token {own[4]} cannot be made text: KeyError('no such token')"
-  finish(used, numbers, (cases[0], cases[1][:2] + cases[1][3:]))
+  serving.finish(used, numbers, cases[1][:2] + cases[1][3:])
 
 
 def test_an_interrupted_generate_aborts_its_own_requests(used, tokenizer, cases):
@@ -133,7 +124,7 @@ def test_an_interrupted_generate_aborts_its_own_requests(used, tokenizer, cases)
   with pytest.raises(KeyboardInterrupt):
     used.generate([[5, 6], [7]], max_tokens=31)
   assert set(used._jobs) == set(numbers)
-  finish(used, numbers, cases)
+  serving.finish(used, numbers, cases[1])
 
 
 def test_calls_from_inside_a_step(used, tokenizer, cases):
@@ -152,7 +143,7 @@ def test_calls_from_inside_a_step(used, tokenizer, cases):
   while not seen:
     used.step()
   assert victim not in used._jobs and seen[0].finish == "aborted"
-  finish(used, numbers, cases)
+  serving.finish(used, numbers, cases[1])
 
 
 def test_streams_that_are_collected_in_a_step_are_aborted_after_it(used, cases):
@@ -169,7 +160,7 @@ def test_streams_that_are_collected_in_a_step_are_aborted_after_it(used, cases):
       with interrupts.at_line(rng.randint(1, lines), gc.collect):
         used.step()
       gc.collect()
-      finish(used, numbers, cases)
+      serving.finish(used, numbers, cases[1])
   finally:
     gc.enable()
 
@@ -193,7 +184,7 @@ def test_threads_share_an_engine(used, cases):
     thread.join()
   assert got == {i: [expected[0].tokens] * 5 for i in range(4)}
   assert streamed == {i: expected[0].tokens for i in range(2)}
-  finish(used, [], cases)
+  serving.finish(used, [], cases[1])
 
 
 def test_events_are_kept_for_who_asks(used, cases):
@@ -204,7 +195,7 @@ def test_events_are_kept_for_who_asks(used, cases):
   assert {number for number, _ in events} == set(numbers)
   for number, expected in zip(numbers, cases[1]):
     assert [event.token for n, event in events if n == number] == expected.tokens
-  finish(used, numbers, cases)
+  serving.finish(used, numbers, cases[1])
 
 
 def test_events_nobody_reads_go_with_their_request(used, cases):
@@ -214,4 +205,4 @@ def test_events_nobody_reads_go_with_their_request(used, cases):
   for number in numbers:
     used.take(number)
   assert not used._events
-  finish(used, [], cases)
+  serving.finish(used, [], cases[1])

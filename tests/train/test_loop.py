@@ -101,8 +101,8 @@ def test_a_finished_run_does_not_train_again(straight, make_config, monkeypatch)
   assert (again.step, again.summary) == (5, outcome.summary)
 
 
-@pytest.mark.parametrize("bad", ["loss", "grad_norm"])
-def test_a_step_that_is_not_finite_stops_the_run_and_is_not_saved(bad, make_config, tmp_path, monkeypatch):
+def poison(monkeypatch, change):
+  """Lets `change(state, values)` replace what step 3, the fourth, returns."""
   make = step_lib.make_train_step
 
   def poisoned(config, mesh, teacher):
@@ -110,11 +110,16 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_not_saved(bad, make_conf
 
     def step_fn(state, batch, step):
       state, values = train_step(state, batch, step)
-      return state, {**values, bad: values[bad] * (np.nan if step == 3 else 1.0)}
+      return change(state, values) if step == 3 else (state, values)
 
     return step_fn
 
   monkeypatch.setattr(step_lib, "make_train_step", poisoned)
+
+
+@pytest.mark.parametrize("bad", ["loss", "grad_norm"])
+def test_a_step_that_is_not_finite_stops_the_run_and_is_not_saved(bad, make_config, tmp_path, monkeypatch):
+  poison(monkeypatch, lambda state, values: (state, {**values, bad: values[bad] * np.nan}))
   with pytest.raises(FloatingPointError, match=f"{bad}=nan .*at step 4, so nothing was saved after"):
     loop.train(make_config(), tmp_path)  # step 4 would have been saved
   with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
@@ -123,20 +128,11 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_not_saved(bad, make_conf
 
 @pytest.mark.parametrize("value", [np.nan, 2e5])
 def test_a_state_that_has_diverged_is_not_saved(value, make_config, tmp_path, monkeypatch):
-  make = step_lib.make_train_step
+  def break_params(state, values):  # the update breaks the parameters; its loss and gradient are finite
+    params = {**state.params, "embedding": state.params["embedding"].at[1, 2].set(value)}
+    return state.replace(params=params), values
 
-  def poisoned(config, mesh, teacher):
-    train_step = make(config, mesh, teacher)
-
-    def step_fn(state, batch, step):
-      state, values = train_step(state, batch, step)
-      if step == 3:  # the update breaks the parameters; its loss and gradient are finite
-        state = state.replace(params={**state.params, "embedding": state.params["embedding"].at[1, 2].set(value)})
-      return state, values
-
-    return step_fn
-
-  monkeypatch.setattr(step_lib, "make_train_step", poisoned)
+  poison(monkeypatch, break_params)
   with pytest.raises(FloatingPointError, match="params/embedding of the state after step 4 .* was not saved; lower"):
     loop.train(make_config(), tmp_path)
   with checkpoint.Checkpoints(tmp_path, read_only=True) as checkpoints:
