@@ -294,4 +294,4 @@ class Tables:
     """Returns page and offset of entry `index_B` of each KV row; past the end where nothing is written."""
     size = self.storage.page_size
     page_B = jnp.take_along_axis(page_BP, (index_B // size)[:, None], axis=1, mode="clip")[:, 0]
-    return jnp.where(write_B, page_B, buffer.k.shape[0]), index_B % size
+    return jnp.where(write_B, page_B, buffer.num_pages), index_B % size

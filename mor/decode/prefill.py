@@ -193,7 +193,7 @@ class _Chunk:
   def _place(self, page_BP, index_BT, write_BT, buffer):
     size = self.storage.page_size
     page_BT = jnp.take_along_axis(page_BP, jnp.maximum(index_BT, 0) // size, axis=1, mode="clip")
-    return jnp.where(write_BT, page_BT, buffer.k.shape[0]).reshape(-1), (index_BT % size).reshape(-1)
+    return jnp.where(write_BT, page_BT, buffer.num_pages).reshape(-1), (index_BT % size).reshape(-1)
 
   def _write(self, buffer, place, fresh):
     k_MKH, v_MKH = (x.reshape(-1, *x.shape[2:]) for x in (fresh.k_BSKH, fresh.v_BSKH))

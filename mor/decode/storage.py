@@ -26,6 +26,7 @@ cost nothing).
 from collections.abc import Sequence
 import dataclasses
 import functools
+from typing import Any
 
 from flax import struct
 import jax
@@ -43,6 +44,10 @@ class Buffer:
 
   k: jax.Array
   v: jax.Array
+
+  @property
+  def num_pages(self) -> int:
+    return self.k.shape[0]
 
 
 @struct.dataclass
@@ -72,6 +77,12 @@ def decode(x: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
+def count_page_bytes(storage: Any) -> int:
+  """Returns the bytes that one more page takes in the buffers of one layer."""
+  leaves = jax.eval_shape(lambda: jax.tree.leaves(storage.make(1)))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 def round_as_stored(x: jax.Array, kv_format: str) -> jax.Array:
   """Returns float32 numbers as the storage gives them back."""
   if kv_format == "float32":
@@ -97,6 +108,7 @@ class Dense:
   num_kv_heads: int
   head_dim: int
   kv_format: str
+  sorts_rows = False  # a row costs the same wherever it stands
 
   def make(self, num_pages: int) -> Buffer:
     shape = (num_pages, self.page_size, self.num_kv_heads, self.head_dim)
@@ -140,6 +152,7 @@ class Paged:
   num_kv_heads: int
   head_dim: int
   kv_format: str
+  sorts_rows = True  # the longest first
 
   def make(self, num_pages: int) -> Buffer:
     shape = (num_pages, self.page_size * self.num_kv_heads * self.head_dim)

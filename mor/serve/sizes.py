@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mor import fields
@@ -84,9 +83,8 @@ def count_bytes(decoder: decoder_lib.Decoder, num_slots: int, pool: scheduler.Po
                 ticks: int) -> int:
   """Returns the bytes of pools, page tables and what a dispatch tells; what grows with no argument is left out."""
   tables, model = decoder.tables, decoder.model
-  storage = tables.storage
-  entry = 2 * storage.num_kv_heads * storage.head_dim * jnp.dtype(storage_lib.FORMATS[storage.kv_format]).itemsize
-  pools = entry * pool.page_size * (pool.num_pages * tables.schedule.depth + pool.num_edge_pages * tables.num_edges)
+  page_bytes = storage_lib.count_page_bytes(tables.storage)
+  pools = page_bytes * (pool.num_pages * tables.schedule.depth + pool.num_edge_pages * tables.num_edges)
   row = 4 * pages_per_row * (1 + tables.num_rows)
   if tables.overlays:
     row += tables.num_rows * pages_per_row * pool.page_size
