@@ -29,6 +29,7 @@ from mor.exits import policy as exits_lib
 from mor.serve import early_exit as exit_host
 from mor.serve import guard as guard_lib
 from mor.serve import meter as meter_lib
+from mor.serve import replica as replica_lib
 from mor.serve import request as request_lib
 from mor.serve import runner as runner_lib
 from mor.serve import scheduler as scheduler_lib
@@ -102,13 +103,12 @@ class Engine:
         max(1 + exits.pending, tables.num_rows) if exits else 1)
     sizes.check_memory(decoder, num_slots, pool, pages_per_row, ticks)
     weights = weights_lib.prepare(config, model.variables, weight_format, exits.first if exits else 0)
-    self.scheduler = scheduler_lib.Scheduler(num_slots, pool, ticks, chunk)
     self.meter = meter_lib.Meter(num_slots, pool)
-    self.runner = runner_lib.SlotRunner(
+    runner = runner_lib.SlotRunner(
         decoder, weights, num_slots, pool, pages_per_row, self.meter, ticks=ticks, chunk=chunk,
         vocab_size=model.vocab_size, together=batching == "sequence", exits=exits, calibrator=calibrator)
+    self.replicas = [replica_lib.Replica(scheduler_lib.Scheduler(num_slots, pool, ticks, chunk), runner)]
     self._jobs: dict[int, scheduler_lib.Job] = {}
-    self._starved = False  # a row waits and no page is free
     self._events: list[tuple[int, request_lib.Event]] = []  # of requests without a stream, and not returned yet
     self._in_doubt = False  # whether slots and queue are being changed, or an exception has ended that
     self.guard = guard_lib.Guard()
@@ -256,9 +256,19 @@ class Engine:
     return self._jobs[int(number)]
 
   @property
+  def scheduler(self) -> scheduler_lib.Scheduler:
+    """The shared queue, and the slots of the first replica."""
+    return self.replicas[0].scheduler
+
+  @property
+  def runner(self) -> runner_lib.SlotRunner:
+    """The programs of the first replica."""
+    return self.replicas[0].runner
+
+  @property
   def idle(self) -> bool:
     """Whether no request waits or runs, and all results have been returned."""
-    return self.scheduler.idle and not self.runner.flights and not self._events
+    return all(replica.idle for replica in self.replicas) and not self._events
 
   def step(self) -> list[tuple[int, request_lib.Event]]:
     """Admits, prefills, dispatches, and reads the dispatch before; returns the events that no `step` has returned yet.
@@ -276,19 +286,23 @@ class Engine:
       if self._in_doubt:
         self._recover()
       self._in_doubt = True
-      while self.scheduler.admit():
-        pass
-      self.runner.prefill(self.scheduler.held)
-      dispatched = not self._starved and any(job.started for job in self.scheduler.held)
-      if dispatched:
-        self.runner.dispatch(self.scheduler.slots)
+      self._admit()
+      dispatched = [replica.dispatch() for replica in self.replicas]
       self._in_doubt = False
-      while len(self.runner.flights) > (1 if dispatched else 0):
-        self._harvest()
-      if self._starved and not self.runner.flights:
-        self._in_doubt = True
-        self._relieve()
-        self._in_doubt = False
+      for replica, newer in zip(self.replicas, dispatched):
+        while len(replica.runner.flights) > newer:
+          self._harvest(replica)
+      for replica in self.replicas:
+        if replica.starved and not replica.runner.flights:
+          self._in_doubt = True
+          if replica.relieve():
+            self.meter.preempted()
+          self._in_doubt = False
+
+  def _admit(self) -> None:
+    """Moves requests of the queue to slots, in order, each to the replica with the fewest requests that has room."""
+    while any(replica.admit() for replica in sorted(self.replicas, key=lambda replica: len(replica.scheduler.held))):
+      pass
 
   @guard_lib.alone
   def wait(self) -> None:
@@ -296,18 +310,20 @@ class Engine:
     with self.meter.busy():
       if self._in_doubt:
         self._recover()
-      while self.runner.flights:
-        self._harvest()
-      self.runner.wait()
+      for replica in self.replicas:
+        while replica.runner.flights:
+          self._harvest(replica)
+        replica.runner.wait()
 
   def _recover(self) -> None:
     """Makes slots and queue anew, after an exception that has ended a change of them."""
-    self.runner.reset()
+    for replica in self.replicas:
+      replica.reset()
     unfinished = [job for job in self._jobs.values() if not job.finished]
     for job in unfinished:
       self._follow(job)
     self.scheduler.restart(unfinished)
-    self._starved = self._in_doubt = False
+    self._in_doubt = False
 
   def _follow(self, job: scheduler_lib.Job) -> request_lib.Follower:
     """Returns the follower of a request, made anew if an exception has ended a change of it."""
@@ -316,13 +332,14 @@ class Engine:
       job.whole = True
     return job.payload
 
-  def _harvest(self) -> None:
-    """Reads the oldest dispatch, and hands out its tokens."""
-    out = self.runner.wait_oldest()  # an exception here leaves nothing in doubt
+  def _harvest(self, replica: replica_lib.Replica) -> None:
+    """Reads the oldest dispatch of a replica, and hands out its tokens."""
+    scheduler, runner = replica.scheduler, replica.runner
+    out = runner.wait_oldest()  # an exception here leaves nothing in doubt
     self._in_doubt = True
-    jobs, tables = self.runner.pop_oldest(out), self.runner.decoder.tables
+    jobs, tables = runner.pop_oldest(out), runner.decoder.tables
     num, new = int(out.num_ticks), out.ticks.new
-    self.scheduler.learn(int(out.free), int(out.edge_free), [job for job in jobs if job], len(self.runner.flights))
+    scheduler.learn(int(out.free), int(out.edge_free), [job for job in jobs if job], len(runner.flights))
     last = new.token_BW.shape[2] - 1
     for k in range(num):
       for slot, job in enumerate(jobs):
@@ -331,10 +348,10 @@ class Engine:
             break
           more = i < last and new.token_BW[k, slot, i + 1] != -1
           self._hand_out(job, new, (k, slot, i), "" if more else request_lib.FINISH[new.finish_B[k, slot]])
-    self.scheduler.pressed = bool(num) and bool(out.ticks.stalled_B[num - 1].any())
+    scheduler.pressed = bool(num) and bool(out.ticks.stalled_B[num - 1].any())
     none_left = out.free == 0 or (tables.num_edges and out.edge_free == 0)
     stuck = bool(num) and not out.ticks.ran_B[num - 1].any()  # each needs more pages than are left
-    self._starved = self.scheduler.pressed and bool(none_left or stuck)
+    replica.starved = scheduler.pressed and bool(none_left or stuck)
     self._in_doubt = False
 
   def _hand_out(self, job, new, at, finish) -> None:
@@ -368,17 +385,7 @@ class Engine:
         raise
       return self._follow(job).end("error", f"token {token} cannot be made text: {error!r}"), []
 
-  def _relieve(self) -> None:
-    """Preempts the youngest request, so that the others find pages."""
-    job = self.scheduler.youngest()
-    if job:
-      self.runner.release(self.scheduler.preempt(job))
-      self.meter.preempted()
-    self._starved = False
-
   def _end(self, job: scheduler_lib.Job, freed: bool = False) -> None:
     """Ends a job; its slot and pages go back unless the device has freed them itself."""
-    slot = self.scheduler.finish(job)
-    if slot is not None and not freed:
-      self.runner.release(slot)
+    (job.replica or self.replicas[0]).end(job, freed)
     self.meter.finished(job.id)

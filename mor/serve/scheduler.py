@@ -25,6 +25,7 @@ class Job:
     limit: new tokens at most.
     payload: whatever the engine keeps with it.
     tokens: prompt and output so far.
+    replica: the part of the engine (`replica.py`) that admitted it last.
     slot: where it runs, None in the queue.
     stored: tokens of it that have been prefilled.
     started: whether it is being decoded.
@@ -39,6 +40,7 @@ class Job:
   limit: int
   payload: Any
   tokens: list[int] = dataclasses.field(default_factory=list)
+  replica: Any = None
   slot: int | None = None
   stored: int = 0
   started: bool = False
@@ -113,10 +115,14 @@ class Scheduler:
     self.queue.append(job)
 
   def restart(self, jobs: list[Job]) -> None:
-    """Sends requests to the queue, in the order in which they came; all slots and pages are free."""
+    """Makes the queue anew, of requests in the order in which they came."""
     for job in jobs:
       job.slot, job.stored, job.started = None, 0, False
-    self.queue = collections.deque(sorted(jobs, key=lambda job: job.id))
+    self.queue.clear()
+    self.queue.extend(sorted(jobs, key=lambda job: job.id))
+
+  def clear(self) -> None:
+    """Makes all slots and pages free."""
     self.slots = [None] * len(self.slots)
     self.free = [self.pool.num_pages, self.pool.num_edge_pages]
     self.pressed = False

@@ -1,0 +1,61 @@
+"""One device's part of an engine: its slots and pages (a scheduler), and the programs that change them (a runner).
+
+The replicas of an engine share one queue. A turn of the engine dispatches on all of them before it reads the
+results of any, so that their devices run at once.
+"""
+
+from mor.serve import runner as runner_lib
+from mor.serve import scheduler as scheduler_lib
+
+
+class Replica:
+  """Slots of one device; see the module docstring.
+
+  Attributes:
+    scheduler: the shared queue, this replica's slots, and what is known of its pool.
+    runner: its programs, and their results that have not been read.
+    starved: True if a row waits and no page is free.
+  """
+
+  def __init__(self, scheduler: scheduler_lib.Scheduler, runner: runner_lib.SlotRunner):
+    self.scheduler, self.runner, self.starved = scheduler, runner, False
+
+  @property
+  def idle(self) -> bool:
+    """Whether no request waits or runs here, and all results have been read."""
+    return self.scheduler.idle and not self.runner.flights
+
+  def reset(self) -> None:
+    """Frees all slots and pages, whatever state they are in; their requests are not in the queue."""
+    self.runner.reset()
+    self.scheduler.clear()
+    self.starved = False
+
+  def admit(self) -> bool:
+    """Moves the first request of the queue to a slot; returns True if there was room."""
+    job = self.scheduler.admit()
+    if job is not None:
+      job.replica = self
+    return job is not None
+
+  def dispatch(self) -> bool:
+    """Prefills prompts, and dispatches a few ticks if any request decodes; returns whether it does."""
+    self.runner.prefill(self.scheduler.held)
+    dispatches = not self.starved and any(job.started for job in self.scheduler.held)
+    if dispatches:
+      self.runner.dispatch(self.scheduler.slots)
+    return dispatches
+
+  def relieve(self) -> bool:
+    """Preempts the youngest request, so that the others find pages; returns False if only one holds pages."""
+    job = self.scheduler.youngest()
+    if job:
+      self.runner.release(self.scheduler.preempt(job))
+    self.starved = False
+    return job is not None
+
+  def end(self, job: scheduler_lib.Job, freed: bool) -> None:
+    """Ends a request of the queue or of these slots; `freed` says that the device has freed its slot itself."""
+    slot = self.scheduler.finish(job)
+    if slot is not None and not freed:
+      self.runner.release(slot)
