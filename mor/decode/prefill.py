@@ -23,9 +23,11 @@ from mor.decode import weights as weights_lib
 from mor.model import kernels
 from mor.model.kv import view as kv_view
 
+_LOW = -1e30  # a score that no query sees; finite, so that no row is NaN
+
 
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: cache_lib.Cache, tokens_BT: jax.Array,
-        start_B: jax.Array, length_B: jax.Array, context: bool) -> tuple[cache_lib.Cache, jax.Array, jax.Array]:
+        start_B: jax.Array, length_B: jax.Array, context_pages: int) -> tuple[cache_lib.Cache, jax.Array, jax.Array]:
   """Stores a chunk of prompts.
 
   Args:
@@ -35,13 +37,14 @@ def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: cache
     tokens_BT: the chunk, padded at the end.
     start_B: position of each sequence's first token.
     length_B: tokens of the chunk; 0 leaves a sequence alone.
-    context: whether any `start_B` is above 0, static.
+    context_pages: pages of a KV row, from its first on, that hold the entries before the chunk; static. 0 if every
+      `start_B` is 0.
 
   Returns:
     The cache, the depth `[B, T]` of each token, and whether the pages sufficed;
     otherwise the cache is of no use.
   """
-  chunk = _Chunk(decoder, tokens_BT, start_B, length_B, context)
+  chunk = _Chunk(decoder, tokens_BT, start_B, length_B, context_pages)
   h_BTD = decoder.embed(weights, tokens_BT.reshape(-1)).reshape(*tokens_BT.shape, -1)
   cache = chunk.reserve_edge(cache)
   cache, h_BTD = chunk.edge("prelude", weights, cache, h_BTD)
@@ -53,8 +56,8 @@ def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: cache
 class _Chunk:
   """The queries of one chunk, and what they see."""
 
-  def __init__(self, decoder, tokens_BT, start_B, length_B, context):
-    self.decoder, self.storage, self.context = decoder, decoder.tables.storage, context
+  def __init__(self, decoder, tokens_BT, start_B, length_B, context_pages):
+    self.decoder, self.storage, self.context_pages = decoder, decoder.tables.storage, context_pages
     batch, seq_len = self.shape = tokens_BT.shape
     self.start_B, self.length_B = start_B, length_B
     self.valid_BT = jnp.arange(seq_len)[None, :] < length_B[:, None]
@@ -77,7 +80,7 @@ class _Chunk:
       return cache, h_BTD
     first = 0 if group == "prelude" else self.decoder.tables.schedule.prelude
     buffers, place = list(cache.edge), self._place(cache.edge_page_BP, self.position_BT, self.valid_BT, cache.edge[0])
-    rows = storage_lib.SeenEntries(cache.edge_page_BP, self.start_B)
+    rows = self._see(cache.edge_page_BP, self.start_B)
     for i, layer in enumerate(getattr(weights, group), start=first):
       def attend(q, fresh, i=i):
         out = self._attend(q, fresh, self.valid_BT, [(buffers[i], rows)])
@@ -152,7 +155,12 @@ class _Chunk:
     return cache, self._place(page_BP, index_BT, run_BT, cache.stack[0])
 
   def _context(self, row: int, hidden_BS):
-    return storage_lib.SeenEntries(self.before.page_BRP[:, row], self.before.length_BR[:, row], hidden_BS)
+    return self._see(self.before.page_BRP[:, row], self.before.length_BR[:, row], hidden_BS)
+
+  def _see(self, page_BP, length_B, hidden_BS=None):
+    """Returns the entries before the chunk, in the pages that hold them."""
+    hidden_BS = None if hidden_BS is None else hidden_BS[:, :self.context_pages * self.storage.page_size]
+    return storage_lib.SeenEntries(page_BP[:, :self.context_pages], length_B, hidden_BS)
 
   def _overlay(self, base, fresh, run_BT):
     """Returns the first step's keys, with this step's own where it processed the token."""
@@ -181,14 +189,19 @@ class _Chunk:
     segment_BT = self.valid_BT.astype(jnp.int32)
     mask_BTS = kv_view.visible(self.position_BT, jnp.ones_like(segment_BT), self.position_BT, seen_BT.astype(jnp.int32))
     k, v, mask = [], [], []
-    for buffer, rows in context if self.context else []:
+    for buffer, rows in context if self.context_pages else []:
       k_BSKH, v_BSKH, seen_BS = self.storage.read(buffer, rows)
       k.append(k_BSKH)
       v.append(v_BSKH)
       mask.append(jnp.broadcast_to(seen_BS[:, None, :], (*self.shape, seen_BS.shape[1])))
-    k_BSKH, v_BSKH = (jnp.concatenate(parts, axis=1) for parts in ([*k, fresh.k_BSKH], [*v, fresh.v_BSKH]))
+    k, v, mask = [*k, fresh.k_BSKH], [*v, fresh.v_BSKH], [*mask, mask_BTS]
+    attend = kernels.xla
+    if self.storage.kv_format == "bfloat16" and kernels.platform() != "cpu":
+      # Entries and their copies for the chunk are bfloat16 numbers: nothing is rounded, and nothing is read in float32.
+      attend, (k, v) = _attend_narrow, ([x.astype(jnp.bfloat16) for x in parts] for parts in (k, v))
+    k_BSKH, v_BSKH = (jnp.concatenate(parts, axis=1) for parts in (k, v))
     with jax.named_scope("attend"):
-      return kernels.xla(q_BTNH, k_BSKH, v_BSKH, jnp.concatenate([*mask, mask_BTS], axis=2))
+      return attend(q_BTNH, k_BSKH, v_BSKH, jnp.concatenate(mask, axis=2))
 
   def _place(self, page_BP, index_BT, write_BT, buffer):
     size = self.storage.page_size
@@ -200,24 +213,45 @@ class _Chunk:
     return self.storage.write(buffer, *place, k_MKH, v_MKH)
 
 
+def _attend_narrow(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+  """Attends over keys and values in bfloat16, to which queries and weights are rounded; sums are in float32."""
+  k_heads, head_dim = k_BSKH.shape[2:]
+  q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_heads, -1, head_dim).astype(k_BSKH.dtype)
+  score_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+  score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS * head_dim ** -0.5, _LOW)
+  weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
+  out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weight_BKGTS, v_BSKH, preferred_element_type=jnp.float32)
+  return out_BTKGH.reshape(q_BTNH.shape)
+
+
 def _flatten(x):
   """Returns `[B, T]` or `[B, T, D]` arrays as those of B * T flat tokens."""
   return None if x is None else x.reshape(-1, x.shape[2] if x.ndim > 2 else 1)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "context"), donate_argnums=2)
-def store(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, slot: jax.Array,
-          tokens_1T: jax.Array, start: jax.Array, length: jax.Array, *,
-          context: bool) -> tuple[slots_lib.Slots, jax.Array]:
-  """Stores one chunk of a slot's prompt.
+@functools.partial(jax.jit, static_argnames=("decoder", "context_pages"), donate_argnums=2)
+def store(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, slot_G: jax.Array,
+          tokens_GT: jax.Array, start_G: jax.Array, length_G: jax.Array, *,
+          context_pages: int) -> tuple[slots_lib.Slots, jax.Array]:
+  """Stores one chunk of the prompt of each of G slots.
+
+  Args:
+    decoder: the model's tables.
+    weights: of the model.
+    slots: of which no two of the G are the same.
+    slot_G: the slots; the number of all slots where a row of the batch is padding, whose length is 0.
+    tokens_GT: the chunks, padded at the end.
+    start_G: position of each chunk's first token.
+    length_G: tokens of each chunk.
+    context_pages: as in `run`.
 
   Returns:
     The slots, and whether the pages sufficed; without that they are of no use.
   """
   cache = slots.cache
   tables = ("edge_page_BP", "edge_length_B", "page_BRP", "length_BR", "hidden_BRS")
-  one = {name: jax.lax.dynamic_slice_in_dim(getattr(cache, name), slot, 1) for name in tables}
-  row, _, ok = run(decoder, weights, cache.replace(**one), tokens_1T, start[None], length[None], context)
-  back = {name: jax.lax.dynamic_update_slice_in_dim(getattr(cache, name), getattr(row, name), slot, 0)
+  some = {name: getattr(cache, name).at[slot_G].get(mode="clip") for name in tables}
+  rows, _, ok = run(decoder, weights, cache.replace(**some), tokens_GT, start_G, length_G, context_pages)
+  back = {name: getattr(cache, name).at[slot_G].set(getattr(rows, name), mode="drop")
           for name in tables}
-  return slots.replace(cache=row.replace(**back)), ok
+  return slots.replace(cache=rows.replace(**back)), ok

@@ -122,7 +122,7 @@ def _begin(decoder, weights, requests, context):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(decoder, weights, cache, tokens_BT, length_B):
-  return prefill.run(decoder, weights, cache, tokens_BT, jnp.zeros_like(length_B), length_B, context=False)[0]
+  return prefill.run(decoder, weights, cache, tokens_BT, jnp.zeros_like(length_B), length_B, context_pages=0)[0]
 
 
 def advance(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: cache_lib.Cache, token_B: jax.Array,

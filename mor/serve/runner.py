@@ -25,6 +25,7 @@ from mor.exits import calibration
 from mor.exits import policy as exits_lib
 from mor.exits import ring as ring_lib
 from mor.exits import tick as exit_tick
+from mor.model import kernels
 from mor.serve import early_exit as exit_host
 from mor.serve import meter as meter_lib
 from mor.serve import scheduler as scheduler_lib
@@ -41,6 +42,33 @@ class Flight:
   began: float  # when it was dispatched
   drafted: bool  # whether requests that are verified did draft
   alone: bool  # whether nothing was prefilled beside it
+
+
+@dataclasses.dataclass(frozen=True)
+class _NextTokens:
+  """The next tokens of a prompt.
+
+  Attributes:
+    job: the request.
+    size: number of tokens.
+    width: the same with padding.
+    context_pages: as in `prefill.run`.
+  """
+
+  job: scheduler_lib.Job
+  size: int
+  width: int
+  context_pages: int
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Chunks of one shape may share a call."""
+    return self.width, self.context_pages
+
+
+def ceil_power(num: int) -> int:
+  """Returns the least power of two that is not below a count."""
+  return 1 << (num - 1).bit_length()
 
 
 class SlotRunner:
@@ -93,27 +121,62 @@ class SlotRunner:
 
   def prefill(self, held: Sequence[scheduler_lib.Job]) -> None:
     """Prefills prompts by chunks, the oldest first, and all of them if no slot decodes yet."""
-    budget = self._chunk if any(job.started for job in held) else sum(len(job.tokens) for job in held)
-    for job in held:
-      while not job.started and budget > 0:
-        left = len(job.tokens) - 1 - job.stored
-        if left:
-          size = min(left, self._chunk)
-          self._store(job, size)
-          budget -= size
+    waiting = [job for job in held if not job.started]
+    budget = self._chunk if len(waiting) < len(held) else sum(len(job.tokens) for job in held)
+    while waiting and budget > 0:
+      chunks = self._choose_chunks(waiting, budget)
+      if chunks:
+        self._store(chunks)
+        budget -= sum(chunk.size for chunk in chunks)
+      for job in waiting:
         if job.stored == len(job.tokens) - 1:
           self._start(job)
+      waiting = [job for job in waiting if not job.started]
 
-  def _store(self, job: scheduler_lib.Job, size: int) -> None:
-    width = max(LEAST_CHUNK, 1 << (size - 1).bit_length())
-    tokens_1T = np.zeros((1, width), np.int32)
-    tokens_1T[0, :size] = job.tokens[job.stored:job.stored + size]
-    self.slots, ok = prefill.store(
-        self.decoder, self.weights, self.slots, jnp.int32(job.slot), jnp.asarray(tokens_1T), jnp.int32(job.stored),
-        jnp.int32(size), context=job.stored > 0)
-    job.stored += size
+  def _choose_chunks(self, waiting: Sequence[scheduler_lib.Job], budget: int) -> list[_NextTokens]:
+    """Returns the next chunks of prompts that one call stores: that of the oldest, and others of its shape."""
+    chosen: list[_NextTokens] = []
+    for job in waiting:
+      size = min(len(job.tokens) - 1 - job.stored, self._chunk)
+      if not size:
+        continue
+      chunk = _NextTokens(job, size, max(LEAST_CHUNK, ceil_power(size)), self._count_context_pages(job.stored))
+      if not chosen or (chunk.shape == chosen[0].shape and budget > 0 and len(chosen) < self._count_rows(chunk.width)):
+        chosen.append(chunk)
+        budget -= size
+    return chosen
+
+  def _count_rows(self, width: int) -> int:
+    """Returns the chunks of a call, which depend on the width alone: a prompt's numbers depend on no other prompt.
+
+    A CPU takes as long for padding as for tokens, and gains nothing by a larger batch, so a call stores one chunk there.
+    """
+    return 1 if kernels.platform() == "cpu" else min(self._num_slots, max(1, self._chunk // width))
+
+  def _count_context_pages(self, stored: int) -> int:
+    """Returns the pages that a chunk behind `stored` tokens reads: on a CPU all of a row, elsewhere a power of two."""
+    if not stored:
+      return 0
+    if kernels.platform() == "cpu":
+      return self._pages_per_row
+    return min(self._pages_per_row, ceil_power(-(-stored // self._pool.page_size)))
+
+  def _store(self, chunks: Sequence[_NextTokens]) -> None:
+    width, context_pages = chunks[0].shape
+    num = self._count_rows(width)
+    tokens_GT, placed_G3 = np.zeros((num, width), np.int32), np.zeros((num, 3), np.int32)
+    placed_G3[:, 0] = self._num_slots
+    for g, chunk in enumerate(chunks):
+      job = chunk.job
+      tokens_GT[g, :chunk.size] = job.tokens[job.stored:job.stored + chunk.size]
+      placed_G3[g] = job.slot, job.stored, chunk.size
+    slot_G, start_G, length_G = placed_G3.T
+    self.slots, ok = prefill.store(self.decoder, self.weights, self.slots, slot_G, tokens_GT, start_G, length_G,
+                                   context_pages=context_pages)
+    for chunk in chunks:
+      chunk.job.stored += chunk.size
     self._alone = False
-    self._meter.prefilled(size)
+    self._meter.prefilled(sum(chunk.size for chunk in chunks))
     self._sufficed.append(ok)
 
   def _start(self, job: scheduler_lib.Job) -> None:

@@ -93,7 +93,8 @@ def decode(decoder: decoder_lib.Decoder, variables, tokens_BT, chunks, weight_fo
     length_B = np.array(lengths, np.int32) * live_B
     column_BT = start_B[:, None] + np.arange(width)[None, :]
     chunk_BT = tokens_BT[rows[:, None], np.minimum(column_BT, seq_len - 1)]
-    cache, chunk_depth_BT, ok = prefill(decoder, weights, cache, chunk_BT, start_B, length_B, len(chunks) > 1)
+    pages = CONTEXT // decoder.tables.storage.page_size if len(chunks) > 1 else 0
+    cache, chunk_depth_BT, ok = prefill(decoder, weights, cache, chunk_BT, start_B, length_B, pages)
     assert ok, "the pages did not suffice"
     for b in rows:
       depth_BT[b, start_B[b]:start_B[b] + length_B[b]] = chunk_depth_BT[b, :length_B[b]]
