@@ -104,28 +104,45 @@ class Decoder:
     page_MP = cache.edge_page_BP[tokens.slot_M]
     page_M, offset_M = self.tables.place(page_MP, tokens.position_M, tokens.run_M, cache.edge[first])
     rows = storage_lib.SeenEntries(page_MP, jnp.where(tokens.run_M, tokens.position_M + 1, 0))
-    order_M = jnp.argsort(-rows.length_M)  # alike together; see `Paged`
-    x_1MD, position_M, page_M, offset_M, rows = jax.tree.map(
-        lambda a: a[order_M], (h_MD, tokens.position_M, page_M, offset_M, rows))
-    x_1MD, buffers, rotation = x_1MD[None], list(cache.edge), self.rotation(position_M)
     narrow = self.narrow(tokens, cache.edge_page_BP.shape[0])
+    (x_MD, position_M, page_M, offset_M, rows), unsort = self._sort(
+        rows.length_M, narrow, (h_MD, tokens.position_M, page_M, offset_M, rows))
+    x_1MD, buffers, rotation = x_MD[None], list(cache.edge), self.rotation(position_M)
     cuts = (narrow.widths, narrow.num) if narrow else ()
     for i, layer in enumerate(group_layers, start=first):
       def attend(q_MNH, k_MKH, v_MKH, i=i):
         buffers[i] = self.tables.storage.write(buffers[i], page_M, offset_M, k_MKH, v_MKH)
         return self.tables.storage.attend(q_MNH, [(buffers[i], rows)], *cuts)
       x_1MD = self.layer(layer, x_1MD, rotation, attend, narrow=narrow)
-    return cache.replace(edge=tuple(buffers)), jnp.zeros_like(h_MD).at[order_M].set(x_1MD[0], unique_indices=True)
+    return cache.replace(edge=tuple(buffers)), unsort(x_1MD[0])
+
+  def _sort(self, length_M: jax.Array, narrow: control.Narrow | None,
+            arrays: Any) -> tuple[Any, Callable[[jax.Array], jax.Array]]:
+    """Returns arrays with what is alike together, if the storage or `narrow` needs it, and the function that undoes it.
+
+    Args:
+      length_M: entries that each token sees; those that see much come first.
+      narrow: of the matmuls, which need running tokens at the front.
+      arrays: tree of `[M, …]` arrays.
+    """
+    if narrow is None and not self.tables.storage.sorts_rows:
+      return arrays, lambda x_MD: x_MD
+    order_M = jnp.argsort(-length_M)
+
+    def unsort(x_MD):
+      return jnp.zeros_like(x_MD).at[order_M].set(x_MD, unique_indices=True)
+
+    return jax.tree.map(lambda a: a[order_M], arrays), unsort
 
   def narrow(self, tokens: cache_lib.Tokens, num: int, sparse: bool = False) -> control.Narrow | None:
-    """Returns matmuls as wide as the running tokens need, or None if each sequence has one token.
+    """Returns matmuls as wide as the running tokens need; None is all, as where each sequence has one token.
 
     Args:
       tokens: of the pass.
       num: sequences.
       sparse: whether many sequences have no token in the pass.
     """
-    if tokens.alone and not sparse:
+    if not control.adapts() or tokens.alone and not sparse:
       return None
     return control.Narrow(jnp.sum(tokens.run_M), control.list_widths(num, tokens.run_M.shape[0]))
 
@@ -179,11 +196,10 @@ class Decoder:
     rules = self.tables.rules[:len(self.tables.schedule.rows[static])]
     tables = sorted({(rule.own_R, rule.base_R) for rule in rules})  # one, where the scheme is cyclic
     rows = [self.tables.rows(*table, cache, tokens, index_M) for table in tables]
-    order_M = jnp.argsort(-sum(row.length_M for row in rows[0]))  # alike together; see `Paged`
-    (h_1MD, position_M, page_M, offset_M, step_M, rows) = jax.tree.map(
-        lambda a: a[order_M], (h_MD, position_M, page_M, offset_M, step_M, rows))
-    h_1MD, buffers, rotation = h_1MD[None], list(cache.stack), self.rotation(position_M)
     narrow = self.narrow(tokens, cache.page_BRP.shape[0], sparse)
+    (h_MD, position_M, page_M, offset_M, step_M, rows), unsort = self._sort(
+        sum(row.length_M for row in rows[0]), narrow, (h_MD, position_M, page_M, offset_M, step_M, rows))
+    h_1MD, buffers, rotation = h_MD[None], list(cache.stack), self.rotation(position_M)
     cuts = (narrow.widths, narrow.num) if narrow else ()
     for i, parameters in enumerate(self.tables.schedule.rows[static]):
       rule = rules[i]
@@ -198,7 +214,7 @@ class Decoder:
 
       h_1MD = self.layer(weights.stack[parameters], h_1MD, rotation, attend, weights.deltas[i],
                          step_M if static_step is None else static_step, narrow)
-    return cache.replace(stack=tuple(buffers)), jnp.zeros_like(h_MD).at[order_M].set(h_1MD[0], unique_indices=True)
+    return cache.replace(stack=tuple(buffers)), unsort(h_1MD[0])
 
   def merge(self, h_BD: jax.Array, y_BD: jax.Array, entry_BD: jax.Array,
             routed: router_base.Routing) -> jax.Array:

@@ -17,6 +17,9 @@ The edges take all slots (a matmul of few rows costs as much), sorted so that at
 reads active ones only; the head runs on the smallest of a few widths that holds the
 leavers. `exits/tick.py` builds a tick with early exit around these functions.
 
+An accelerator runs a tick without branches: all ticks of a dispatch, the head over all
+slots. See `control.py`.
+
 Files of `decode/` that a tick visits, in order: tick, slots, cache, decoder, storage,
 control, weights, sampling.
 """
@@ -158,7 +161,7 @@ def proceed(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: s
   for step in deeper:
     # Apart, or XLA:CPU makes both passes' writes to a buffer one, and copies it for what reads it in between.
     on = jnp.any(slots_lib.at_step(carry[0], step))
-    carry = control.run_once(on, functools.partial(run_step, step=step), carry)
+    carry = control.skip_idle(on, functools.partial(run_step, step=step), carry)
   slots, ran_B, waits_B = carry
   leave_B = slots.phase_B == slots_lib.LEAVE
   if together:
@@ -243,7 +246,9 @@ Tick = Callable[[slots_lib.Slots], tuple[slots_lib.Slots, slots_lib.Ticked]]
 
 def repeat(one_tick: Tick, decoder: decoder_lib.Decoder, slots: slots_lib.Slots, nothing: slots_lib.NewTokens,
            num_ticks: int) -> tuple[slots_lib.Slots, slots_lib.Out]:
-  """Runs several ticks, fewer where no slot is occupied; then done slots are freed.
+  """Runs several ticks; then done slots are freed.
+
+  Ticks in which no slot is occupied come last. They change nothing, and are not counted.
 
   Args:
     one_tick: runs a tick.
@@ -257,15 +262,15 @@ def repeat(one_tick: Tick, decoder: decoder_lib.Decoder, slots: slots_lib.Slots,
                        slots_lib.Ticked(nothing, nobody_B, nobody_B, nobody_B))
 
   def is_busy(carry):
-    k, slots, _ = carry
-    return (k < num_ticks) & jnp.any((slots.phase_B != slots_lib.FREE) & (slots.phase_B != slots_lib.DONE))
+    slots, _ = carry
+    return jnp.any((slots.phase_B != slots_lib.FREE) & (slots.phase_B != slots_lib.DONE))
 
-  def body(carry):
-    k, slots, ticks = carry
+  def run_tick(k, carry):
+    slots, ticks = carry
     slots, ticked = one_tick(slots)
-    return k + 1, slots, jax.tree.map(lambda old, new: old.at[k].set(new), ticks, ticked)
+    return slots, jax.tree.map(lambda old, new: old.at[k].set(new), ticks, ticked)
 
-  num, slots, ticks = jax.lax.while_loop(is_busy, body, (jnp.int32(0), slots, ticks))
+  num, (slots, ticks) = control.repeat(num_ticks, is_busy, run_tick, (slots, ticks))
   slots = slots_lib.free(decoder, slots, slots.phase_B == slots_lib.DONE)
   return slots, slots_lib.Out(ticks, num, slots.cache.free.num, slots.cache.edge_free.num)
 

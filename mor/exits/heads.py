@@ -48,11 +48,6 @@ class Read:
   top: jax.Array
 
 
-def choose(on_B: jax.Array, new, old):
-  """Returns trees' rows of `new` where on, else of `old`."""
-  return jax.tree.map(lambda a, b: jnp.where(on_B.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
-
-
 def find_previous(slots: slots_lib.Slots) -> tuple[jax.Array, jax.Array]:
   """Returns the likeliest token (-1 for none) and the state of the exit before this one, or of the entrance."""
   draft = slots.ring.draft
@@ -83,7 +78,7 @@ def read(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   at_exit = jax.tree.map(lambda a: a[:num_slots], whole)
   if exits.first:
     first_B = wants_B & ~head_B
-    at_exit = choose(first_B, _read_first(decoder, weights, slots, first_B, vocab_size, exits), at_exit)
+    at_exit = control.pick_rows(first_B, _read_first(decoder, weights, slots, first_B, vocab_size, exits), at_exit)
   if blind:
     at_exit = at_exit.replace(sure=sure_B, token=jnp.where(wants_B, at_exit.token, -1))
   return whole, at_exit
@@ -173,8 +168,8 @@ def _read_first(decoder, weights, slots, on_B, vocab_size, exits) -> Read:
 
     def draw():
       column_WE = jnp.arange(exits.first)[None, :]
-      logits_WV = jnp.full((index_W.shape[0], decoder.model.vocab_size), sampling.NEVER).at[
-          jnp.arange(index_W.shape[0])[:, None], column_WE].set(logits_WE, mode="drop")
+      logits_WV = jnp.full((top_W.shape[0], decoder.model.vocab_size), sampling.NEVER).at[
+          jnp.arange(top_W.shape[0])[:, None], column_WE].set(logits_WE, mode="drop")
       offset_W = jnp.where(ring.mode_B == ring_lib.VERIFY, ring.count_B, 0)[index_W]
       drawn_W = sampling.sample(logits_WV, take(slots.rows), _mark_seen(slots, index_W, offset_W),
                                 slots.index_B[index_W] + offset_W, vocab_size)
@@ -184,7 +179,7 @@ def _read_first(decoder, weights, slots, on_B, vocab_size, exits) -> Read:
     logprob_W = jnp.max(logits_WE, axis=-1) - jax.nn.logsumexp(logits_WE, axis=-1)
     other_B = on_B & ((slots.rows.temperature_B > 0) | (slots.rows.penalty_B != 1.0))
     token_W, logprob_W = jax.lax.cond(jnp.any(other_B), draw, lambda: (top_W, logprob_W))
-    sure_W = jnp.zeros(index_W.shape, jnp.float32)
+    sure_W = jnp.zeros(top_W.shape, jnp.float32)
     if exits.measure not in exits_lib.NO_LOGITS:
       previous_W, previous_WD = take(find_previous(slots))
       sure_W = confidence.MEASURES[exits.measure](confidence.Exit(

@@ -26,13 +26,14 @@ import jax.numpy as jnp
 
 from mor import config as config_lib
 from mor.exits import confidence
+from mor.model import kernels
 from mor.model import schedule as schedule_lib
 from mor.model.routers import table as router_table
 
 MODES = ("none", "trust", "verify")
 POLICIES = ("exact", "copied")
 VERIFY_THRESHOLD = 0.5  # of drafts, where neither request nor calibrator says one
-_ROWS = {"cpu": 9}  # rows that take as long as reading a pass's weights, by backend: measured (bfloat16, AVX2)
+_ROWS = {"cpu": 9}  # rows that take as long as reading a pass's weights, by platform: measured (bfloat16, AVX2)
 _ACCELERATOR = 256  # … by arithmetic: 240 to 300 FLOPs a byte (TPU v5e, H100)
 NO_LOGITS = ("saturation",)  # measures of the state alone
 
@@ -146,7 +147,7 @@ def estimate_costs(model: config_lib.ModelConfig, exits: Exits, num_slots: int) 
   layer, head = sum(a * b for a, b in model.projections.values()), model.vocab_size * model.d_model
   shallow, deep = exits.after[0] * layer, (model.num_layers - exits.after[0]) * layer
   look = 0 if exits.measure in NO_LOGITS else (exits.first or model.vocab_size) * model.d_model
-  by_row = num_slots / (num_slots + _ROWS.get(jax.default_backend(), _ACCELERATOR))  # of a share, one more row
+  by_row = num_slots / (num_slots + _ROWS.get(kernels.platform(), _ACCELERATOR))  # of a share, one more row
   saved = head + (1.0 - by_row) * deep
   worth = min(look / saved, 0.9) if exits.worth is None else exits.worth
   turn = shallow + look

@@ -73,6 +73,8 @@ def _run_shared(decoder, part, setup, carry):
   del decoder
   if not setup.room:
     return part(carry[0])
+  if not control.adapts():
+    return part(carry[0], room=setup.room)
   some = ring_lib.has_pending(carry[0])
   carry = control.run_once(~some, lambda carry: part(carry[0]), carry)
   return control.run_once(some, lambda carry: part(carry[0], room=setup.room), carry)
@@ -88,7 +90,7 @@ def _run_steps(decoder, part, setup, carry):
     slots, old = carry
     slots, new = part(slots, step, setup.room)
     # A slot gets its tokens in one part of a tick only; a number of the others is 0.
-    tokens = heads.choose(new.new.token_BW[:, 0] != -1, new.new, old.new)
+    tokens = control.pick_rows(new.new.token_BW[:, 0] != -1, new.new, old.new)
     return slots, slots_lib.Ticked(tokens, old.ran_B | new.ran_B, old.stalled_B | new.stalled_B,
                                    old.crowded_B | new.crowded_B)
 
@@ -183,7 +185,7 @@ def _finish(decoder, weights, slots, room, vocab_size, setup):
   slots, full, position_B = _judge(decoder, slots, leave_B, packed, read, nothing, setup)
   crowded_B = wants_B & ~leave_B
   slots = slots.replace(ring=slots.ring.replace(wait_B=slots.ring.wait_B + crowded_B.astype(jnp.int32)))
-  slots, new = tick_lib.emit(slots, heads.choose(leave_B, full, exited), position_B)
+  slots, new = tick_lib.emit(slots, control.pick_rows(leave_B, full, exited), position_B)
   return slots, new, stalled_B, crowded_B
 
 
@@ -217,7 +219,7 @@ def look(decoder, weights, slots, check_B, read, nothing, setup):
     The slots, the tokens of trusting requests that left, and who found no page to leave.
   """
   ring, trust_B, size = slots.ring, slots.ring.mode_B == ring_lib.TRUST, slots.ring.step_BS.shape[1]
-  ring = ring.replace(draft=heads.choose(check_B, ring_lib.Draft(
+  ring = ring.replace(draft=control.pick_rows(check_B, ring_lib.Draft(
       read.token, slots.depth_B, slots.h_BD, read.sure, read.top, read.logprob), ring.draft))
   sure_B = check_B & (read.sure > ring.threshold_B) & (read.token >= 0)
   cache, stalled_B = slots.cache, jnp.zeros_like(check_B)
@@ -244,7 +246,7 @@ def look(decoder, weights, slots, check_B, read, nothing, setup):
   first = dict(token_BW=read.token, depth_BW=slots.depth_B, logprob_BW=read.logprob)
   told = nothing.replace(**{name: getattr(nothing, name).at[:, 0].set(value) for name, value in first.items()})
   told = told.replace(exits=told.exits.replace(early_BW=told.exits.early_BW.at[:, 0].set(True)))
-  return slots, heads.choose(told_B, told, nothing), stalled_B
+  return slots, control.pick_rows(told_B, told, nothing), stalled_B
 
 
 def fill(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots,
@@ -263,7 +265,7 @@ def fill(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   cache, exit_B = tables.reserve_rows(slots.cache, writes_BR, exit_B)
   writes_BR &= exit_B[:, None]
   write = functools.partial(_write, decoder, weights, slots, exit_B, writes_BR, deeper)
-  return control.run_once(jnp.any(exit_B), write, cache), exit_B
+  return control.skip_idle(jnp.any(exit_B), write, cache), exit_B
 
 
 def _write(decoder, weights, slots, exit_B, writes_BR, deeper, cache):
