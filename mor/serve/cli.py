@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from mor import depth as depth_lib
@@ -245,7 +246,9 @@ def choose_exits(model: model_lib.Model, given: Mapping[str, Any], options: Mapp
 def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -> tuple[Run, Check, int]:
   """Returns the function that decodes requests, one that raises where it would refuse a request, and the context."""
   if how.get("batching") != "none":
-    engine = engine_lib.Engine(model, **{"num_slots": min(num_requests, _MOST_SLOTS), **how})
+    how = how | {"devices": _read_devices(how["devices"])} if "devices" in how else how
+    share = -(-num_requests // how.get("devices", 1))
+    engine = engine_lib.Engine(model, **{"num_slots": min(share, _MOST_SLOTS), **how})
     return (functools.partial(_through_engine, engine), lambda request: engine.abort(engine.submit_request(request)),
             engine.context)
   settings = {name: value for name, value in how.items() if name != "batching"}
@@ -258,6 +261,17 @@ def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -
   return functools.partial(_at_once, model, settings), functools.partial(_check_alone, model, context), context
 
 
+def _read_devices(word: str) -> int:
+  """Returns a number of devices, from the flag.
+
+  Raises:
+    ValueError: it is neither a count nor "all".
+  """
+  if word != "all" and not (word.isdecimal() and int(word)):
+    raise ValueError(f"--devices={word}; use a count >= 1, or all")
+  return jax.local_device_count() if word == "all" else int(word)
+
+
 def _check_alone(model: model_lib.Model, context: int, request: request_lib.Request) -> None:
   generate_lib.check(request, model.config.vocab_size, context)
 
@@ -265,9 +279,9 @@ def _check_alone(model: model_lib.Model, context: int, request: request_lib.Requ
 def _through_engine(engine: engine_lib.Engine, requests: Sequence[request_lib.Request],
                     watch: Watch) -> list[request_lib.Completion]:
   """Decodes requests through the engine, as slots fall free."""
-  # A prompt of each length, rounded up as prefill does, compiles what the others need.
+  # A prompt of each length, rounded up as prefill does, compiles what the others need, on each device.
   kinds = {(len(request.prompt) - 2).bit_length(): request for request in requests}
-  _serve(engine, _brief(kinds.values()), Watch())
+  _serve(engine, _brief(request for request in kinds.values() for _ in engine.replicas), Watch())
   watch.start()
   return _serve(engine, requests, watch)
 

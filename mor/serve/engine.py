@@ -19,6 +19,8 @@ import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+
 from mor import fields
 from mor.decode import decoder as decoder_lib
 from mor.decode import sampling
@@ -47,7 +49,7 @@ class Engine:
 
   Args:
     model: `serve.model.Model`: config, variables, tokenizer and context.
-    num_slots: requests that run at once (the batch).
+    num_slots: requests that run at once on each device (the batch).
     batching: "depth": a token that leaves the recursion is followed by the next one
       at once. "sequence": it waits for the deepest of the batch, the baseline.
     context: positions of a request at most; None is the model's.
@@ -65,15 +67,18 @@ class Engine:
     exits: where tokens may leave early, for requests with exit="trust" or "verify".
     calibrator: gives a request the threshold it does not state, and learns from exits if
       `exits.monitor`; without a flag, as `--mode=calibrate` stores a threshold instead.
+    devices: one replica of the model on each, with slots and a pool of its own, all behind one queue: a count, or a
+      sequence of devices; None is the default device.
   """
 
   def __init__(self, model: Any, *, num_slots: int = 16, batching: str = "depth", context: int | None = None,
                page_size: int = 64, num_pages: int | None = None, num_edge_pages: int | None = None,
                weight_format: str = "float32", kv_format: str = "float32", ticks: int | None = None,
                prefill_chunk: int = 256, router: Any = None, storage: str = "paged",
-               exits: exits_lib.Exits | None = None,
-               calibrator: calibration.Calibrator | None = None):
+               exits: exits_lib.Exits | None = None, calibrator: calibration.Calibrator | None = None,
+               devices: int | Sequence[jax.Device] | None = None):
     sizes.check_model(model, router)
+    devices = sizes.check_devices(devices)
     for name, value, choices in (("batching", batching, ("depth", "sequence")), ("storage", storage, _STORAGES),
                                  ("kv_format", kv_format, storage_lib.FORMATS),
                                  ("weight_format", weight_format, weights_lib.FORMATS)):
@@ -101,13 +106,12 @@ class Engine:
     pool = scheduler_lib.Pool(
         page_size, tables.num_rows, num_pages or whole * tables.num_rows, (num_edge_pages or whole) if tables.num_edges else 0,
         max(1 + exits.pending, tables.num_rows) if exits else 1)
-    sizes.check_memory(decoder, num_slots, pool, pages_per_row, ticks)
+    sizes.check_memory(decoder, num_slots, pool, pages_per_row, ticks, devices or jax.devices()[:1])
     weights = weights_lib.prepare(config, model.variables, weight_format, exits.first if exits else 0)
     self.meter = meter_lib.Meter(num_slots, pool)
-    runner = runner_lib.SlotRunner(
-        decoder, weights, num_slots, pool, pages_per_row, self.meter, ticks=ticks, chunk=chunk,
+    self.replicas = replica_lib.make(
+        devices, decoder, weights, num_slots, pool, pages_per_row, self.meter, ticks=ticks, chunk=chunk,
         vocab_size=model.vocab_size, together=batching == "sequence", exits=exits, calibrator=calibrator)
-    self.replicas = [replica_lib.Replica(scheduler_lib.Scheduler(num_slots, pool, ticks, chunk), runner)]
     self._jobs: dict[int, scheduler_lib.Job] = {}
     self._events: list[tuple[int, request_lib.Event]] = []  # of requests without a stream, and not returned yet
     self._in_doubt = False  # whether slots and queue are being changed, or an exception has ended that

@@ -101,7 +101,7 @@ def _begin(decoder, weights, requests, context):
   pages = -(-context // size)
   num = len(requests)
   pool = scheduler.Pool(size, decoder.tables.num_rows, num * decoder.tables.num_rows * pages, num * pages)
-  sizes.check_memory(decoder, num, pool, pages, _TURNS)
+  sizes.check_memory(decoder, num, pool, pages, _TURNS, jax.devices()[:1])
   cache = decoder.tables.make_cache(num, pool.num_pages, pool.num_edge_pages, pages)
   if length_B.max() > 1:
     cache = _prefill(decoder, weights, cache, tokens_BT, jnp.asarray(length_B - 1, jnp.int32))

@@ -4,8 +4,37 @@ The replicas of an engine share one queue. A turn of the engine dispatches on al
 results of any, so that their devices run at once.
 """
 
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from mor.decode import decoder as decoder_lib
+from mor.decode import weights as weights_lib
+from mor.serve import meter as meter_lib
 from mor.serve import runner as runner_lib
 from mor.serve import scheduler as scheduler_lib
+
+
+def make(devices: Sequence[jax.Device] | None, decoder: decoder_lib.Decoder, weights: weights_lib.Weights,
+         num_slots: int, pool: scheduler_lib.Pool, pages_per_row: int, meter: meter_lib.Meter, *, ticks: int,
+         chunk: int, **options: Any) -> list["Replica"]:
+  """Returns replicas behind one queue.
+
+  Args:
+    devices: one for each replica, which gets a copy of the weights; None is one replica on the device that has them.
+    decoder, weights, num_slots, pool, pages_per_row, meter, ticks, chunk, **options: those of `SlotRunner`, of each
+      replica.
+  """
+  queue: collections.deque[scheduler_lib.Job] = collections.deque()
+  replicas = []
+  for device in devices or (None,):
+    placed = weights if device is None else jax.device_put(weights, device)
+    runner = runner_lib.SlotRunner(decoder, placed, num_slots, pool, pages_per_row, meter, ticks=ticks, chunk=chunk,
+                                   **options)
+    replicas.append(Replica(scheduler_lib.Scheduler(num_slots, pool, ticks, chunk, queue), runner))
+  return replicas
 
 
 class Replica:

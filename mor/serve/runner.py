@@ -113,11 +113,13 @@ class SlotRunner:
     self._alone = True  # whether nothing was prefilled since the last dispatch
 
   def _make_slots(self) -> slots_lib.Slots:
-    slots = slots_lib.make(self.decoder, self.weights, self._num_slots, self._pool.num_pages,
-                           self._pool.num_edge_pages, self._pages_per_row)
-    if self.exits:
-      slots = ring_lib.attach(self.decoder, slots, self.exits)
-    return jax.device_put(slots, *self.weights.lookup_VD.devices())  # committed, as a dispatch returns it
+    device, = self.weights.lookup_VD.devices()
+    with jax.default_device(device):
+      slots = slots_lib.make(self.decoder, self.weights, self._num_slots, self._pool.num_pages,
+                             self._pool.num_edge_pages, self._pages_per_row)
+      if self.exits:
+        slots = ring_lib.attach(self.decoder, slots, self.exits)
+    return jax.device_put(slots, device)  # committed, as a dispatch returns it
 
   def prefill(self, held: Sequence[scheduler_lib.Job]) -> None:
     """Prefills prompts by chunks, the oldest first, and all of them if no slot decodes yet."""

@@ -9,6 +9,7 @@ later. The oldest request always proceeds and every request fits the pool alone,
 all finish.
 """
 
+import bisect
 import collections
 import dataclasses
 import itertools
@@ -83,13 +84,16 @@ class Pool:
 
 
 class Scheduler:
-  """The queue, the slots and what is known of the pool."""
+  """The queue, the slots and what is known of the pool.
 
-  def __init__(self, num_slots: int, pool: Pool, ticks: int, chunk: int):
+  Several schedulers may share a queue, each with slots and a pool of its own; one of them makes all requests.
+  """
+
+  def __init__(self, num_slots: int, pool: Pool, ticks: int, chunk: int, queue: collections.deque[Job] | None = None):
     self.pool = pool
     self.ticks = ticks  # of a dispatch
     self.chunk = chunk  # prompt tokens prefilled between two dispatches, while there are any
-    self.queue: collections.deque[Job] = collections.deque()
+    self.queue: collections.deque[Job] = collections.deque() if queue is None else queue
     self.slots: list[Job | None] = [None] * num_slots
     self.free = [pool.num_pages, pool.num_edge_pages]
     self.pressed = False  # a row waits for a page, so nobody is admitted beside it
@@ -136,7 +140,7 @@ class Scheduler:
     job = self.queue.popleft()
     job.slot, job.stored, job.started = self.slots.index(None), 0, False
     self.slots[job.slot] = job
-    self._order.append(job)
+    bisect.insort(self._order, job, key=lambda other: other.id)  # one that another scheduler preempted may be older
     self.free = [f - n for f, n in zip(self.free, needed)]
     return job
 
@@ -145,9 +149,9 @@ class Scheduler:
     return self._order[-1] if len(self._order) > 1 else None
 
   def preempt(self, job: Job) -> int:
-    """Sends a request back to the head of the queue; returns the slot it had."""
+    """Sends a request back to the head of the queue, behind older ones; returns the slot it had."""
     slot = self._vacate(job)
-    self.queue.appendleft(job)
+    self.queue.insert(next((i for i, other in enumerate(self.queue) if other.id > job.id), len(self.queue)), job)
     return slot
 
   def finish(self, job: Job) -> int | None:

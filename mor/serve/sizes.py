@@ -1,6 +1,6 @@
 """What an engine may be made of: arguments of the right kind, and no more memory than there is."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 import operator
 import os
 from typing import Any
@@ -41,6 +41,34 @@ def check_counts(**counts: Any) -> list[int | None]:
   return [None if value is None else operator.index(value) for value in counts.values()]
 
 
+def check_devices(devices: Any) -> list[jax.Device] | None:
+  """Returns the devices of an engine; None stays, which is the default device.
+
+  Args:
+    devices: None, a number of devices, or a sequence of them.
+
+  Raises:
+    ValueError: the program has several processes, or the devices are not here.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(f"an engine runs in one process, and this program has {jax.process_count()} (jax.distributed); start "
+                     "a program without it on each host, with an engine for the devices of that host")
+  here = jax.local_devices()
+  if devices is None:
+    return None
+  if is_index(devices):
+    num, = check_counts(devices=devices)
+    if num > len(here):
+      raise ValueError(f"devices={num}, and there are {len(here)} ({here[0].platform}); use at most {len(here)}")
+    return here[:num]
+  if not isinstance(devices, Sequence) or not devices or not all(isinstance(device, jax.Device) for device in devices):
+    raise ValueError(f"devices={fields.show(devices)}; give a count, a list of jax.local_devices(), or None for the "
+                     "default device")
+  if len(set(devices)) < len(devices):
+    raise ValueError(f"devices={fields.show(devices)} names a device twice; give each once")
+  return list(devices)
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
   """Refuses a value that is none of the choices.
 
@@ -63,15 +91,17 @@ def check_model(model: Any, router: Any) -> None:
     raise ValueError(f"router={fields.show(router)}; give a router of the model's config, or None for the model's own")
 
 
-def check_memory(decoder: decoder_lib.Decoder, num_slots: int, pool: scheduler.Pool, pages_per_row: int,
-                 ticks: int) -> None:
-  """Refuses slots and pools that are larger than the free memory.
+def check_memory(decoder: decoder_lib.Decoder, num_slots: int, pool: scheduler.Pool, pages_per_row: int, ticks: int,
+                 devices: Sequence[jax.Device]) -> None:
+  """Refuses slots and pools that are larger than the free memory of any of the devices, each of which has its own.
 
   Raises:
     ValueError: says how much they need.
   """
   needed = count_bytes(decoder, num_slots, pool, pages_per_row, ticks)
-  free = _free_bytes(jax.devices()[0])
+  if devices[0].platform == "cpu":  # they share the memory of the machine
+    needed *= len(devices)
+  free = min((free for free in map(_free_bytes, devices) if free is not None), default=None)
   if free is not None and needed > free:
     raise ValueError(f"the engine needs {needed / 2**30:.1f} GiB for keys, values and slots, and {free / 2**30:.1f} GiB are "
                      f"free; use a smaller context ({pages_per_row * pool.page_size} positions), fewer slots "

@@ -102,14 +102,16 @@ def assert_same(got: request_lib.Completion, expected: request_lib.Completion, w
 
 
 def assert_all_free(engine: engine_lib.Engine) -> None:
-  """No slot is held, and every page is free, once."""
-  assert engine.idle and engine.scheduler.held == [] and set(engine.scheduler.slots) == {None}
-  slots, pool = engine.runner.slots, engine.scheduler.pool
-  assert (np.asarray(slots.phase_B) == slots_lib.FREE).all()
-  assert not slots.cache.length_BR.any() and not slots.cache.edge_length_B.any() and not slots.cache.hidden_BRS.any()
-  for free, num in ((slots.cache.free, pool.num_pages), (slots.cache.edge_free, pool.num_edge_pages)):
-    assert int(free.num) == num
-    assert sorted(np.asarray(free.page_P)[:num].tolist()) == list(range(num))
+  """No slot is held, and every page is free, once, in every replica."""
+  assert engine.idle
+  for replica in engine.replicas:
+    assert replica.scheduler.held == [] and set(replica.scheduler.slots) == {None}
+    slots, pool = replica.runner.slots, replica.scheduler.pool
+    assert (np.asarray(slots.phase_B) == slots_lib.FREE).all()
+    assert not slots.cache.length_BR.any() and not slots.cache.edge_length_B.any() and not slots.cache.hidden_BRS.any()
+    for free, num in ((slots.cache.free, pool.num_pages), (slots.cache.edge_free, pool.num_edge_pages)):
+      assert int(free.num) == num
+      assert sorted(np.asarray(free.page_P)[:num].tolist()) == list(range(num))
 
 
 def finish(engine: engine_lib.Engine, numbers: Sequence[int], expected: Sequence[request_lib.Completion]) -> None:

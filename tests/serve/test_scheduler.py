@@ -122,9 +122,9 @@ def test_nobody_is_admitted_beside_a_row_that_waits():
 class Device:
   """Rows and pages as numbers, run as the engine runs them: results come one dispatch late."""
 
-  def __init__(self, seed, pool, num_slots, ticks, chunk):
+  def __init__(self, seed, pool, num_slots, ticks, chunk, queue=None):
     self.rng, self.pool, self.chunk = random.Random(seed), pool, chunk
-    self.scheduler = scheduler_lib.Scheduler(num_slots, pool, ticks, chunk)
+    self.scheduler = scheduler_lib.Scheduler(num_slots, pool, ticks, chunk, queue)
     self.rows, self.at, self.left, self.flights = {}, {}, {}, []  # entries, step (-1: not begun) and tokens to go
     self.preemptions, self.starved = 0, False
 
@@ -204,21 +204,40 @@ class Device:
         self.preemptions += 1
 
 
-def test_every_load_is_done_and_no_promise_is_broken():
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_every_load_is_done_and_no_promise_is_broken(num_devices):
   preemptions = 0
-  for seed in range(400):
+  for seed in range(400 // num_devices**2):
     rng = random.Random(seed)
     pool = scheduler_lib.Pool(rng.choice([1, 2, 4]), 3, 3 * rng.choice([24, 40, 80]), rng.choice([24, 40, 80]))
-    device = Device(seed, pool, rng.choice([2, 5, 9]), ticks=rng.choice([1, 3, 6]), chunk=rng.choice([2, 4, 16]))
-    waiting, jobs = rng.randint(1, 25), []
+    sizes, queue = dict(ticks=rng.choice([1, 3, 6]), chunk=rng.choice([2, 4, 16])), collections.deque()
+    num_slots = rng.choice([2, 5, 9])
+    devices = [Device(seed + 1000 * i, pool, num_slots, queue=queue, **sizes) for i in range(num_devices)]
+    waiting, jobs = num_devices * rng.randint(1, 25), []
     for _ in range(20000):
       if len(jobs) < waiting and rng.random() < 0.5:
         prompt = rng.randint(1, 16)
-        jobs.append(submit(device.scheduler, prompt, rng.randint(1, 24 - prompt)))
-      device.step()
-      if len(jobs) == waiting and device.scheduler.idle and not device.flights:
+        jobs.append(submit(devices[0].scheduler, prompt, rng.randint(1, 24 - prompt)))
+      for device in devices:
+        device.step()
+      if len(jobs) == waiting and all(device.scheduler.idle and not device.flights for device in devices):
         break
     assert all(job.finished for job in jobs), seed
-    assert device.free() == (pool.num_pages, pool.num_edge_pages)
-    preemptions += device.preemptions
-  assert preemptions > 100
+    assert all(device.free() == (pool.num_pages, pool.num_edge_pages) for device in devices)
+    preemptions += sum(device.preemptions for device in devices)
+  assert preemptions > 100 // num_devices
+
+
+def test_schedulers_of_one_queue_keep_the_order_of_arrival():
+  """A request that is preempted in one of them is older than those that the other one has admitted since."""
+  first = make(num_slots=1)
+  second = scheduler_lib.Scheduler(2, POOL, 6, 16, first.queue)
+  jobs = [submit(first) for _ in range(4)]
+  assert [second.admit(), first.admit(), second.admit()] == jobs[:3]
+  first.preempt(jobs[1])
+  second.finish(jobs[0])
+  second.preempt(jobs[2])
+  assert list(first.queue) == jobs[1:]
+  assert [second.admit(), first.admit()] == jobs[1:3]
+  first.preempt(jobs[2])
+  assert second.admit() is jobs[2] and second.held == jobs[1:3] and second.youngest() is jobs[2]
