@@ -26,21 +26,36 @@ _require = fields.require
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskConfig:
+  """A task whose problems are made, where data.source=task:NAME; 0 is the task's own default."""
+
+  size: int = _field(0, "khop: entities of a map")
+  hardest: int = _field(0, "largest difficulty in training; khop: hops")
+  questions: int = _field(0, "khop: questions about a map")
+  packed: bool = _field(True, "khop: a fact, or a question, is one token")
+
+  def __post_init__(self):
+    for field in ("size", "hardest", "questions"):
+      _require(getattr(self, field) >= 0, f"data.task.{field}={getattr(self, field)}", "use 0 for the default, or a count")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Where text comes from and how it becomes batches."""
 
   source: str = _field(
       "sotu", "training text: sotu (shipped), tfds:NAME, hf:DIR (datasets.save_to_disk), or a path or glob of .txt, "
-      ".jsonl, .jsonl.gz, .jsonl.xz or .array_record files")
+      ".jsonl, .jsonl.gz, .jsonl.xz or .array_record files; or problems that are made: task:khop")
   validation_source: str = _field("", "held-out text, as source; '' holds out validation_fraction of the documents")
   text_key: str = _field("text", "key of the text in a record")
   validation_fraction: float = _field(0.05, "fraction of the documents that is held out")
   max_bytes: int = _field(0, "bytes of training text to read at most; 0 reads all")
-  tokenizer: str = _field("bpe:4096", "bytes, bpe:SIZE (trained at the first run), or a tokenizers .json file")
+  tokenizer: str = _field("bpe:4096", "bytes, bpe:SIZE (trained at the first run), or a tokenizers .json file; a task has its own")
   seq_len: int = _field(256, "tokens in a batch row (T)")
   batch_size: int = _field(8, "rows in a global batch (B)")
   shuffle_seed: int = _field(0, "seed of the order of documents")
   cache_dir: str = _field("", "directory of token arrays and trained tokenizers; '' is <user cache>/mor")
+  task: TaskConfig = _field(TaskConfig(), added=True)
 
   def __post_init__(self):
     _require(self.seq_len >= 2, f"data.seq_len={self.seq_len}", "use at least 2 tokens")
@@ -48,6 +63,8 @@ class DataConfig:
     _require(0 < self.validation_fraction < 1 or bool(self.validation_source),
              f"data.validation_fraction={self.validation_fraction}", "use a fraction in (0, 1)")
     _require(self.max_bytes >= 0, f"data.max_bytes={self.max_bytes}", "use 0 for all, or a positive count")
+    _require(self.task == TaskConfig() or self.source.startswith("task:"), f"data.task={self.task} with data.source="
+             f"{self.source!r}", "set data.source=task:NAME, or leave data.task as it is")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,8 @@ from mor.data import tokenizer as tokenizer_lib
 NAME, TOKENIZER = "run.json", "run/tokenizer.json"
 # Fields that the record judges in place of the config: by content.
 _JUDGED = frozenset(("data.source", "data.validation_source", "data.tokenizer"))
-_CHOSEN = frozenset(("data.text_key", "data.max_bytes", "data.validation_fraction"))  # they belong to the texts
+_CHOSEN = frozenset(("data.text_key", "data.max_bytes", "data.validation_fraction", "data.task.size", "data.task.hardest",
+                     "data.task.questions", "data.task.packed"))  # they belong to the texts
 _PACKAGES = ("mor", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers", "numpy")
 
 
@@ -49,7 +50,7 @@ class TokenizerRecord:
   """The tokenizer of a run.
 
   Attributes:
-    name: `data.tokenizer` of the first start.
+    name: `data.tokenizer` of the first start, or the task that brought it.
     identity: `Tokenizer.identity`.
     eos_id: token that opens a document.
     vocab_size: one more than the largest id.
@@ -211,7 +212,7 @@ class Session:
     self._workdir, self._tokenizer, self._started = workdir, corpus.tokenizer, time.monotonic()
     old = read(workdir)
     before = _read_trained(workdir) or Record(
-        _describe(config.data.tokenizer, corpus.tokenizer), sessions=old.sessions if old else ())
+        _describe(tokenizer_lib.name_of(config.data), corpus.tokenizer), sessions=old.sessions if old else ())
     data = before.data
     self.number = len(before.sessions) + 1
     self.new_data = bool(data) and data[-1].identity.digest != corpus.identity.digest
@@ -315,19 +316,21 @@ def _read_tokenizer(workdir: str | os.PathLike, record: TokenizerRecord) -> toke
 def _check_tokenizer(workdir: str | os.PathLike, config: config_lib.DataConfig, record: TokenizerRecord,
                      stored: tokenizer_lib.Tokenizer) -> None:
   """Raises ValueError if a config names another tokenizer than that of the run."""
-  name = config.tokenizer
-  is_file = name != "bytes" and not name.startswith("bpe:")
-  if name == record.name and not (is_file and pathlib.Path(name).expanduser().is_file()):
+  name = tokenizer_lib.name_of(config)
+  is_task = name == config.source
+  field = "data.source" if is_task else "data.tokenizer"
+  is_file = name != "bytes" and not is_task and not name.startswith("bpe:")
+  if name == record.name and not is_task and not (is_file and pathlib.Path(name).expanduser().is_file()):
     return  # trained on the texts at the first start, or a file that may stay behind
-  if is_file or name == "bytes":
+  if is_file or is_task or name == "bytes":
     found = tokenizer_lib.load(config, None)
     if _is_same(found, stored):
       return
     identity = f"identity {found.identity[:12]}"
   else:
     identity = "not trained"
-  raise ValueError(f"data.tokenizer={name!r} ({identity}) is not the tokenizer that {workdir} was trained with, "
-                   f"{record.name!r} (identity {record.identity[:12]}); leave data.tokenizer as it was, or give "
+  raise ValueError(f"{field}={name!r} ({identity}) is not the tokenizer that {workdir} was trained with, "
+                   f"{record.name!r} (identity {record.identity[:12]}); leave {field} as it was, or give "
                    "another --workdir")
 
 

@@ -52,12 +52,14 @@ def open_source(source: str, text_key: str, cache_root: pathlib.Path) -> Documen
 
   Raises:
     FileNotFoundError: no such file or directory.
-    ValueError: the source exists and cannot be used. The content is checked only when
+    ValueError: the source exists and cannot be used, or is a task. The content is checked only when
       it is read.
   """
   if source == "sotu":
     return _open_sotu(cache_root)
   kind, _, name = source.partition(":")
+  if kind == "task":
+    raise ValueError(f"{source!r} is a task, which has no texts; give it as data.source, to train on it")
   if kind in ("tfds", "hf"):
     name, _, split = name.partition("#")
     return {"tfds": _open_tfds, "hf": _open_hf}[kind](name, split or "train", text_key)

@@ -5,6 +5,8 @@
 The name of a cache directory is a hash of everything that its content depends on: the
 files of the source (name, size, time of change), the split, the tokenizer and the row
 length. So a second run reads the rows at once.
+
+A task (`data.source=task:NAME`) is no text: its rows are made as they are read (`tasks/corpus.py`).
 """
 
 import dataclasses
@@ -21,6 +23,8 @@ from mor.data import rows as rows_lib
 from mor.data import sources
 from mor.data import split as split_lib
 from mor.data import tokenizer as tokenizer_lib
+from mor.data.tasks import corpus as task_corpus
+from mor.data.tasks import table as task_table
 
 _LAYOUT = 1  # raise it when the rows of the same text change
 _CALL_CHARACTERS = 4_000_000  # text that is tokenised at once
@@ -49,7 +53,8 @@ class Corpus:
     return (self.directory / "validation.txt").read_bytes().decode("utf-8")
 
 
-def load(config: config_lib.DataConfig, vocab_size: int, tokenizer: tokenizer_lib.Tokenizer | None = None) -> Corpus:
+def load(config: config_lib.DataConfig, vocab_size: int,
+         tokenizer: tokenizer_lib.Tokenizer | None = None) -> Corpus | task_corpus.TaskCorpus:
   """Opens the corpus of a config, and tokenises it at first use.
 
   Args:
@@ -65,6 +70,8 @@ def load(config: config_lib.DataConfig, vocab_size: int, tokenizer: tokenizer_li
   """
   if not 0 <= config.shuffle_seed < 2**32:
     raise ValueError(f"data.shuffle_seed={config.shuffle_seed}; use 0 to {2**32 - 1}")
+  if task_table.is_task(config.source):
+    return task_corpus.load(config, vocab_size, tokenizer)
   split = split_lib.make(config, cache.root(config.cache_dir))
   if tokenizer is None:
     tokenizer = tokenizer_lib.load(config, split.sample)
@@ -83,7 +90,9 @@ def load(config: config_lib.DataConfig, vocab_size: int, tokenizer: tokenizer_li
 
 
 def identify(config: config_lib.DataConfig) -> identity_lib.Identity:
-  """Returns the files that `load` would read, by content; raises as it does for a source."""
+  """Returns the files that `load` would read, by content, or the task; raises as it does for a source."""
+  if task_table.is_task(config.source):
+    return task_corpus.identify(config)
   return _identify(config, split_lib.make(config, cache.root(config.cache_dir)))
 
 
@@ -112,7 +121,7 @@ def load_held_out(source: str, config: config_lib.DataConfig, tokenizer: tokeniz
 def load_tokenizer(config: config_lib.DataConfig) -> tokenizer_lib.Tokenizer:
   """Returns the tokenizer; reads the corpus only if "bpe:SIZE" is not in the cache."""
   texts = None
-  if config.tokenizer.startswith("bpe:"):
+  if tokenizer_lib.name_of(config).startswith("bpe:"):
     texts = split_lib.make(config, cache.root(config.cache_dir)).sample
   return tokenizer_lib.load(config, texts)
 

@@ -4,6 +4,8 @@
   PATH.json  any file of the `tokenizers` library
   bpe:SIZE   byte-level BPE, trained on the training text at first use and kept
 
+A task (`data.source=task:NAME`) has a tokenizer of its own symbols, whatever `data.tokenizer` says.
+
 Text that spells a special token is encoded as ordinary text: only the data pipeline
 writes `eos_id`. Byte-level tokens decode to exactly the same text.
 """
@@ -26,6 +28,8 @@ from mor.data import pieces
 from mor.data import sources
 from mor.data import special_tokens
 from mor.data import token_bytes
+from mor.data.tasks import base as task_base
+from mor.data.tasks import table as task_table
 
 END_OF_TEXT = ("<|endoftext|>", "<|im_end|>", "</s>", "<eos>")
 _LONGEST_WORD = 512  # bytes that are one word in training
@@ -63,11 +67,16 @@ class Tokenizer(Protocol):
     """Returns the text of the ids; special tokens add nothing, broken UTF-8 becomes U+FFFD."""
 
 
+def name_of(config: config_lib.DataConfig) -> str:
+  """Returns the name of the tokenizer of a config: `data.tokenizer`, or the task that brings one."""
+  return config.source if task_table.is_task(config.source) else config.tokenizer
+
+
 def load(config: config_lib.DataConfig, texts: sources.Documents | None) -> Tokenizer:
-  """Returns the tokenizer that `data.tokenizer` names.
+  """Returns the tokenizer that `data.tokenizer` names, or that of a task.
 
   Args:
-    config: config with the fields `tokenizer` and `cache_dir`.
+    config: config with the fields `source`, `tokenizer` and `cache_dir`.
     texts: training text of "bpe:SIZE", read only if that is not in the cache; None
       for any other tokenizer.
 
@@ -75,6 +84,8 @@ def load(config: config_lib.DataConfig, texts: sources.Documents | None) -> Toke
     FileNotFoundError: no such file.
     ValueError: the name or the file makes no tokenizer.
   """
+  if task_table.is_task(config.source):
+    return JsonTokenizer(task_base.serialize(task_table.make(config).symbols))
   kind, _, size = config.tokenizer.partition(":")
   if config.tokenizer == "bytes":
     return ByteTokenizer()
