@@ -19,6 +19,7 @@ from mor import model_config
 ModelConfig = model_config.ModelConfig
 RouterConfig = model_config.RouterConfig
 LoraConfig = model_config.LoraConfig
+RecursionsTrainConfig = model_config.RecursionsTrainConfig
 RopeScalingConfig = model_config.RopeScalingConfig
 
 _field = fields.field
@@ -225,7 +226,11 @@ class Config:
     _require(self.optim.warmup_steps <= self.train.steps,
              f"optim.warmup_steps={self.optim.warmup_steps} exceeds train.steps={self.train.steps}",
              "shorten the warm-up or train longer")
-    self.exit.check(self.model)
+    for steps in self.model.recursions_train.support(self.model.num_recursions) if self.exit.layers else ():
+      self.exit.check(self.model.at_recursions(steps))
+    _require(not (self.exit.layers and self.model.recursions_train.backprop),
+             f"model.recursions_train.backprop={self.model.recursions_train.backprop} with exit.layers="
+             f"{self.exit.layers}", "use 0: an exit before the last steps would train its own steps no more")
 
   def cooldown_start(self) -> int | None:
     """Returns the number of steps before the learning rate of wsd falls; None where it never does."""

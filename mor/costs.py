@@ -42,6 +42,7 @@ from typing import Any
 
 from mor import config as config_lib
 from mor import parameters
+from mor.model import depths
 from mor.model import schedule as schedule_lib
 from mor.model.kv import plans
 from mor.model.routers import table as router_table
@@ -115,19 +116,29 @@ def kv_bytes_per_token(model: config_lib.ModelConfig, seq_len: int, dtype_bytes:
   return layers * 2 * model.num_kv_heads * model.head_dim * dtype_bytes
 
 
-def breakdown(model: config_lib.ModelConfig, seq_len: int, executed: bool = False) -> dict[str, float]:
-  """Returns the forward FLOPs per token by part; they add up to the whole."""
+def breakdown(model: config_lib.ModelConfig, seq_len: int, executed: bool = False,
+              differentiated: bool = False) -> dict[str, float]:
+  """Returns the forward FLOPs per token by part; they add up to the whole.
+
+  Args:
+    model: config of the model.
+    seq_len: tokens in a row.
+    executed: True counts what is run rather than what is needed; see the module.
+    differentiated: True counts only the layers that the gradient passes.
+  """
   matrices, deltas = layer_parameters(model), lora_ranked(model)
   schedule = schedule_lib.make(model)
   plan = plans.PLANS[model.kv_plan](schedule)
   fractions = _run_fractions(model, seq_len, plan.shares, executed)
-  layers = [(1.0, 1.0, 1.0)] * (schedule.prelude + schedule.coda)
+  first = model.recursions_train.first_step(model.num_recursions) if differentiated else 0
+  inner = []
   for l, (own, base) in enumerate(zip(plan.own, plan.base)):
     q = fractions[l // schedule.depth]
-    layers.append((q, q if own >= 0 else 0.0, q if base < 0 else 1.0))
+    inner.append((q, q if own >= 0 else 0.0, q if base < 0 else 1.0))
+  inner = inner[first * schedule.depth:]
+  layers = [(1.0, 1.0, 1.0)] * (schedule.coda if first else schedule.prelude + schedule.coda) + inner
   square = (4 if executed else 2) * seq_len * model.num_heads * model.head_dim
   queries, keys = sum(q for q, _, _ in layers), sum(k for _, k, _ in layers)
-  inner = layers[schedule.prelude + schedule.coda:]
   lora = sum(entries * sum(k if name in "kv" else q for q, k, _ in inner) for name, entries in deltas.items())
   return {
       "attention_projections": 2 * (queries * matrices["query_output"] + keys * matrices["key_value"]),
@@ -156,9 +167,17 @@ def forward_flops_per_token(model: config_lib.ModelConfig, seq_len: int, head: b
 def train_flops_per_token(model: config_lib.ModelConfig, seq_len: int, head: bool = True) -> float:
   """Returns the FLOPs of forward and backward pass; the backward pass costs twice the forward.
 
-  What remat recomputes is not counted, so utilisation figures do not reward it.
+  With truncated backpropagation it passes the last steps and the coda alone. What remat
+  recomputes is not counted, so utilisation figures do not reward it.
   """
-  return 3 * forward_flops_per_token(model, seq_len, head)
+  passed = breakdown(model, seq_len, differentiated=True)
+  return forward_flops_per_token(model, seq_len, head) + 2 * sum(v for k, v in passed.items() if head or k != "head")
+
+
+def mean_forward_flops_per_token(model: config_lib.ModelConfig, seq_len: int) -> float:
+  """Returns the forward FLOPs of training, in the mean over the numbers of steps that it draws."""
+  return sum(chance * forward_flops_per_token(depths.at(model, steps), seq_len)
+             for steps, chance in depths.probabilities(model).items())
 
 
 def _run_fractions(model: config_lib.ModelConfig, seq_len: int, shares: bool, executed: bool) -> tuple[float, ...]:
@@ -190,6 +209,8 @@ def report(config: config_lib.Config, budget: float | None = None) -> dict[str, 
       "flops_per_token_forward_no_head": forward_flops_per_token(model, seq_len, head=False),
       "kv_bytes_per_token": kv_bytes_per_token(model, seq_len, dtype_bytes),
   }
+  if model.recursions_train.distribution != "fixed":
+    figures["flops_per_token_forward_training"] = mean_forward_flops_per_token(model, seq_len)
   if budget is not None:
     figures["steps"] = steps_of_budget(model, budget)
   return figures

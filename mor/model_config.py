@@ -80,6 +80,44 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RecursionsTrainConfig:
+  """How many recursion steps an optimizer step runs: a number that is drawn for each; see `model/depths.py`."""
+
+  distribution: Literal["fixed", "uniform", "poisson"] = _field(
+      "fixed", "fixed: always num_recursions; uniform: each of values alike; poisson: 1 + Poisson(log-normal rate)")
+  values: tuple[int, ...] = _field((), "uniform: numbers of steps, ascending")
+  mean: float = _field(0.0, "poisson: mean number of steps, before most bounds it; 0 is num_recursions")
+  sigma: float = _field(0.5, "poisson: standard deviation of the logarithm of the rate")
+  most: int = _field(0, "poisson: largest number of steps; every number up to it is a compiled program")
+  backprop: int = _field(0, "last steps that the gradient passes; 0 is all. What runs before them is not trained then")
+
+  def __post_init__(self):
+    where = "model.recursions_train"
+    uniform, poisson = self.distribution == "uniform", self.distribution == "poisson"
+    _require(bool(self.values) == uniform, f"{where}.values={self.values} with distribution {self.distribution!r}",
+             "give one or more numbers of steps" if uniform else "use () or distribution 'uniform'")
+    _require(list(self.values) == sorted(set(self.values)) and min(self.values, default=1) >= 1,
+             f"{where}.values={self.values}", "use ascending numbers of steps, from 1")
+    _require(self.most >= 1 if poisson else self.most == 0,
+             f"{where}.most={self.most} with distribution {self.distribution!r}",
+             "use a number of steps" if poisson else "use 0 or distribution 'poisson'")
+    _require(self.mean == 0 or poisson, f"{where}.mean={self.mean} with distribution {self.distribution!r}",
+             "use 0 or distribution 'poisson'")
+    _require(self.sigma > 0, f"{where}.sigma={self.sigma}", "use a value > 0")
+    _require(self.backprop >= 0, f"{where}.backprop={self.backprop}", "use 0 for all steps, or a number of them")
+
+  def support(self, num_recursions: int) -> tuple[int, ...]:
+    """Returns the numbers of steps that may be drawn, ascending."""
+    if self.distribution == "poisson":
+      return tuple(range(1, self.most + 1))
+    return self.values or (num_recursions,)
+
+  def first_step(self, num_recursions: int) -> int:
+    """Returns the first of `num_recursions` steps that the gradient passes; what runs before it is a constant."""
+    return max(0, num_recursions - self.backprop) if self.backprop else 0
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeScalingConfig:
   """Llama 3's scaling of the rotary frequencies, for contexts longer than it was trained on.
 
@@ -116,6 +154,7 @@ class ModelConfig:
   sharing: Sharing = _field(
       "middle_cycle", "which layers share parameters; middle: the first and the last layer have their own")
   num_recursions: int = _field(3, "recursion steps of the shared stack (R)")
+  recursions_train: RecursionsTrainConfig = _field(RecursionsTrainConfig(), added=True)
   kv_plan: Literal["recursion_wise", "shared", "hybrid"] = _field(
       "recursion_wise", "keys that a step attends to: its own, step 0's, or step 0's with its own in their places")
   execution: Literal["gathered", "masked"] = _field("gathered", "gathered saves FLOPs; masked is the reference")
@@ -164,6 +203,36 @@ class ModelConfig:
       _require(rank <= full, f"model.lora.{name}={rank} exceeds the projection's rank", f"use at most {full}")
     _require(not (self.lora.ranks and self.sharing == "vanilla"),
              f"model.lora={self.lora.ranks} with sharing 'vanilla'", "nothing is shared there; use ranks of 0")
+    train = self.recursions_train
+    _require(train.distribution != "poisson" or 1 < (train.mean or r) <= train.most,
+             f"model.recursions_train.mean={train.mean} with num_recursions={r}, most={train.most}",
+             "use a mean above 1 and up to most; 0 is num_recursions")
+    for steps in train.support(r)[:1] + train.support(r)[-1:]:
+      self._check_recursions(steps)
+
+  def _check_recursions(self, num_recursions: int) -> None:
+    """Raises ValueError if the parameters are not those of a model that runs another number of steps."""
+    other = num_recursions != self.num_recursions
+    what = f"{num_recursions} recursion steps of a model with model.num_recursions={self.num_recursions}"
+    _require(not other or self.sharing != "vanilla", f"{what} and sharing 'vanilla'", "use a sharing scheme that repeats layers")
+    _require(not other or not self.lora.ranks, f"{what} and model.lora={self.lora.ranks}",
+             "use ranks of 0: each trained step has deltas of its own, and another step has none")
+
+  def at_recursions(self, num_recursions: int) -> "ModelConfig":
+    """Returns the model of the same parameters that always runs this number of recursion steps.
+
+    Raises:
+      ValueError: the model has parameters of its own for each step, or repeats no layers.
+    """
+    _require(num_recursions >= 1, f"{num_recursions} recursion steps", "use a number >= 1")
+    self._check_recursions(num_recursions)
+    edge = 2 if self.sharing.startswith("middle") else 0
+    layers = (self.num_layers - edge) // self.num_recursions
+    router = self.router if num_recursions == self.num_recursions else dataclasses.replace(self.router, capacity=())
+    train = RecursionsTrainConfig(backprop=self.recursions_train.backprop)
+    return dataclasses.replace(
+        self, num_recursions=num_recursions, num_layers=edge + layers * num_recursions, router=router,
+        recursions_train=train)
 
   @property
   def projections(self) -> dict[str, tuple[int, int]]:

@@ -130,7 +130,7 @@ def read(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
   """Reads a folder of `write`, also one that PyTorch saved again: fields of `ModelConfig`, and variables in float32.
 
   Fields that belong to a run are left out: execution, attention, cross_documents,
-  compute_dtype, remat and scan_layers.
+  compute_dtype, remat, scan_layers and recursions_train.
 
   Raises:
     ValueError: a file or a tensor is missing, unexpected, broken or of a wrong shape.

@@ -14,6 +14,7 @@ from typing import Any
 from absl import logging
 import numpy as np
 
+from mor import fields as fields_lib
 from mor import json_file
 from mor import model_config
 from mor import parameters
@@ -24,8 +25,8 @@ from mor.data import special_tokens
 from mor.data import tokenizer as tokenizer_lib
 
 # Fields that no checkpoint of others tells: those that do not change a model's numbers, with their defaults.
-EXECUTION = {name: getattr(model_config.ModelConfig(), name) for name in (
-    "execution", "attention", "cross_documents", "compute_dtype", "remat", "scan_layers")}
+EXECUTION = {name: fields_lib.plain(getattr(model_config.ModelConfig(), name)) for name in (
+    "execution", "attention", "cross_documents", "compute_dtype", "remat", "scan_layers", "recursions_train")}
 NO_ROUTER = model_config.RouterConfig(name="fixed", sampling="none")
 NO_SCALING = model_config.RopeScalingConfig()
 

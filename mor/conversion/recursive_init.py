@@ -42,7 +42,7 @@ from mor.model.routers import table as router_table
 
 _EDGE = 1e-6  # least norm weight of a shared layer, which deltas divide by
 _FREE = ("num_layers", "sharing", "num_recursions", "kv_plan", "execution", "attention", "init_std", "cross_documents",
-         "compute_dtype", "remat", "scan_layers", "lora", "router")  # fields in which target and source may differ
+         "compute_dtype", "remat", "scan_layers", "lora", "router", "recursions_train")  # fields in which target and source may differ
 _SIZES = tuple(field.name for field in dataclasses.fields(config_lib.ModelConfig) if field.name not in _FREE)
 
 

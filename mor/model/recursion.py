@@ -12,10 +12,14 @@ the full width and hides the keys of the other tokens. It is the reference, and
 runs when counts depend on the data (causal routing of a whole sequence).
 
 Full-width steps have equal shapes and run in one `jax.lax.scan`; steps of
-different widths are unrolled over R.
+different widths are unrolled over R. With truncated backpropagation
+(`recursions_train.backprop`) the last steps alone are differentiated: the state
+that enters them, and the keys of earlier steps, are constants.
 """
 
 from collections.abc import Mapping
+import copy
+import functools
 
 from flax import struct
 import jax
@@ -108,41 +112,58 @@ class Recursion:
     """
     valid_BT = segment_BT != 0
     plan = self.router.enter(params, h_BTD, valid_BT, balance=balance, train_step=train_step, key=key)
-    route = getattr(self.router, routing)
+    route = functools.partial(getattr(self.router, routing), plan)
     seq_len = h_BTD.shape[1]
     gathered = self.config.execution == "gathered" and (routing == "select" or not self.router.looks_ahead)
     widths = self.router.widths(seq_len, bucket) if gathered else (seq_len,) * self.schedule.num_steps
     advance = _Pass(self, params["stack"], params.get("lora", {}), segment_BT, entry_BTD=h_BTD,
                     exits=exits if self.schedule.num_steps == 1 else (), drop_UB=drop_UB)
-
-    state, alive_BT, store, traces, ends, whole = h_BTD, valid_BT, {}, [], [], True
-    first_scanned = self._first_scanned(widths, seq_len)
-    for r in range(first_scanned):
-      routed = route(plan, state, alive_BT, r)
-      whole = whole and routed.keeps_all
-      state = advance(r, r, state, routed, store, widths[r], whole)
-      alive_BT = routed.keep_BT
-      ends.append(state)
-      traces.append((routed.keep_BT, routed.score_BT, routed.sums))
-    traces = [jax.tree.map(lambda *a: jnp.stack(a), *traces)] if traces else []
-
-    if first_scanned < self.schedule.num_steps:
-      def body(carry, r):
-        state, alive_BT = carry
-        routed = route(plan, state, alive_BT, r)
-        state = advance(1 if store else 0, r, state, routed, store, seq_len, whole and routed.keeps_all)
-        return (state, routed.keep_BT), ((routed.keep_BT, routed.score_BT, routed.sums), state if exits else None)
-
-      steps_R = jnp.arange(first_scanned, self.schedule.num_steps)
-      (state, _), (scanned, states) = jax.lax.scan(body, (state, alive_BT), steps_R)
-      traces.append(scanned)
-      ends += [] if states is None else list(states)
-
+    state, traces, ends = self._run_steps(advance, route, h_BTD, valid_BT, widths, keep_ends=bool(exits))
     keep_RBT, score_RBT, sums = jax.tree.map(lambda *a: jnp.concatenate(a), *traces)
     sums = {**sums, **getattr(plan, "sums", {}), **_count(keep_RBT, valid_BT)}
     boundaries = self.schedule.boundaries()
     found = tuple(advance.exits[n] if n in advance.exits else ends[boundaries.index(n)] for n in exits)
     return state, Trace(keep_RBT, score_RBT, sums, found)
+
+  def _run_steps(self, advance: "_Pass", route, state, alive_BT, widths: tuple[int, ...], keep_ends: bool):
+    """Runs the steps, those of one shape in a scan.
+
+    Returns:
+      The last state; records of the routing, each of several steps; and, with `keep_ends`, the states after
+      every step.
+    """
+    num_steps = self.schedule.num_steps
+    first_trained = self.config.recursions_train.first_step(num_steps)
+    untrained = advance.without_gradient() if first_trained else advance
+    if first_trained:
+      state = jax.lax.stop_gradient(state)
+    store, traces, ends, whole = {}, [], [], True
+    first_scanned = self._first_scanned(widths, state.shape[1])
+    for r in range(first_scanned):
+      routed = route(state, alive_BT, r)
+      whole = whole and routed.keeps_all
+      state = (advance if r >= first_trained else untrained)(r, r, state, routed, store, widths[r], whole)
+      alive_BT = routed.keep_BT
+      ends.append(state)
+      traces.append((routed.keep_BT, routed.score_BT, routed.sums))
+    traces = [jax.tree.map(lambda *a: jnp.stack(a), *traces)] if traces else []
+
+    def scan(run_step, state, alive_BT, steps):
+      def body(carry, r):
+        state, alive_BT = carry
+        routed = route(state, alive_BT, r)
+        state = run_step(1 if store else 0, r, state, routed, store, state.shape[1], whole and routed.keeps_all)
+        return (state, routed.keep_BT), ((routed.keep_BT, routed.score_BT, routed.sums), state if keep_ends else None)
+
+      return jax.lax.scan(body, (state, alive_BT), jnp.arange(*steps))
+
+    middle = max(first_scanned, first_trained)
+    for run_step, steps in (untrained, (first_scanned, middle)), (advance, (middle, num_steps)):
+      if steps[0] < steps[1]:
+        (state, alive_BT), (scanned, states) = scan(run_step, state, alive_BT, steps)
+        traces.append(scanned)
+        ends += [] if states is None else list(states)
+    return state, traces, ends
 
   def _first_scanned(self, widths: tuple[int, ...], seq_len: int) -> int:
     """Returns the first step from which all steps have one shape and one KV rule; R if none may be scanned."""
@@ -168,6 +189,12 @@ class _Pass:
     self.entry_BTD = entry_BTD
     batch, seq_len = segment_BT.shape
     self.position_BT = jnp.broadcast_to(jnp.arange(seq_len)[None, :], (batch, seq_len))
+
+  def without_gradient(self) -> "_Pass":
+    """Returns a pass with the same parameters, which no gradient reaches."""
+    other = copy.copy(self)
+    other.stack, other.lora = jax.lax.stop_gradient((self.stack, self.lora))
+    return other
 
   def __call__(self, step: int, lora_step: jax.Array | int, state_BTD, routed: router_base.Routing, store: dict,
                width: int, whole: bool):

@@ -130,8 +130,8 @@ def override(base: config_lib.Config, member: Member) -> config_lib.Config:
 
 
 def forward_flops(config: config_lib.Config) -> float:
-  """Returns the forward FLOPs per token, with the head."""
-  return costs.forward_flops_per_token(config.model, config.data.seq_len)
+  """Returns the forward FLOPs per token of training, with the head."""
+  return costs.mean_forward_flops_per_token(config.model, config.data.seq_len)
 
 
 def with_seed(config: config_lib.Config, seed: int) -> config_lib.Config:

@@ -13,6 +13,7 @@ tensorboard/ in its workdir. The argument `finish` writes the rest, e.g. the rep
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -31,6 +32,7 @@ from mor import sharding
 from mor.data import rows as rows_lib
 from mor.data import text
 from mor.data import tokenizer as tokenizer_lib
+from mor.model import depths
 from mor.train import evaluate as evaluate_lib
 from mor.train import metrics as metrics_lib
 from mor.train import signals
@@ -174,6 +176,8 @@ def _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoint
 
   with contextlib.closing(rows_lib.prefetch(make_batch, start, plan.steps)) as batches:
     for batch in batches:
+      if train_step.must_compile(step):
+        log.flush()
       state, values = train_step(state, batch, step)
       step += 1
       log.put(step, values)
@@ -193,6 +197,16 @@ def _run_steps(config, mesh, corpus, state, start, teacher, evaluate, checkpoint
   return state, step
 
 
+def _count_flops(config: config_lib.Config, step: int) -> float:
+  """Returns the FLOPs per token of an optimizer step, counted from 1."""
+  return _count_flops_at(config, depths.draw(config.model, config.seed, step - 1))
+
+
+@functools.cache
+def _count_flops_at(config: config_lib.Config, num_recursions: int) -> float:
+  return costs.train_flops_per_token(depths.at(config.model, num_recursions), config.data.seq_len)
+
+
 def describe_eval(step: int, held_out: Mapping[str, float]) -> str:
   """Returns a line on an evaluation."""
   figures = "  ".join(f"{name} {held_out[f'bpb_{name}']:.4f} bits/byte (nll {held_out[f'nll_{name}']:.4f})"
@@ -208,9 +222,8 @@ class _Log:
     self._every, self._writer, self._shown = config.train.log_every, writer, shown
     self._watchdog, self._stop = watchdog, stop
     self._meter = metrics_lib.Throughput(
-        config.data.batch_size * config.data.seq_len,
-        costs.train_flops_per_token(config.model, config.data.seq_len), mesh.devices.flat[0].device_kind,
-        mesh.devices.size)
+        config.data.batch_size * config.data.seq_len, functools.partial(_count_flops, config),
+        mesh.devices.flat[0].device_kind, mesh.devices.size)
     self._pending: tuple[int, Any] | None = None
 
   def put(self, step: int, values: Mapping[str, jax.Array]) -> None:
@@ -253,5 +266,5 @@ class _Log:
       values |= self._meter.read(step)
       self._writer.write(step, "train", values)
       self._shown.show(step, values)
-    elif not self._meter.running:  # the first step compiles, and an evaluation is no training
+    elif not self._meter.running:  # a step that compiles, and an evaluation, are no training
       self._meter.restart(step)

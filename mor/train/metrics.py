@@ -16,10 +16,11 @@ import json
 import os
 import pathlib
 import socket
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import rich.console
@@ -59,7 +60,16 @@ class Throughput:
   and saving are left out.
   """
 
-  def __init__(self, tokens_per_step: int, flops_per_token: float, device_kind: str, num_devices: int):
+  def __init__(self, tokens_per_step: int, flops_per_token: Callable[[int], float], device_kind: str,
+               num_devices: int):
+    """Prepares the clock.
+
+    Args:
+      tokens_per_step: tokens of a batch.
+      flops_per_token: function from the number of a finished step, from 1, to its FLOPs per token.
+      device_kind: name of the device, as jax gives it.
+      num_devices: number of devices.
+    """
     self._tokens_per_step = tokens_per_step
     self._flops_per_token = flops_per_token
     peak = peak_flops(device_kind)
@@ -85,8 +95,10 @@ class Throughput:
     if mark is None or step <= mark[0]:
       return {}
     rate = (step - mark[0]) * self._tokens_per_step / (self._mark[1] - mark[1])
-    mfu = {"mfu": rate * self._flops_per_token / self._peak} if self._peak else {}
-    return {"tokens_per_second": rate, **mfu}
+    if not self._peak:
+      return {"tokens_per_second": rate}
+    flops = statistics.fmean(map(self._flops_per_token, range(mark[0] + 1, step + 1)))
+    return {"tokens_per_second": rate, "mfu": rate * flops / self._peak}
 
 
 class Writer:

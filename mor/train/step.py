@@ -1,6 +1,7 @@
 """One training step: micro-batches, gradients, update, metrics; jitted once."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 from typing import Any
 
 from flax import struct
@@ -13,6 +14,7 @@ from mor import checkpoint
 from mor import config as config_lib
 from mor import distributed
 from mor import sharding
+from mor.model import depths
 from mor.model import transformer
 from mor.model.routers import base as router_base
 from mor.model.routers import table as router_table
@@ -141,8 +143,10 @@ def load_teacher(config: config_lib.Config, mesh: Mesh) -> Teacher | None:
 def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | None = None) -> Callable:
   """Makes `train_step(state, batch, step=None) -> (state, metrics)`, which donates the state.
 
-  The argument `step` is the copy of `state.step` on the host. It is needed only during a
-  capacity warm-up, to choose the static widths. If it is absent, it is read from the device.
+  The argument `step` is the copy of `state.step` on the host. It chooses the compiled
+  program: the static widths of a capacity warm-up, and the number of recursion steps
+  where that is drawn (`model/depths.py`). If it is absent, it is read from the device.
+  `train_step.must_compile(step)` tells whether the program of a step is not compiled yet.
 
   Raises:
     ValueError: the number of rows of a micro-batch is not a multiple of the devices.
@@ -154,29 +158,50 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
   shardings = state_shardings(config, mesh)
   replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P(sharding.ROWS))
 
-  def update_and_vote(state, batch, teacher, bucket):
+  def update_and_vote(state, batch, teacher, bucket, recursions=None):
     rows = {name: value for name, value in batch.items() if name != "votes"}
-    new_state, metrics = update(config, mesh, state, rows, teacher, bucket)
-    return new_state, metrics | ({"stop": jnp.any(batch["votes"])} if "votes" in batch else {})  # see train/signals.py
+    new_state, metrics = update(at_recursions(config, recursions), mesh, state, rows, teacher, bucket)
+    drawn = {} if recursions is None else {"recursions": jnp.asarray(recursions, jnp.float32)}
+    stop = {"stop": jnp.any(batch["votes"])} if "votes" in batch else {}  # see train/signals.py
+    return new_state, metrics | drawn | stop
 
   placed = None if jax.process_count() > 1 else by_row  # several processes always place their rows
   jitted = jax.jit(
-      update_and_vote, static_argnums=3, donate_argnums=0,
+      update_and_vote, static_argnums=(3, 4), donate_argnums=0,
       in_shardings=(shardings, placed, _teacher_shardings(mesh, teacher)), out_shardings=(shardings, replicated))
   router, ready = router_table.make(config.model), set()
+  draws = config.model.recursions_train.distribution != "fixed"
+
+  def choose_program(step):
+    return (router.bucket(step) if router.num_buckets else None,
+            depths.draw(config.model, config.seed, step) if draws else None)
 
   def train_step(state: TrainState, batch: Mapping[str, jax.Array], step: int | None = None):
-    bucket = None
-    if router.num_buckets:
-      bucket = router.bucket(int(state.step) if step is None else step)
+    if step is None:
+      step = int(state.step) if router.num_buckets or draws else 0
+    program = choose_program(step)
     with jax.set_mesh(mesh):
-      if bucket not in ready:
-        distributed.compile_together(jitted, state, batch, teacher, bucket)
-        ready.add(bucket)
-      return jitted(state, batch, teacher, bucket)
+      if program not in ready:
+        distributed.compile_together(jitted, state, batch, teacher, *program)
+        ready.add(program)
+      return jitted(state, batch, teacher, *program)
 
-  train_step.jitted = jitted
+  def must_compile(step: int) -> bool:
+    return choose_program(step) not in ready
+
+  train_step.jitted, train_step.must_compile = jitted, must_compile
   return train_step
+
+
+def at_recursions(config: config_lib.Config, num_recursions: int | None) -> config_lib.Config:
+  """Returns the experiment with a model that runs another number of recursion steps; None changes nothing.
+
+  Raises:
+    ValueError: the model, or an exit, belongs to the number of steps that it has.
+  """
+  if num_recursions is None:
+    return config
+  return dataclasses.replace(config, model=depths.at(config.model, num_recursions))
 
 
 def _teacher_shardings(mesh: Mesh, teacher: Teacher | None) -> Teacher | None:

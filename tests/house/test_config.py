@@ -19,6 +19,10 @@ def _token(**fields):
   return _router(**tiny.TOKEN_CHOICE | fields)
 
 
+def _drawn(**fields):
+  return dict(model=dict(router=tiny.FIXED, recursions_train=fields))
+
+
 BAD = [  # overrides, words of the message: what, value, remedy
     (dict(model=dict(d_modle=3)), ["config.model.d_modle", "unknown", "d_model"]),
     (dict(depth=3), ["config.depth", "unknown", "model"]),
@@ -57,6 +61,26 @@ BAD = [  # overrides, words of the message: what, value, remedy
     (_router(arch="random"), ["router.sampling='aux_loss'", "'random'", "'none'"]),
     (_router(temperature=0.0), ["router.temperature=0.0", "> 0"]),
     (_router(z_loss_coef=-1.0), ["router.z_loss_coef=-1.0", ">= 0"]),
+    (_drawn(values=(2, 3)), ["recursions_train.values=(2, 3)", "'fixed'", "use () or"]),
+    (_drawn(distribution="uniform"), ["recursions_train.values=()", "'uniform'", "one or more"]),
+    (_drawn(distribution="uniform", values=(3, 2)), ["recursions_train.values=(3, 2)", "ascending"]),
+    (_drawn(distribution="uniform", values=(0, 2)), ["recursions_train.values=(0, 2)", "from 1"]),
+    (_drawn(distribution="poisson"), ["recursions_train.most=0", "'poisson'", "a number of steps"]),
+    (_drawn(most=3), ["recursions_train.most=3", "'fixed'", "use 0 or"]),
+    (_drawn(mean=2.0), ["recursions_train.mean=2.0", "'fixed'", "use 0 or"]),
+    (_drawn(distribution="poisson", most=3, mean=4.0), ["recursions_train.mean=4.0", "most=3", "up to most"]),
+    (_drawn(distribution="poisson", most=2), ["recursions_train.mean=0.0", "num_recursions=3", "most=2"]),
+    (_drawn(distribution="poisson", most=3, sigma=0.0), ["recursions_train.sigma=0.0", "> 0"]),
+    (_drawn(backprop=-1), ["recursions_train.backprop=-1", "use 0 for all"]),
+    (dict(model=dict(recursions_train=dict(distribution="uniform", values=(2, 3)))),
+     ["recursions_train.distribution='uniform'", "'expert_choice'", "router 'fixed'"]),
+    (dict(model=dict(recursions_train=dict(backprop=1))), ["backprop=1", "'expert_choice'", "router 'fixed'"]),
+    (dict(model=_drawn(distribution="uniform", values=(2, 3))["model"] | dict(lora=dict(q=2))),
+     ["2 recursion steps", "model.lora={'q': 2}", "use ranks of 0"]),
+    (dict(model=tiny.VANILLA | dict(recursions_train=dict(distribution="uniform", values=(1, 2)))),
+     ["2 recursion steps", "'vanilla'", "repeats layers"]),
+    (_drawn(distribution="uniform", values=(2, 3)) | dict(exit=dict(layers=(5,))), ["exit.layers=(5,)", "layers 3"]),
+    (_drawn(backprop=1) | dict(exit=dict(layers=(3,))), ["backprop=1", "exit.layers=(3,)", "use 0"]),
     (dict(data=dict(seq_len=1)), ["data.seq_len=1", "at least 2"]),
     (dict(data=dict(batch_size=0)), ["data.batch_size=0", "at least 1"]),
     (dict(data=dict(validation_fraction=1.0)), ["data.validation_fraction=1.0", "(0, 1)"]),

@@ -194,6 +194,28 @@ def test_backward_costs_twice_the_forward():
   assert _xla(model, jax.value_and_grad(loss)) == pytest.approx(executed, rel=0.02)
 
 
+@pytest.mark.parametrize("kv_plan", ["recursion_wise", "shared"])
+def test_a_gradient_of_the_last_steps_costs_their_layers(kv_plan):
+  fields = dict(WIDE, router=tiny.FIXED, kv_plan=kv_plan, num_layers=6, num_recursions=4)
+  model = tiny.config(model=fields | dict(recursions_train=dict(backprop=1))).model
+  forward = _forward(model)
+  loss = lambda variables, tokens_BT: jnp.sum(forward(variables, tokens_BT)[0])
+  executed = costs.forward_flops_per_token(model, WIDE_SEQ_LEN, executed=True) + 2 * sum(
+      costs.breakdown(model, WIDE_SEQ_LEN, executed=True, differentiated=True).values())
+  assert _xla(model, jax.value_and_grad(loss)) == pytest.approx(executed, rel=0.02)
+  whole = tiny.config(model=fields).model
+  assert costs.train_flops_per_token(whole, SEQ_LEN) == 3 * costs.forward_flops_per_token(whole, SEQ_LEN)
+  assert costs.train_flops_per_token(model, SEQ_LEN) < costs.train_flops_per_token(whole, SEQ_LEN)
+
+
+def test_a_drawn_number_of_steps_costs_its_mean():
+  make = lambda steps, **train: tiny.config(model=dict(
+      router=tiny.FIXED, num_layers=2 + steps, num_recursions=steps, recursions_train=train)).model
+  model = make(3, distribution="uniform", values=(1, 2, 6))
+  assert costs.mean_forward_flops_per_token(model, SEQ_LEN) == pytest.approx(costs.forward_flops_per_token(make(3), SEQ_LEN))
+  assert costs.mean_forward_flops_per_token(make(3), SEQ_LEN) == costs.forward_flops_per_token(make(3), SEQ_LEN)
+
+
 def _forward(model):
   def forward(variables, tokens_BT):
     out = transformer.Transformer(model).apply(variables, tokens_BT)

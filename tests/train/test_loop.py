@@ -13,6 +13,7 @@ import pytest
 from mor import checkpoint
 from mor import report
 from mor import sharding
+from mor.model import depths
 from mor.train import loop
 from mor.train import metrics
 from mor.train import signals
@@ -94,6 +95,22 @@ def test_a_stopped_run_resumes_bitwise(number, straight, make_config, tmp_path, 
   assert without_speed(metrics.read(tmp_path)) == without_speed(metrics.read(straight[0]))
 
 
+@pytest.mark.slow
+def test_a_run_that_draws_its_recursions_resumes_bitwise(make_config, tmp_path, monkeypatch):
+  config = make_config(model=dict(router=tiny.FIXED, recursions_train=dict(distribution="poisson", most=4)))
+  loop.train(config, tmp_path / "straight")
+  with monkeypatch.context() as patched:
+    signal_at(patched, 3)
+    assert loop.train(config, tmp_path / "stopped").step == 3
+  assert loop.train(config, tmp_path / "stopped").step == 5
+  (ours, _), (theirs, _) = final_state(config, tmp_path / "stopped"), final_state(config, tmp_path / "straight")
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  rows = [metrics.read(tmp_path / name) for name in ("stopped", "straight")]
+  assert without_speed(rows[0]) == without_speed(rows[1])
+  drawn = [depths.draw(config.model, config.seed, step) for step in range(5)]
+  assert [row["train/recursions"] for row in rows[0] if "train/loss" in row] == drawn and len(set(drawn)) > 1
+
+
 def test_a_finished_run_does_not_train_again(straight, make_config, monkeypatch):
   workdir, outcome = straight
   monkeypatch.setattr(step_lib, "make_train_step", lambda *unused: pytest.fail)
@@ -112,6 +129,7 @@ def poison(monkeypatch, change):
       state, values = train_step(state, batch, step)
       return change(state, values) if step == 3 else (state, values)
 
+    step_fn.must_compile = train_step.must_compile
     return step_fn
 
   monkeypatch.setattr(step_lib, "make_train_step", poisoned)

@@ -102,17 +102,17 @@ def test_peaks_of_devices(kind, peak):
 def test_throughput_counts_steps_between_restarts(monkeypatch):
   now = [10.0]
   monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-  meter = metrics.Throughput(tokens_per_step=48, flops_per_token=1e9, device_kind="NVIDIA H200", num_devices=2)
+  meter = metrics.Throughput(tokens_per_step=48, flops_per_token=lambda step: step * 5e8, device_kind="NVIDIA H200", num_devices=2)
   assert meter.read(1) == {}
   now[0] += 4
-  assert meter.read(3) == pytest.approx(dict(tokens_per_second=24, mfu=24e9 / (2 * 989e12)))
+  assert meter.read(3) == pytest.approx(dict(tokens_per_second=24, mfu=24 * (2 + 3) / 2 * 5e8 / (2 * 989e12)))
   meter.pause()
   assert not meter.running
   now[0] += 100
   meter.restart(3)
   now[0] += 1
   assert meter.read(4)["tokens_per_second"] == 48
-  on_cpu = metrics.Throughput(48, 1e9, "cpu", 1)
+  on_cpu = metrics.Throughput(48, lambda step: 1e9, "cpu", 1)
   on_cpu.restart(0)
   now[0] += 1
   assert on_cpu.read(1) == dict(tokens_per_second=48)

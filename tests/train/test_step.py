@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from mor import sharding
+from mor.model import depths
 from mor.train import step
 from tests.helpers import tiny
 
 MODELS = {
     "aux_router": dict(router=dict(sampling="aux_router", z_loss_coef=0.1, sampling_coef=0.1)),
     "token_loss": dict(router=dict(tiny.TOKEN_CHOICE, z_loss_coef=0.1), kv_plan="shared"),
+    "drawn_steps": dict(router=tiny.FIXED, recursions_train=dict(distribution="uniform", values=(1, 3), backprop=2)),
 }
 CUTS = {
     "accumulation": dict(train=dict(accumulation=4)),
@@ -86,6 +88,27 @@ def test_capacity_warmup_narrows_to_the_configured_width():
   assert loads[0] == [1.0, 1.0, 1.0]
   assert all(a[2] >= b[2] for a, b in zip(loads, loads[1:]))
   assert loads[2][2] == loads[3][2] < 0.34
+
+
+def test_a_step_with_a_drawn_number_of_recursions_is_that_of_the_model_built_with_it():
+  drawing = tiny.config(model=dict(router=tiny.FIXED, num_layers=5, recursions_train=dict(
+      distribution="uniform", values=(1, 2))))
+  mesh = sharding.make_mesh(drawing.mesh)
+  train_step, ran = step.make_train_step(drawing, mesh), set()
+  for i in range(4):
+    start = step.init_state(drawing, mesh).replace(step=jnp.asarray(i))
+    drawn = depths.draw(drawing.model, drawing.seed, i)
+    assert train_step.must_compile(i) == (drawn not in ran)
+    state, metrics = train_step(start, sharding.put_batch(mesh, tiny.batch(drawing, i)))
+    assert metrics.pop("recursions") == drawn and not train_step.must_compile(i)
+    if drawn in ran:
+      continue
+    ran.add(drawn)
+    built = tiny.config(model=dict(router=tiny.FIXED, num_layers=2 + drawn, num_recursions=drawn))
+    start = step.init_state(drawing, mesh).replace(step=jnp.asarray(i))
+    same, same_metrics = step.make_train_step(built, mesh)(start, sharding.put_batch(mesh, tiny.batch(built, i)))
+    jax.tree.map(np.testing.assert_array_equal, (state, metrics), (same, same_metrics))
+  assert ran == {1, 2}
 
 
 def test_same_seed_same_state():

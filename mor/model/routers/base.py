@@ -67,6 +67,7 @@ class Router:
     bounded: True if no batch row ever keeps more tokens than `widths` says; a step of
       another router that does runs masked.
     num_buckets: static widths that a warm-up compiles, see `bucket`; 0 without one.
+    any_depth: True if its parameters are the same for every number of recursion steps.
     test_config: fields of `RouterConfig` with which the test suites run the router.
   """
 
@@ -74,6 +75,7 @@ class Router:
   looks_ahead = False
   bounded = False
   num_buckets = 0
+  any_depth = False
   test_config: Mapping[str, Any] = {}
 
   def __init__(self, config: model_config.ModelConfig):
@@ -88,6 +90,14 @@ class Router:
                    or config.sharing in ("vanilla", "cycle", "middle_cycle"),
                    f"model.kv_plan={config.kv_plan!r} with sharing={config.sharing!r} and a router",
                    "later steps must find every layer's keys in step 0; use 'cycle' or 'middle_cycle'")
+    train = config.recursions_train
+    fields.require(cls.any_depth or train.distribution == "fixed",
+                   f"model.recursions_train.distribution={train.distribution!r} with router.name={config.router.name!r}",
+                   "its scores and capacities belong to the steps of model.num_recursions; use 'fixed', or the router "
+                   "'fixed'")
+    fields.require(not (cls.routes and train.backprop),
+                   f"model.recursions_train.backprop={train.backprop} with router.name={config.router.name!r}",
+                   "the router learns from every step; use 0, or the router 'fixed'")
 
   @property
   def parameters(self) -> tuple[parameters.Parameter, ...]:

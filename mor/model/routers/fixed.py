@@ -28,6 +28,7 @@ class Fixed(base.Router):
   """Plain recursion, and with R = 1 the vanilla decoder."""
 
   routes = False
+  any_depth = True
   test_config: Mapping[str, Any] = dict(sampling="none")
 
   def select(self, plan: Any, h_BTD: types.Activations, alive_BT: types.Mask, step: jax.Array | int) -> base.Routing:
