@@ -7,6 +7,7 @@ config field that was probably meant.
 
 from collections.abc import Sequence
 import difflib
+import re
 
 from absl import flags
 
@@ -52,6 +53,17 @@ def explain(error: Exception, argv: Sequence[str]) -> str:
   if isinstance(error, (flags.Error, ValueError)):
     return " ".join(lines[:2])
   return f"the config file fails with {type(error).__name__}: {lines[0]}"
+
+
+def read_numbers(flag: str, words: Sequence[str]) -> list[int]:
+  """Returns the positive numbers of a flag that takes a list.
+
+  Raises:
+    ValueError: a word is no positive number, or there is none.
+  """
+  if not words or not all(re.fullmatch("[1-9][0-9]{,8}", word) for word in words):
+    raise ValueError(f"--{flag}={','.join(words)}; give positive numbers, e.g. --{flag}=1,2,4")
+  return [int(word) for word in words]
 
 
 def _nearest(arg: str) -> str:

@@ -92,6 +92,8 @@ _ACCEPT = flags.DEFINE_bool(
     "accept_new_data", False, "train, eval, calibrate, study: go on with other texts than the run was trained on.")
 _EVAL_TEXT = flags.DEFINE_string(
     "eval_text", None, "eval: text to read in place of the held-out text, as data.source; it needs no corpus.")
+_RECURSIONS = flags.DEFINE_list(
+    "recursions", None, "eval: numbers of recursion steps to run the model with, e.g. 1,2,4,8; a line for each.")
 _OUTPUT = flags.DEFINE_string("output", None, "export: folder to create, or of --target=gguf the file, NAME.gguf.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"],
                            "export: of the weights; float16 with --target=gguf.")
@@ -161,21 +163,30 @@ def _train() -> int:
 
 
 def _eval() -> int:
+  numbers = [None] if _RECURSIONS.value is None else arguments.read_numbers("recursions", _RECURSIONS.value)
   config, state, step, mesh = _restore("eval")
-  workdir = _workdir("eval")
-  if _EVAL_TEXT.value is not None:
-    if _CONFIG.value is not None:
-      run_lib.check_tokenizer(workdir, config.data)
-    tokenizer = run_lib.load_tokenizer(workdir, config.data)
-    figures, content = loop.evaluate_text(config, mesh, state, tokenizer, _EVAL_TEXT.value)
-  else:
-    corpus = run_lib.load_corpus(workdir, config, _ACCEPT.value, "or give their new place with "
+  experiments = [step_lib.at_recursions(config, number) for number in numbers]
+  if _EVAL_TEXT.value is None:
+    corpus = run_lib.load_corpus(_workdir("eval"), config, _ACCEPT.value, "or give their new place with "
                                  "--config.data.source, or another text with --eval_text=FILE")
-    figures, content = loop.make_evaluate(config, mesh, corpus)(state), corpus.validation_text()
-  if distributed.is_main():
-    compressors = evaluate.compressed_bits_per_byte(content)
-    print(json.dumps({"step": step, **figures, **compressors}))
+  for one in experiments:
+    if _EVAL_TEXT.value is None:
+      figures, content = loop.make_evaluate(one, mesh, corpus)(state), corpus.validation_text()
+    else:
+      figures, content = _evaluate_text(one, state, mesh)
+    if distributed.is_main():
+      compressors = evaluate.compressed_bits_per_byte(content)
+      number = {} if _RECURSIONS.value is None else {"recursions": one.model.num_recursions}
+      print(json.dumps({"step": step, **number, **figures, **compressors}), flush=True)
   return 0
+
+
+def _evaluate_text(config: config_lib.Config, state: step_lib.TrainState, mesh: jax.sharding.Mesh):
+  """Returns the figures of --eval_text, and the text."""
+  if _CONFIG.value is not None:
+    run_lib.check_tokenizer(_workdir("eval"), config.data)
+  tokenizer = run_lib.load_tokenizer(_workdir("eval"), config.data)
+  return loop.evaluate_text(config, mesh, state, tokenizer, _EVAL_TEXT.value)
 
 
 def _generate() -> int:

@@ -64,6 +64,7 @@ def tiny_run(tmp_path_factory):
     (["--mode=train"], "--mode=train needs a config; give --config=NAME"),
     ([BASE], "--mode=train needs a directory; give --workdir=DIR"),
     (["--mode=eval"], "--mode=eval needs a directory"),
+    (["--mode=eval", "--workdir=.", "--recursions=2,0"], "--recursions=2,0; give positive numbers, e.g. --recursions=1,2,4"),
     (["--mode=generate", "--prompt=a"], "--mode=generate needs a directory"),
     (["--mode=generate", "--workdir=."], "give --prompt=TEXT or --prompt_file=FILE"),
     (["--mode=generate", "--workdir=.", "--prompt=a", "--prompt_file=b"], "give --prompt=TEXT or --prompt_file=FILE"),
@@ -134,6 +135,26 @@ def test_eval_repeats_the_figures_of_the_end(tiny_run, capsys):
   figures = json.loads(capsys.readouterr().out)
   assert figures == {name: outcome.summary[name] for name in figures} and figures["step"] == 2
   assert {"bpb_causal", "bpb_oracle", "bpb_gzip", "bpb_xz"} <= set(figures)
+
+
+def test_eval_runs_a_plain_recursion_with_any_number_of_steps(tmp_path, capsys):
+  data = dict(source=tiny.write_text(tmp_path), cache_dir=str(tmp_path / "cache"))
+  config = tiny.config(tiny.BYTES, model=dict(router=tiny.FIXED, num_layers=5), data=data, train=dict(steps=2))
+  loop.train(config, tmp_path / "run")
+  capsys.readouterr()
+  assert run("--mode=eval", f"--workdir={tmp_path / 'run'}") == 0
+  trained = json.loads(capsys.readouterr().out)
+  assert run("--mode=eval", f"--workdir={tmp_path / 'run'}", "--recursions=3,1") == 0
+  same, other = map(json.loads, capsys.readouterr().out.splitlines())
+  assert same == trained | dict(recursions=3)
+  assert other["recursions"] == 1 and other["nll_causal"] != same["nll_causal"]
+  assert other["targets"] == same["targets"]
+
+
+def test_eval_at_other_steps_than_a_router_has_is_one_line(tiny_run, capsys):
+  assert run("--mode=eval", f"--workdir={tiny_run[0]}", "--recursions=2") == main.WRONG
+  out, err = capsys.readouterr()
+  assert out == "" and "error: 2 recursion steps of a model with model.num_recursions=3" in err and err.count("\n") == 1
 
 
 def test_an_empty_name_of_a_text_is_not_the_held_out_text(tiny_run, capsys):
