@@ -38,6 +38,13 @@ def run_once(on: jax.Array, function: Callable[[Carry], Carry], carry: Carry) ->
   return jax.lax.while_loop(lambda turn_carry: turn_carry[0], body, (on, carry))[1]
 
 
+def choose(known: bool | None, on: jax.Array, function: Callable[[], Any], other: Callable[[], Any]) -> Any:
+  """Returns `function()` or `other()`: as `known` says while tracing, or, if that is None, by a branch, as `on` says."""
+  if known is None:
+    return jax.lax.cond(on, function, other)
+  return function() if known else other()
+
+
 def skip_idle(on: jax.Array, function: Callable[[Carry], Carry], carry: Carry) -> Carry:
   """Returns `function(carry)`, which changes nothing unless `on`: a program that adapts skips it then."""
   return run_once(on, function, carry) if adapts() else function(carry)

@@ -8,7 +8,8 @@ uniform number of (seed, index of the token in the request), so a token depends 
 its request alone, not on the batch, the slot or when it is run.
 
 Thresholds are found by bisection over the bits of a float: exact, and without
-sorting the vocabulary. What no row of a batch asks for is not computed. The likeliest
+sorting the vocabulary. What no row of a batch asks for is not computed: the host says
+what its program must be able to do (`KINDS`), or the device looks at the rows. The likeliest
 token passes every filter by definition, not by rounding, so a draw is never from nothing.
 
 Source: nucleus sampling, Holtzman et al. 2020; min-p, Nguyen et al. 2024; the
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from mor import fields
+from mor.decode import control
 
 _LARGEST = 1e30  # finite in float32
 _LEAST_PENALTY = 1e-30  # a normal number in float32, whose inverse is finite
@@ -33,6 +35,7 @@ _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 _INFINITY = 0x7F800000  # its bits
 NEVER = float(jnp.finfo(jnp.float32).min)  # logit of a token that is not drawn; finite, so that other logits must be too
 NOT_FINITE = -2  # in place of a token, if a logit is not finite
+KINDS = ("greedy", "drawn", "filtered")  # of settings; each can do what those before it can, and the last one penalises
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Sampling:
 
   def __post_init__(self):
     check(vars(self))
+
+  @property
+  def kind(self) -> str:
+    """Returns the least of `KINDS` that serves these settings."""
+    if self.repetition_penalty != 1:
+      return "filtered"
+    if self.temperature == 0:
+      return "greedy"
+    return "filtered" if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else "drawn"
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -110,8 +122,13 @@ def rows(settings: list[Sampling]) -> SamplingRows:
       column("min_p", jnp.float32), column("repetition_penalty", jnp.float32), column("seed", jnp.uint32))
 
 
+def serves(kind: str | None, other: str) -> bool | None:
+  """Returns whether a program of a kind can do what another kind asks for; None if it looks at its rows."""
+  return None if kind is None else KINDS.index(kind) >= KINDS.index(other)
+
+
 def sample(logits_MV: jax.Array, rows_M: SamplingRows, seen_MV: jax.Array, index_M: jax.Array,
-           vocab_size: int) -> jax.Array:
+           vocab_size: int, kind: str | None = None) -> jax.Array:
   """Draws the next token of every row.
 
   Args:
@@ -120,6 +137,7 @@ def sample(logits_MV: jax.Array, rows_M: SamplingRows, seen_MV: jax.Array, index
     seen_MV: True for tokens of the prompt and the output so far.
     index_M: number of tokens the request has generated.
     vocab_size: tokens at and beyond it are never drawn; see `mask`.
+    kind: kind of `KINDS` that serves all rows; None looks at them.
 
   Returns:
     Tokens; NOT_FINITE for a row with a logit that is not finite.
@@ -128,13 +146,16 @@ def sample(logits_MV: jax.Array, rows_M: SamplingRows, seen_MV: jax.Array, index
   drawn_M, penalised_M = rows_M.temperature_B > 0, rows_M.penalty_B != 1.0
 
   def choose():
-    weighed_MV = jax.lax.cond(
-        jnp.any(penalised_M), lambda: _penalise(logits_MV, rows_M.penalty_B, seen_MV), lambda: logits_MV)
+    weighed_MV = control.choose(
+        serves(kind, "filtered"), jnp.any(penalised_M), lambda: _penalise(logits_MV, rows_M.penalty_B, seen_MV),
+        lambda: logits_MV)
     greedy_M = _greatest(weighed_MV)[0]
-    token_M = jax.lax.cond(jnp.any(drawn_M), lambda: jnp.where(drawn_M, _draw(weighed_MV, rows_M, index_M), greedy_M),
-                           lambda: greedy_M)
+    token_M = control.choose(
+        serves(kind, "drawn"), jnp.any(drawn_M),
+        lambda: jnp.where(drawn_M, _draw(weighed_MV, rows_M, index_M, kind), greedy_M), lambda: greedy_M)
     return jnp.where(jnp.all(jnp.isfinite(logits_MV), axis=-1), token_M, NOT_FINITE)
-  return jax.lax.cond(jnp.any(drawn_M | penalised_M), choose, lambda: most_likely(logits_MV))
+
+  return control.choose(serves(kind, "drawn"), jnp.any(drawn_M | penalised_M), choose, lambda: most_likely(logits_MV))
 
 
 def most_likely(logits_MV: jax.Array) -> jax.Array:
@@ -184,11 +205,11 @@ def _penalise(logits_MV, penalty_M, seen_MV):
   return jnp.where(seen_MV, jnp.where(logits_MV > 0, logits_MV / factor_M1, logits_MV * factor_M1), logits_MV)
 
 
-def _draw(logits_MV, rows_M, index_M):
-  return _invert(_weigh(logits_MV, rows_M), _uniform(rows_M, index_M))
+def _draw(logits_MV, rows_M, index_M, kind):
+  return _invert(_weigh(logits_MV, rows_M, kind), _uniform(rows_M, index_M))
 
 
-def _weigh(logits_MV, rows_M):
+def _weigh(logits_MV, rows_M, kind):
   """Returns each token's weight relative to the likeliest of its row; 0 if a filter drops it."""
   best_M1 = jnp.max(logits_MV, axis=-1, keepdims=True)
   behind_MV = (best_M1 - logits_MV) / jnp.maximum(rows_M.temperature_B, _SMALLEST)[:, None]
@@ -196,7 +217,8 @@ def _weigh(logits_MV, rows_M):
   behind_MV = jnp.where(logits_MV == best_M1, 0.0, behind_MV)
   weight_MV = jnp.exp(-behind_MV)
   filtered = (rows_M.top_k_B > 0) | (rows_M.top_p_B < 1) | (rows_M.min_p_B > 0)
-  return jax.lax.cond(jnp.any(filtered), lambda: _filter(weight_MV, behind_MV, rows_M), lambda: weight_MV)
+  return control.choose(serves(kind, "filtered"), jnp.any(filtered), lambda: _filter(weight_MV, behind_MV, rows_M),
+                        lambda: weight_MV)
 
 
 def _uniform(rows_M, index_M, stream: int | None = None):
@@ -217,7 +239,7 @@ def _invert(weight_MV, uniform_M):
 
 
 def confirm(logits_MV: jax.Array, draft_MV: jax.Array, token_M: jax.Array, rows_M: SamplingRows, seen_MV: jax.Array,
-            index_M: jax.Array, vocab_size: int) -> jax.Array:
+            index_M: jax.Array, vocab_size: int, kind: str | None = None) -> jax.Array:
   """Keeps drawn tokens, or replaces them, so that what comes is drawn from the logits' distribution.
 
   A token x drawn from q is kept with probability min(1, p(x) / q(x)), else a token is
@@ -228,11 +250,11 @@ def confirm(logits_MV: jax.Array, draft_MV: jax.Array, token_M: jax.Array, rows_
     logits_MV: of p.
     draft_MV: logits of q.
     token_M: what `sample` drew from q.
-    rows_M, seen_MV, index_M, vocab_size: as `sample` had them.
+    rows_M, seen_MV, index_M, vocab_size, kind: as `sample` had them.
 
   Source: Leviathan et al. 2023, section 2.3; Chen et al. 2023.
   """
-  p_MV, q_MV = (_probabilities(x_MV, rows_M, seen_MV, vocab_size) for x_MV in (logits_MV, draft_MV))
+  p_MV, q_MV = (_probabilities(x_MV, rows_M, seen_MV, vocab_size, kind) for x_MV in (logits_MV, draft_MV))
   p_M1, q_M1 = (jnp.take_along_axis(x_MV, token_M[:, None], axis=1) for x_MV in (p_MV, q_MV))
   kept_M = _uniform(rows_M, index_M, 1) * q_M1[:, 0] < p_M1[:, 0]
   rest_MV = jnp.maximum(p_MV - q_MV, 0.0)
@@ -240,10 +262,10 @@ def confirm(logits_MV: jax.Array, draft_MV: jax.Array, token_M: jax.Array, rows_
   return jnp.where(kept_M, token_M, _invert(rest_MV, _uniform(rows_M, index_M, 2)))
 
 
-def _probabilities(logits_MV, rows_M, seen_MV, vocab_size):
+def _probabilities(logits_MV, rows_M, seen_MV, vocab_size, kind):
   logits_MV = mask(logits_MV, vocab_size)
   logits_MV = jnp.where((rows_M.penalty_B != 1.0)[:, None], _penalise(logits_MV, rows_M.penalty_B, seen_MV), logits_MV)
-  weight_MV = _weigh(logits_MV, rows_M)
+  weight_MV = _weigh(logits_MV, rows_M, kind)
   return weight_MV / jnp.sum(weight_MV, axis=-1, keepdims=True)
 
 

@@ -36,6 +36,7 @@ from mor.decode import control
 from mor.decode import decoder as decoder_lib
 from mor.decode import sampling
 from mor.decode import slots as slots_lib
+from mor.decode import variant as variant_lib
 from mor.decode import weights as weights_lib
 from mor.model.routers import base as router_base
 
@@ -145,7 +146,7 @@ def settle(slots: slots_lib.Slots, passed: Passed, ran_B: jax.Array) -> slots_li
 
 
 def proceed(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, vocab_size: int,
-            together: bool = False) -> tuple[slots_lib.Slots, slots_lib.Ticked]:
+            variant: variant_lib.Variant, together: bool = False) -> tuple[slots_lib.Slots, slots_lib.Ticked]:
   """Runs a tick after its start: all passes for the newest tokens, and the tokens of those that leave."""
   def run_step(carry, step):
     slots, ran_B, waits_B = carry
@@ -166,16 +167,16 @@ def proceed(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: s
   leave_B = slots.phase_B == slots_lib.LEAVE
   if together:
     leave_B &= ~jnp.any((slots.phase_B == slots_lib.RUN) | (slots.phase_B == slots_lib.START))
-  slots, new = finish(decoder, weights, slots, leave_B, vocab_size)
+  slots, new = finish(decoder, weights, slots, leave_B, vocab_size, variant)
   return slots, slots_lib.Ticked(new, ran_B, waits_B, nobody_B)
 
 
 def finish(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, leave_B: jax.Array,
-           vocab_size: int) -> tuple[slots_lib.Slots, slots_lib.NewTokens]:
+           vocab_size: int, variant: variant_lib.Variant) -> tuple[slots_lib.Slots, slots_lib.NewTokens]:
   """Runs coda, head and sampling for the slots that leave."""
   tokens = cache_lib.one_each(slots.position_B, slots.step_B, leave_B)
   cache, h_BD = decoder.edge("coda", weights, slots.cache, slots.h_BD, tokens)
-  token_B, logprob_B = next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size)
+  token_B, logprob_B = next_tokens(decoder, weights, slots, h_BD, leave_B, vocab_size, variant)
   new = slots_lib.nothing_new(token_B.shape[0]).replace(
       token_BW=jnp.where(leave_B, token_B, -1)[:, None], depth_BW=slots.depth_B[:, None],
       logprob_BW=logprob_B[:, None])
@@ -183,16 +184,17 @@ def finish(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: sl
 
 
 def next_tokens(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, h_BD: jax.Array,
-                leave_B: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+                leave_B: jax.Array, vocab_size: int, variant: variant_lib.Variant) -> tuple[jax.Array, jax.Array]:
   """Returns tokens and log-probabilities of the leavers, by a head as wide as they need."""
   num_slots = leave_B.shape[0]
 
   def read_head(index_M):
     logits_MV = decoder.head(weights, h_BD[index_M])
     rows_M = jax.tree.map(lambda a: a[index_M], slots.rows)
-    token_M = sampling.sample(logits_MV, rows_M, slots.seen_BV[index_M], slots.index_B[index_M], vocab_size)
-    logprob_M = jax.lax.cond(
-        jnp.any(slots.logprob_B), lambda: sampling.log_probability(logits_MV, token_M, vocab_size),
+    token_M = sampling.sample(logits_MV, rows_M, slots.seen_BV[index_M], slots.index_B[index_M], vocab_size,
+                              variant.sampling)
+    logprob_M = control.choose(
+        variant.logprobs, jnp.any(slots.logprob_B), lambda: sampling.log_probability(logits_MV, token_M, vocab_size),
         lambda: jnp.zeros(token_M.shape, jnp.float32))
     return token_M, logprob_M
 
@@ -225,7 +227,7 @@ def emit(slots: slots_lib.Slots, new: slots_lib.NewTokens,
 
 
 def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, vocab_size: int,
-         together: bool) -> tuple[slots_lib.Slots, slots_lib.Ticked]:
+         together: bool, variant: variant_lib.Variant) -> tuple[slots_lib.Slots, slots_lib.Ticked]:
   """Runs one tick; see the module docstring.
 
   Args:
@@ -235,9 +237,10 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
     vocab_size: tokens beyond it are never drawn.
     together: whether a token that is done waits for all others (a batch that waits
       for its deepest row), static.
+    variant: what the program must be able to do, static.
   """
   slots, _, stalled_B = start(decoder, weights, slots)
-  slots, ticked = proceed(decoder, weights, slots, vocab_size=vocab_size, together=together)
+  slots, ticked = proceed(decoder, weights, slots, vocab_size=vocab_size, variant=variant, together=together)
   return slots, ticked.replace(stalled_B=ticked.stalled_B | stalled_B)
 
 
@@ -275,9 +278,11 @@ def repeat(one_tick: Tick, decoder: decoder_lib.Decoder, slots: slots_lib.Slots,
   return slots, slots_lib.Out(ticks, num, slots.cache.free.num, slots.cache.edge_free.num)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together"), donate_argnums=2)
+@functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together", "variant"), donate_argnums=2)
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, num_ticks: int,
-        vocab_size: int, together: bool) -> tuple[slots_lib.Slots, slots_lib.Out]:
+        vocab_size: int, together: bool,
+        variant: variant_lib.Variant = variant_lib.Variant()) -> tuple[slots_lib.Slots, slots_lib.Out]:
   """Runs several ticks of an engine without exits."""
-  one_tick = functools.partial(tick, decoder, weights, vocab_size=vocab_size, together=together)
+  one_tick = functools.partial(tick, decoder, weights, vocab_size=vocab_size, together=together,
+                               variant=variant)
   return repeat(one_tick, decoder, slots, slots_lib.nothing_new(slots.phase_B.shape[0]), num_ticks)

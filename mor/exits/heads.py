@@ -8,6 +8,7 @@ from mor.decode import control
 from mor.decode import decoder as decoder_lib
 from mor.decode import sampling
 from mor.decode import slots as slots_lib
+from mor.decode import variant as variant_lib
 from mor.decode import weights as weights_lib
 from mor.exits import confidence
 from mor.exits import policy as exits_lib
@@ -56,7 +57,8 @@ def find_previous(slots: slots_lib.Slots) -> tuple[jax.Array, jax.Array]:
 
 
 def read(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, inputs: HeadInputs,
-         check_B: jax.Array, vocab_size: int, exits: exits_lib.Exits) -> tuple[Read, Read]:
+         check_B: jax.Array, vocab_size: int, exits: exits_lib.Exits,
+         variant: variant_lib.Variant) -> tuple[Read, Read]:
   """Returns what the head says of all tokens, and what it says of the slots at an exit.
 
   Args:
@@ -67,6 +69,7 @@ def read(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
     check_B: slots at an exit. They read the head's first rows alone, if `exits.first` says so.
     vocab_size: tokens beyond it are never drawn.
     exits: of the engine.
+    variant: what the program must be able to do.
   """
   num_slots, bound_B = check_B.shape[0], ring_lib.drafts_all(slots)
   blind = exits.measure in exits_lib.NO_LOGITS
@@ -74,11 +77,11 @@ def read(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
   wants_B = check_B & ((sure_B > slots.ring.threshold_B) | bound_B | exits.monitor) if blind else check_B
   head_B = wants_B & bound_B if exits.first else wants_B
   need_M = inputs.need_M.at[:num_slots].max(head_B)
-  whole = _read_whole(decoder, weights, slots, inputs.replace(need_M=need_M), vocab_size, exits)
+  whole = _read_whole(decoder, weights, slots, inputs.replace(need_M=need_M), vocab_size, exits, variant)
   at_exit = jax.tree.map(lambda a: a[:num_slots], whole)
   if exits.first:
     first_B = wants_B & ~head_B
-    at_exit = control.pick_rows(first_B, _read_first(decoder, weights, slots, first_B, vocab_size, exits), at_exit)
+    at_exit = control.pick_rows(first_B, _read_first(decoder, weights, slots, first_B, vocab_size, exits, variant), at_exit)
   if blind:
     at_exit = at_exit.replace(sure=sure_B, token=jnp.where(wants_B, at_exit.token, -1))
   return whole, at_exit
@@ -95,37 +98,37 @@ def _unread(size) -> Read:
   return Read(token, real, real, token)
 
 
-def _read_whole(decoder, weights, slots, inputs, vocab_size, exits) -> Read:
+def _read_whole(decoder, weights, slots, inputs, vocab_size, exits, variant) -> Read:
   """Reads the whole head, for the tokens that need it."""
   num_slots, size = slots.phase_B.shape[0], inputs.slot_M.shape[0]
 
   def run(index_W):
     some = jax.tree.map(lambda a: a[index_W], inputs)
     logits_WV = decoder.head(weights, some.hidden_MD)
-    token_W = _draw(decoder, weights, slots, some, logits_WV, vocab_size)
-    return _judge_logits(slots, some, sampling.mask(logits_WV, vocab_size), token_W, vocab_size, exits)
+    token_W = _draw(decoder, weights, slots, some, logits_WV, vocab_size, variant.sampling)
+    return _judge_logits(slots, some, sampling.mask(logits_WV, vocab_size), token_W, vocab_size, exits, variant)
 
   return control.run_some(run, inputs.need_M, control.list_widths(num_slots, size), _unread(size))
 
 
-def _draw(decoder, weights, slots, inputs, logits_MV, vocab_size):
+def _draw(decoder, weights, slots, inputs, logits_MV, vocab_size, kind):
   """Draws the next tokens; a sampled draft is kept with the probability that makes it the full depth's sample."""
   rows_M = jax.tree.map(lambda a: a[inputs.slot_M], slots.rows)
-  seen_MV = _mark_seen(slots, inputs.slot_M, inputs.offset_M)
+  seen_MV = _mark_seen(slots, inputs.slot_M, inputs.offset_M, kind)
   index_M = slots.index_B[inputs.slot_M] + inputs.offset_M
-  token_M = sampling.sample(logits_MV, rows_M, seen_MV, index_M, vocab_size)
+  token_M = sampling.sample(logits_MV, rows_M, seen_MV, index_M, vocab_size, kind)
   drawn_M = ring_lib.drafts_all(slots)[inputs.slot_M] & ~inputs.check_M & inputs.need_M & (inputs.draft.token >= 0)
 
   def confirm():
     draft_MV = decoder.head(weights, inputs.draft.hidden)
     kept_M = sampling.confirm(logits_MV, draft_MV, jnp.maximum(inputs.draft.token, 0), rows_M, seen_MV, index_M,
-                              vocab_size)
+                              vocab_size, kind)
     return jnp.where(drawn_M & (token_M >= 0), kept_M, token_M)
 
-  return jax.lax.cond(jnp.any(drawn_M), confirm, lambda: token_M)
+  return control.choose(sampling.serves(kind, "drawn"), jnp.any(drawn_M), confirm, lambda: token_M)
 
 
-def _judge_logits(slots, inputs, logits_MV, token_M, vocab_size, exits) -> Read:
+def _judge_logits(slots, inputs, logits_MV, token_M, vocab_size, exits, variant) -> Read:
   """Returns the tokens with what their logits say of them."""
   top_M = token_M
   if exits.monitor or exits.measure == "agreement":
@@ -134,15 +137,15 @@ def _judge_logits(slots, inputs, logits_MV, token_M, vocab_size, exits) -> Read:
   if exits.measure not in exits_lib.NO_LOGITS:
     at = confidence.Exit(logits_BV=logits_MV, token_B=top_M, hidden_BD=inputs.hidden_MD,
                          previous_token_B=inputs.previous[0], previous_hidden_BD=inputs.previous[1])
-    sure_M = jax.lax.cond(jnp.any(inputs.check_M & inputs.need_M),
-                          lambda: confidence.MEASURES[exits.measure](at), lambda: sure_M)
-  logprob_M = jax.lax.cond(
-      jnp.any(slots.logprob_B), lambda: sampling.log_probability(logits_MV, token_M, vocab_size),
+    sure_M = control.choose(variant.exits, jnp.any(inputs.check_M & inputs.need_M),
+                            lambda: confidence.MEASURES[exits.measure](at), lambda: sure_M)
+  logprob_M = control.choose(
+      variant.logprobs, jnp.any(slots.logprob_B), lambda: sampling.log_probability(logits_MV, token_M, vocab_size),
       lambda: jnp.zeros(token_M.shape, jnp.float32))
   return Read(token_M, logprob_M, sure_M, top_M)
 
 
-def _mark_seen(slots, slot_M, offset_M):
+def _mark_seen(slots, slot_M, offset_M, kind):
   """Marks tokens of the request before each token, its unconfirmed drafts among them."""
   seen_MV, drafts_MS = slots.seen_BV[slot_M], slots.ring.drafts.token[slot_M]
   on_MS = jnp.arange(drafts_MS.shape[1])[None, :] < offset_M[:, None]
@@ -151,12 +154,13 @@ def _mark_seen(slots, slot_M, offset_M):
     column_MS = jnp.where(on_MS, drafts_MS, seen_MV.shape[1])
     return seen_MV.at[jnp.arange(drafts_MS.shape[0])[:, None], column_MS].set(True, mode="drop")
 
-  return jax.lax.cond(jnp.any(slots.rows.penalty_B != 1.0), add, lambda: seen_MV)
+  penalised_B = slots.rows.penalty_B != 1.0
+  return control.choose(sampling.serves(kind, "filtered"), jnp.any(penalised_B), add, lambda: seen_MV)
 
 
-def _read_first(decoder, weights, slots, on_B, vocab_size, exits) -> Read:
+def _read_first(decoder, weights, slots, on_B, vocab_size, exits, variant) -> Read:
   """Reads the first rows of the head alone, from whose tokens an exit chooses."""
-  ring, num_slots = slots.ring, slots.phase_B.shape[0]
+  ring, num_slots, kind = slots.ring, slots.phase_B.shape[0], variant.sampling
 
   def run(index_W):
     def take(tree):
@@ -171,14 +175,15 @@ def _read_first(decoder, weights, slots, on_B, vocab_size, exits) -> Read:
       logits_WV = jnp.full((top_W.shape[0], decoder.model.vocab_size), sampling.NEVER).at[
           jnp.arange(top_W.shape[0])[:, None], column_WE].set(logits_WE, mode="drop")
       offset_W = jnp.where(ring.mode_B == ring_lib.VERIFY, ring.count_B, 0)[index_W]
-      drawn_W = sampling.sample(logits_WV, take(slots.rows), _mark_seen(slots, index_W, offset_W),
-                                slots.index_B[index_W] + offset_W, vocab_size)
+      drawn_W = sampling.sample(logits_WV, take(slots.rows), _mark_seen(slots, index_W, offset_W, kind),
+                                slots.index_B[index_W] + offset_W, vocab_size, kind)
       logprob_W = sampling.log_probability(logits_WV, drawn_W, vocab_size)
       return jnp.where(top_W >= 0, drawn_W, -1), logprob_W
 
     logprob_W = jnp.max(logits_WE, axis=-1) - jax.nn.logsumexp(logits_WE, axis=-1)
     other_B = on_B & ((slots.rows.temperature_B > 0) | (slots.rows.penalty_B != 1.0))
-    token_W, logprob_W = jax.lax.cond(jnp.any(other_B), draw, lambda: (top_W, logprob_W))
+    token_W, logprob_W = control.choose(
+        sampling.serves(kind, "drawn"), jnp.any(other_B), draw, lambda: (top_W, logprob_W))
     sure_W = jnp.zeros(top_W.shape, jnp.float32)
     if exits.measure not in exits_lib.NO_LOGITS:
       previous_W, previous_WD = take(find_previous(slots))

@@ -32,6 +32,7 @@ from mor.decode import control
 from mor.decode import decoder as decoder_lib
 from mor.decode import slots as slots_lib
 from mor.decode import tick as tick_lib
+from mor.decode import variant as variant_lib
 from mor.decode import weights as weights_lib
 from mor.exits import heads
 from mor.exits import policy as exits_lib
@@ -39,7 +40,7 @@ from mor.exits import ring as ring_lib
 
 
 def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, vocab_size: int,
-         setup: exits_lib.Setup) -> tuple[slots_lib.Slots, slots_lib.Ticked]:
+         setup: exits_lib.Setup, variant: variant_lib.Variant) -> tuple[slots_lib.Slots, slots_lib.Ticked]:
   """Runs one tick; see the module docstring.
 
   Args:
@@ -48,23 +49,28 @@ def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slot
     slots: before the tick, with rings.
     vocab_size: tokens beyond it are never drawn.
     setup: what exits need beside the slots.
+    variant: what the program must be able to do, static; without exits no slot may need one.
   """
   slots, started_B, stalled_B = tick_lib.start(decoder, weights, slots)
   slots = begin(slots, started_B, setup)
   nothing, nobody_B = ring_lib.nothing_new(slots, setup.exits), jnp.zeros_like(stalled_B)
 
   def proceed(carry):
-    slots, ticked = tick_lib.proceed(decoder, weights, carry[0], vocab_size=vocab_size)
+    slots, ticked = tick_lib.proceed(decoder, weights, carry[0], vocab_size=vocab_size, variant=variant)
     wide = {name: getattr(nothing, name).at[:, :1].set(getattr(ticked.new, name))
             for name in ("token_BW", "depth_BW", "logprob_BW")}
     return slots, ticked.replace(new=nothing.replace(**wide, finish_B=ticked.new.finish_B))
 
-  needed = ring_lib.needs_exits(slots, setup)
   carry = slots, slots_lib.Ticked(nothing, nobody_B, nobody_B, nobody_B)
-  carry = control.run_once(~needed, proceed, carry)
   run_parts = _run_shared if decoder.tables.schedule.cyclic else _run_steps
-  part = functools.partial(_run_part, decoder, weights, vocab_size=vocab_size, setup=setup)
-  slots, ticked = control.run_once(needed, functools.partial(run_parts, decoder, part, setup), carry)
+  part = functools.partial(_run_part, decoder, weights, vocab_size=vocab_size, setup=setup, variant=variant)
+  run_exits = functools.partial(run_parts, decoder, part, setup)
+  if variant.exits is None:
+    needed = ring_lib.needs_exits(slots, setup)
+    carry = control.run_once(~needed, proceed, carry)
+    slots, ticked = control.run_once(needed, run_exits, carry)
+  else:
+    slots, ticked = (run_exits if variant.exits else proceed)(carry)
   return slots, ticked.replace(stalled_B=ticked.stalled_B | stalled_B)
 
 
@@ -104,12 +110,12 @@ def _run_steps(decoder, part, setup, carry):
   return carry
 
 
-def _run_part(decoder, weights, slots, step=None, room=0, *, vocab_size, setup):
+def _run_part(decoder, weights, slots, step=None, room=0, *, vocab_size, setup, variant):
   """Runs a pass, then the slots that it has brought to an exit or to the full depth."""
   slots, ran_B, waits_B, crowded_B = _run_pass(decoder, weights, slots, room, step, setup)
   if step is not None and step != decoder.num_steps - 1:
     room = 0  # no slot is at the full depth before
-  slots, new, pages_B, room_B = _finish(decoder, weights, slots, room, vocab_size, setup)
+  slots, new, pages_B, room_B = _finish(decoder, weights, slots, room, vocab_size, setup, variant)
   return slots, slots_lib.Ticked(new, ran_B, waits_B | pages_B, crowded_B | room_B)
 
 
@@ -164,7 +170,7 @@ def arrive(slots: slots_lib.Slots, ran_B: jax.Array, setup: exits_lib.Setup) -> 
   return slots_lib.move(slots, ~behind_B, slots_lib.DRAIN, slots_lib.LEAVE)
 
 
-def _finish(decoder, weights, slots, room, vocab_size, setup):
+def _finish(decoder, weights, slots, room, vocab_size, setup, variant):
   """Runs coda and head for the slots at an exit or at the full depth, and `room` pending tokens.
 
   Without room no token may be pending at the full depth.
@@ -179,7 +185,7 @@ def _finish(decoder, weights, slots, room, vocab_size, setup):
   leave_B = ring_lib.fit(jnp.sum(along_BS, axis=1), wants_B, ring.wait_B, room)
   packed = ring_lib.pack(along_BS & leave_B[:, None], room)
   slots, inputs = _run_coda(decoder, weights, slots, leave_B, check_B, packed, read_BS)
-  read, at_exit = heads.read(decoder, weights, slots, inputs, check_B, vocab_size, setup.exits)
+  read, at_exit = heads.read(decoder, weights, slots, inputs, check_B, vocab_size, setup.exits, variant)
   nothing = ring_lib.nothing_new(slots, setup.exits)
   slots, exited, stalled_B = look(decoder, weights, slots, check_B, at_exit, nothing, setup)
   slots, full, position_B = _judge(decoder, slots, leave_B, packed, read, nothing, setup)
@@ -358,9 +364,11 @@ def _learn(ring, report, leave_B, setup):
   return ring.replace(rate_B=rate_B, skip_B=jnp.where(idle_B, ring_lib.PROBE, ring.skip_B))
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size"), donate_argnums=2)
+@functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "variant"), donate_argnums=2)
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, num_ticks: int,
-        vocab_size: int, setup: exits_lib.Setup) -> tuple[slots_lib.Slots, slots_lib.Out]:
+        vocab_size: int, setup: exits_lib.Setup,
+        variant: variant_lib.Variant = variant_lib.Variant()) -> tuple[slots_lib.Slots, slots_lib.Out]:
   """Runs several ticks of an engine with exits."""
-  one_tick = functools.partial(tick, decoder, weights, vocab_size=vocab_size, setup=setup)
+  one_tick = functools.partial(tick, decoder, weights, vocab_size=vocab_size, setup=setup,
+                               variant=variant)
   return tick_lib.repeat(one_tick, decoder, slots, ring_lib.nothing_new(slots, setup.exits), num_ticks)

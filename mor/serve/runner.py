@@ -20,6 +20,7 @@ from mor.decode import decoder as decoder_lib
 from mor.decode import prefill
 from mor.decode import slots as slots_lib
 from mor.decode import tick
+from mor.decode import variant as variant_lib
 from mor.decode import weights as weights_lib
 from mor.exits import calibration
 from mor.exits import policy as exits_lib
@@ -200,7 +201,7 @@ class SlotRunner:
     if any(job and exit_host.drafts_greedily(job.payload.request) for job in jobs):
       drafted = self.pace.next()
       self.setup = self.setup.replace(draft=jnp.bool_(drafted))
-    began, static = time.monotonic(), dict(num_ticks=self._ticks, vocab_size=self._vocab_size)
+    began, static = time.monotonic(), dict(num_ticks=self._ticks, vocab_size=self._vocab_size, variant=_pick(jobs))
     if self.setup is None:
       self.slots, out = tick.run(self.decoder, self.weights, self.slots, together=self._together, **static)
     else:
@@ -243,3 +244,10 @@ class SlotRunner:
   def wait(self) -> None:
     """Blocks until the device has done what was dispatched."""
     jax.block_until_ready(self.slots.phase_B)
+
+
+def _pick(jobs: Sequence[scheduler_lib.Job | None]) -> variant_lib.Variant:
+  """Returns the program of a tick that serves all requests in slots."""
+  requests = [job.payload.request for job in jobs if job]
+  return variant_lib.pick([request.sampling for request in requests], any(request.logprobs for request in requests),
+                          any(request.exit != "none" for request in requests))

@@ -9,17 +9,17 @@ import scipy.stats
 from mor.decode import sampling
 
 V = 13
-sample = jax.jit(sampling.sample, static_argnums=4)
+sample = jax.jit(sampling.sample, static_argnums=(4, 5))
 
 
-def draw(logits_MV, settings, index_M=None, seen_MV=None, vocab_size=None):
+def draw(logits_MV, settings, index_M=None, seen_MV=None, vocab_size=None, kind=None):
   """Next tokens of rows, as NumPy."""
   logits_MV = jnp.asarray(logits_MV, jnp.float32)
   num, width = logits_MV.shape
   rows = settings if isinstance(settings, sampling.SamplingRows) else sampling.rows(settings)
   seen_MV = jnp.zeros((num, width), bool) if seen_MV is None else jnp.asarray(seen_MV)
   index_M = jnp.zeros(num, jnp.int32) if index_M is None else jnp.asarray(index_M, jnp.int32)
-  return np.asarray(sample(logits_MV, rows, seen_MV, index_M, vocab_size or width))
+  return np.asarray(sample(logits_MV, rows, seen_MV, index_M, vocab_size or width, kind))
 
 
 def seeded(s, num):
@@ -124,6 +124,25 @@ def test_a_row_depends_on_its_request_alone():
   other = [sampling.Sampling(**{**vars(s), "seed": s.seed + 1000}) for s in rows]
   changed = draw(logits_MV, other, index_M, seen_MV) != together
   assert changed[1::3].any() and not changed[::3].any(), "a seed moves drawn tokens only"
+
+
+def test_every_kind_that_serves_a_row_gives_its_token():
+  """The program that the host picks changes no token; it is picked by what the settings do, not by what they say."""
+  rng, num = np.random.default_rng(8), 30
+  logits_MV, seen_MV = rng.normal(size=(num, 300)), rng.random((num, 300)) < 0.3
+  logits_MV[::7, 5] = np.nan
+  made = {"greedy": dict(top_k=3, top_p=0.5), "drawn": dict(temperature=0.9),
+          "filtered": dict(temperature=0.9, top_k=9, top_p=0.8, min_p=0.1, repetition_penalty=1.2)}
+  assert list(made) == list(sampling.KINDS)
+  for name, fields in made.items():
+    settings = [sampling.Sampling(**fields, seed=i) for i in range(num)]
+    assert {s.kind for s in settings} == {name}
+    free = draw(logits_MV, settings, seen_MV=seen_MV)
+    assert (free[::7] == sampling.NOT_FINITE).all() and (np.delete(free, np.arange(0, num, 7)) >= 0).all()
+    for kind in sampling.KINDS:
+      if sampling.serves(kind, name):
+        np.testing.assert_array_equal(draw(logits_MV, settings, seen_MV=seen_MV, kind=kind), free, err_msg=kind)
+  assert sampling.Sampling(repetition_penalty=1.1).kind == "filtered"
 
 
 def test_no_temperature_takes_the_first_most_likely_token():
