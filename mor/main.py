@@ -132,7 +132,8 @@ _HOW = {  # of the engine; see mor/serve/engine.py
         "prefill_chunk", None, "generate: prompt tokens that are read between two dispatches; default 256."),
     "ticks": flags.DEFINE_integer("ticks", None, "generate: ticks of a dispatch; default 4 or a little more."),
     "devices": flags.DEFINE_string(
-        "devices", None, "generate: devices with a copy of the model each, behind one queue: a count, or all; default 1."),
+        "devices", None, "generate: devices with copies of the model, behind one queue: a count, or all; default 1."),
+    "tensor": flags.DEFINE_integer("tensor", None, "generate: devices that share a copy of the model; default 1."),
 }
 _EXITS = {  # see mor/exits/policy.py
     "after": flags.DEFINE_list("exit_after", None, "generate, calibrate: layers after which a token may leave, e.g. 10,20."),

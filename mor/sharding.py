@@ -165,6 +165,26 @@ def max_over_devices(count: jax.Array) -> jax.Array:
   return jax.lax.pmax(jax.lax.stop_gradient(count), axes) if axes else count
 
 
+def sum_over_parts(x: jax.Array) -> jax.Array:
+  """Sums over the parts of a model that is split by hand over `tensor`; elsewhere, returns the array."""
+  return jax.lax.psum(x, axes) if (axes := _manual_axes(("tensor",))) else x
+
+
+def max_over_parts(x: jax.Array) -> jax.Array:
+  """Returns the maximum over the parts of a model; see `sum_over_parts`."""
+  return jax.lax.pmax(x, axes) if (axes := _manual_axes(("tensor",))) else x
+
+
+def join_parts(x: jax.Array, axis: int) -> jax.Array:
+  """Joins what the parts of a model have of an axis; see `sum_over_parts`."""
+  return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if (axes := _manual_axes(("tensor",))) else x
+
+
+def first_of_part(size: int) -> jax.Array | int:
+  """Returns the index, in the whole axis, of the first of the `size` entries of this part; see `sum_over_parts`."""
+  return size * jax.lax.axis_index(axes) if (axes := _manual_axes(("tensor",))) else 0
+
+
 def sum_gradients(grads: Any, rows: Rows = ()) -> Any:
   """Sums the gradients over the devices inside `by_rows`; each device keeps its shard.
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mor import config as config_lib
+from mor import sharding
 from mor.decode import cache as cache_lib
 from mor.decode import control
 from mor.decode import storage as storage_lib
@@ -89,7 +90,12 @@ class Decoder:
 
   def embed(self, weights: weights_lib.Weights, token_B: jax.Array) -> jax.Array:
     """Returns hidden states before the prelude."""
-    return storage_lib.decode(weights.lookup_VD.at[token_B].get(mode="clip")).astype(jnp.float32)
+    num = weights.lookup_VD.shape[0]
+    row_B = token_B - sharding.first_of_part(num)
+    h_BD = storage_lib.decode(weights.lookup_VD.at[row_B].get(mode="clip")).astype(jnp.float32)
+    if num == self.model.vocab_size:
+      return h_BD
+    return sharding.sum_over_parts(jnp.where(((row_B >= 0) & (row_B < num))[:, None], h_BD, 0.0))
 
   def edge(self, group: str, weights: weights_lib.Weights, cache: cache_lib.Cache, h_MD: jax.Array,
            tokens: cache_lib.Tokens) -> tuple[cache_lib.Cache, jax.Array]:
@@ -232,4 +238,4 @@ class Decoder:
     """Returns logits `[M, V]` after the coda."""
     normed_MD = layers.rms_norm(h_MD[None], weights.final_norm_D, self.model.norm_eps)[0]
     with jax.named_scope("head"):
-      return weights_lib.project(normed_MD, weights.head)
+      return sharding.join_parts(weights_lib.project(normed_MD, weights.head), axis=1)

@@ -14,7 +14,7 @@ Formats:
              The embedding of a token stays bfloat16, routers and norms float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import struct
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from mor import config as config_lib
 from mor import parameters
+from mor import sharding
 from mor.model import block
 from mor.model import schedule as schedule_lib
 from mor.model import transformer
@@ -31,6 +32,8 @@ from mor.model.routers import table as router_table
 FORMATS = ("float32", "bfloat16", "int8")
 MERGED = {name: tuple(row for row in parameters.PROJECTIONS if row.merged == name)  # matrix -> the rows it is made of
           for name in dict.fromkeys(row.merged for row in parameters.PROJECTIONS)}
+_SPLIT_INPUTS = {name for name, rows in MERGED.items()  # matrices of which a part of a model has some inputs
+                 if any(sharding.SPLIT_BY.get(axis) == "tensor" for axis in rows[0].axes[:len(rows[0].ins)])}
 _LEAST_ROWS = {"bfloat16": 4, "int8": 16}  # XLA:CPU multiplies fewer rows more slowly (5x for one)
 
 
@@ -137,15 +140,22 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
       balance={row.path: balance[row.path] for row in rows if row.path in balance})
 
 
-def project(x_MI: jax.Array, matrix: Matrix) -> jax.Array:
-  """Returns x w^T in float32; x is rounded to the format of the matrix."""
+def project(x_MI: jax.Array, matrix: Matrix, split_inputs: bool = False) -> jax.Array:
+  """Returns x w^T in float32; x is rounded to the format of the matrix.
+
+  Args:
+    x_MI: inputs.
+    matrix: one of `Weights`.
+    split_inputs: True if each part of a model has some of the inputs, which are summed over all parts; static.
+  """
   num, dtype = x_MI.shape[0], matrix.w_OI.dtype
   x_MI = jnp.pad(x_MI, ((0, max(0, _LEAST_ROWS.get(dtype.name, 1) - num)), (0, 0)))
   contract = (((1,), (1,)), ((), ()))
+  add = sharding.sum_over_parts if split_inputs else _keep
   if matrix.scale_O is None:
-    return jax.lax.dot_general(x_MI.astype(dtype), matrix.w_OI, contract, preferred_element_type=jnp.float32)[:num]
-  x_MI, scale_M1 = _round(x_MI)
-  y_MO = jax.lax.dot_general(x_MI, matrix.w_OI, contract, preferred_element_type=jnp.int32)[:num]
+    return add(jax.lax.dot_general(x_MI.astype(dtype), matrix.w_OI, contract, preferred_element_type=jnp.float32)[:num])
+  x_MI, scale_M1 = _round(x_MI, sharding.max_over_parts if split_inputs else _keep)
+  y_MO = add(jax.lax.dot_general(x_MI, matrix.w_OI, contract, preferred_element_type=jnp.int32)[:num])
   return y_MO.astype(jnp.float32) * scale_M1[:num] * matrix.scale_O[None, :]
 
 
@@ -162,9 +172,10 @@ def projector(model: config_lib.ModelConfig, layer: Layer, deltas: Mapping[str, 
   def project_parts(x_1MI, *names):
     (merged,) = {row.merged for row in parameters.PROJECTIONS if row.name in names}
     x_MI = x_1MI.reshape(x_1MI.shape[1], -1)
-    y_MO = project(x_MI, layer.matrices[merged])
+    y_MO = project(x_MI, layer.matrices[merged], merged in _SPLIT_INPUTS)
     if deltas and merged in deltas:
-      y_MO = y_MO + project_delta(x_MI, deltas[merged], step)
+      delta_MO = project_delta(x_MI, deltas[merged], step)
+      y_MO = y_MO + (sharding.sum_over_parts(delta_MO) if merged in _SPLIT_INPUTS else delta_MO)
     found, start = {}, 0
     for row in MERGED[merged]:
       width = row.matrix(model)[1]
@@ -198,9 +209,13 @@ def project_delta(x_MI: jax.Array, delta: Delta, step: jax.Array | int) -> jax.A
   return jnp.concatenate(parts, axis=1)
 
 
-def _round(x_MI: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the rows in int8, and the scale of each."""
-  scale_M1 = jnp.maximum(jnp.max(jnp.abs(x_MI), axis=1, keepdims=True), 1e-30) / 127.0
+def _keep(x: jax.Array) -> jax.Array:
+  return x
+
+
+def _round(x_MI: jax.Array, widen: Callable[[jax.Array], jax.Array] = _keep) -> tuple[jax.Array, jax.Array]:
+  """Returns the rows in int8, and the scale of each; `widen` makes the largest number of a row's part that of the row."""
+  scale_M1 = jnp.maximum(widen(jnp.max(jnp.abs(x_MI), axis=1, keepdims=True)), 1e-30) / 127.0
   return jnp.round(x_MI / scale_M1).astype(jnp.int8), scale_M1
 
 

@@ -247,7 +247,7 @@ def _runner(model: model_lib.Model, num_requests: int, how: Mapping[str, Any]) -
   """Returns the function that decodes requests, one that raises where it would refuse a request, and the context."""
   if how.get("batching") != "none":
     how = how | {"devices": _read_devices(how["devices"])} if "devices" in how else how
-    share = -(-num_requests // how.get("devices", 1))
+    share = -(-num_requests * how.get("tensor", 1) // how.get("devices", how.get("tensor", 1)))
     engine = engine_lib.Engine(model, **{"num_slots": min(share, _MOST_SLOTS), **how})
     return (functools.partial(_through_engine, engine), lambda request: engine.abort(engine.submit_request(request)),
             engine.context)

@@ -23,6 +23,7 @@ import jax
 
 from mor import fields
 from mor.decode import decoder as decoder_lib
+from mor.decode import parts as parts_lib
 from mor.decode import sampling
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
@@ -68,7 +69,8 @@ class Engine:
     calibrator: gives a request the threshold it does not state, and learns from exits if
       `exits.monitor`; without a flag, as `--mode=calibrate` stores a threshold instead.
     devices: one replica of the model on each, with slots and a pool of its own, all behind one queue: a count, or a
-      sequence of devices; None is the default device.
+      sequence of devices; None is as few as `tensor` needs.
+    tensor: devices that share a replica, each with a part of its heads, feed-forward width and vocabulary.
   """
 
   def __init__(self, model: Any, *, num_slots: int = 16, batching: str = "depth", context: int | None = None,
@@ -76,9 +78,9 @@ class Engine:
                weight_format: str = "float32", kv_format: str = "float32", ticks: int | None = None,
                prefill_chunk: int = 256, router: Any = None, storage: str = "paged",
                exits: exits_lib.Exits | None = None, calibrator: calibration.Calibrator | None = None,
-               devices: int | Sequence[jax.Device] | None = None):
+               devices: int | Sequence[jax.Device] | None = None, tensor: int = 1):
     sizes.check_model(model, router)
-    devices = sizes.check_devices(devices)
+    groups = sizes.check_devices(devices, tensor)
     for name, value, choices in (("batching", batching, ("depth", "sequence")), ("storage", storage, _STORAGES),
                                  ("kv_format", kv_format, storage_lib.FORMATS),
                                  ("weight_format", weight_format, weights_lib.FORMATS)):
@@ -89,7 +91,8 @@ class Engine:
     page_size = context if storage == "dense" else page_size
     kind, config = _STORAGES[storage], model.config
     exit_host.check(exits, config, batching, calibrator)
-    decoder = decoder_lib.Decoder(config, kind(page_size, config.num_kv_heads, config.head_dim, kv_format), router,
+    part = parts_lib.cut(config, tensor)
+    decoder = decoder_lib.Decoder(part, kind(page_size, part.num_kv_heads, part.head_dim, kv_format), router,
                                   exits.after if exits else ())
     self.exits, self.calibrator = exits, calibrator
     tables = decoder.tables
@@ -106,11 +109,11 @@ class Engine:
     pool = scheduler_lib.Pool(
         page_size, tables.num_rows, num_pages or whole * tables.num_rows, (num_edge_pages or whole) if tables.num_edges else 0,
         max(1 + exits.pending, tables.num_rows) if exits else 1)
-    sizes.check_memory(decoder, num_slots, pool, pages_per_row, ticks, devices or jax.devices()[:1])
+    sizes.check_memory(decoder, num_slots, pool, pages_per_row, ticks, sum(groups or [], []) or jax.devices()[:1])
     weights = weights_lib.prepare(config, model.variables, weight_format, exits.first if exits else 0)
     self.meter = meter_lib.Meter(num_slots, pool)
     self.replicas = replica_lib.make(
-        devices, decoder, weights, num_slots, pool, pages_per_row, self.meter, ticks=ticks, chunk=chunk,
+        groups, config, decoder, weights, num_slots, pool, pages_per_row, self.meter, ticks=ticks, chunk=chunk,
         vocab_size=model.vocab_size, together=batching == "sequence", exits=exits, calibrator=calibrator)
     self._jobs: dict[int, scheduler_lib.Job] = {}
     self._events: list[tuple[int, request_lib.Event]] = []  # of requests without a stream, and not returned yet

@@ -1,7 +1,8 @@
-"""One device's part of an engine: its slots and pages (a scheduler), and the programs that change them (a runner).
+"""A copy of the model in an engine, on one device or on several: its slots and pages (a scheduler), and the programs that change them (a runner).
 
 The replicas of an engine share one queue. A turn of the engine dispatches on all of them before it reads the
-results of any, so that their devices run at once.
+results of any, so that their devices run at once. A replica of several devices has a part of the model on each
+(`decode/parts.py`).
 """
 
 import collections
@@ -10,35 +11,45 @@ from typing import Any
 
 import jax
 
+from mor import config as config_lib
 from mor.decode import decoder as decoder_lib
+from mor.decode import parts as parts_lib
 from mor.decode import weights as weights_lib
 from mor.serve import meter as meter_lib
 from mor.serve import runner as runner_lib
 from mor.serve import scheduler as scheduler_lib
 
 
-def make(devices: Sequence[jax.Device] | None, decoder: decoder_lib.Decoder, weights: weights_lib.Weights,
-         num_slots: int, pool: scheduler_lib.Pool, pages_per_row: int, meter: meter_lib.Meter, *, ticks: int,
+def make(devices: Sequence[Sequence[jax.Device]] | None, model: config_lib.ModelConfig, decoder: decoder_lib.Decoder,
+         weights: weights_lib.Weights, num_slots: int, pool: scheduler_lib.Pool, pages_per_row: int, meter: meter_lib.Meter, *, ticks: int,
          chunk: int, **options: Any) -> list["Replica"]:
   """Returns replicas behind one queue.
 
   Args:
-    devices: one for each replica, which gets a copy of the weights; None is one replica on the device that has them.
-    decoder, weights, num_slots, pool, pages_per_row, meter, ticks, chunk, **options: those of `SlotRunner`, of each
+    devices: those of each replica, which have a copy of the weights between them; None is one replica on the device that
+      has them.
+    model: config of the whole model, of which each device of a replica has a part.
+    decoder: of a part.
+    weights, num_slots, pool, pages_per_row, meter, ticks, chunk, **options: those of `SlotRunner`, of each
       replica.
   """
   queue: collections.deque[scheduler_lib.Job] = collections.deque()
   replicas = []
-  for device in devices or (None,):
-    placed = weights if device is None else jax.device_put(weights, device)
+  for group in devices or (None,):
+    parts, placed = None, weights
+    if group is not None and len(group) > 1:
+      parts = parts_lib.Parts(group, decoder, model, weights)
+      placed = parts.weights
+    elif group is not None:
+      placed = jax.device_put(weights, group[0])
     runner = runner_lib.SlotRunner(decoder, placed, num_slots, pool, pages_per_row, meter, ticks=ticks, chunk=chunk,
-                                   **options)
+                                   parts=parts, **options)
     replicas.append(Replica(scheduler_lib.Scheduler(num_slots, pool, ticks, chunk, queue), runner))
   return replicas
 
 
 class Replica:
-  """Slots of one device; see the module docstring.
+  """Slots of one copy of the model; see the module docstring.
 
   Attributes:
     scheduler: the shared queue, this replica's slots, and what is known of its pool.

@@ -8,15 +8,17 @@
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mor.decode import decoder as decoder_lib
+from mor.decode import parts as parts_lib
 from mor.decode import prefill
 from mor.decode import slots as slots_lib
 from mor.decode import tick
@@ -88,19 +90,20 @@ class SlotRunner:
     together: whether a token that is done waits for the deepest of the batch.
     exits: where tokens may leave early.
     calibrator: learns from exits if `exits.monitor`.
+    parts: the parts of the model on several devices, of which `decoder` and `weights` are; None is one device.
   """
 
   def __init__(self, decoder: decoder_lib.Decoder, weights: weights_lib.Weights, num_slots: int,
                pool: scheduler_lib.Pool, pages_per_row: int, meter: meter_lib.Meter, *, ticks: int, chunk: int,
                vocab_size: int, together: bool, exits: exits_lib.Exits | None,
-               calibrator: calibration.Calibrator | None):
-    self.decoder, self.weights, self.exits = decoder, weights, exits
+               calibrator: calibration.Calibrator | None, parts: parts_lib.Parts | None = None):
+    self.decoder, self.weights, self.exits, self._parts = decoder, weights, exits, parts
     self._num_slots, self._pool, self._pages_per_row, self._meter = num_slots, pool, pages_per_row, meter
     self._ticks, self._chunk, self._vocab_size, self._together = ticks, chunk, vocab_size, together
     self._calibrator = calibrator
     self.setup, self.pace = None, exit_host.Pace()
     if exits:
-      self.setup = exits_lib.set_up(decoder.model, exits, decoder.tables.schedule, num_slots)
+      self.setup = exits_lib.set_up(parts.model if parts else decoder.model, exits, decoder.tables.schedule, num_slots)
       self.pace = exit_host.Pace(exit_host.drafts_pay(self.setup.costs, exits.pending))
     self.reset()
 
@@ -114,13 +117,24 @@ class SlotRunner:
     self._alone = True  # whether nothing was prefilled since the last dispatch
 
   def _make_slots(self) -> slots_lib.Slots:
+    def make(weights):
+      slots = slots_lib.make(self.decoder, weights, self._num_slots, self._pool.num_pages,
+                             self._pool.num_edge_pages, self._pages_per_row)
+      return ring_lib.attach(self.decoder, slots, self.exits) if self.exits else slots
+
+    if self._parts is not None:
+      return self._parts.make(make)
     device, = self.weights.lookup_VD.devices()
     with jax.default_device(device):
-      slots = slots_lib.make(self.decoder, self.weights, self._num_slots, self._pool.num_pages,
-                             self._pool.num_edge_pages, self._pages_per_row)
-      if self.exits:
-        slots = ring_lib.attach(self.decoder, slots, self.exits)
-    return jax.device_put(slots, device)  # committed, as a dispatch returns it
+      return jax.device_put(make(self.weights), device)  # committed, as a dispatch returns it
+
+  def _run(self, program: Callable, *args: Any, **options: Any) -> Any:
+    """Runs a program of (decoder, weights, slots, …) for the slots; returns what it tells."""
+    if self._parts is not None:
+      self.slots, told = self._parts.run(program, self.slots, *args, **options)
+    else:
+      self.slots, told = program(self.decoder, self.weights, self.slots, *args, **options)
+    return told
 
   def prefill(self, held: Sequence[scheduler_lib.Job]) -> None:
     """Prefills prompts by chunks, the oldest first, and all of them if no slot decodes yet."""
@@ -174,8 +188,7 @@ class SlotRunner:
       tokens_GT[g, :chunk.size] = job.tokens[job.stored:job.stored + chunk.size]
       placed_G3[g] = job.slot, job.stored, chunk.size
     slot_G, start_G, length_G = placed_G3.T
-    self.slots, ok = prefill.store(self.decoder, self.weights, self.slots, slot_G, tokens_GT, start_G, length_G,
-                                   context_pages=context_pages)
+    ok = self._run(prefill.store, slot_G, tokens_GT, start_G, length_G, context_pages=context_pages)
     for chunk in chunks:
       chunk.job.stored += chunk.size
     self._alone = False
@@ -203,9 +216,9 @@ class SlotRunner:
       self.setup = self.setup.replace(draft=jnp.bool_(drafted))
     began, static = time.monotonic(), dict(num_ticks=self._ticks, vocab_size=self._vocab_size, variant=_pick(jobs))
     if self.setup is None:
-      self.slots, out = tick.run(self.decoder, self.weights, self.slots, together=self._together, **static)
+      out = self._run(tick.run, together=self._together, **static)
     else:
-      self.slots, out = exit_tick.run(self.decoder, self.weights, self.slots, setup=self.setup, **static)
+      out = self._run(exit_tick.run, setup=self.setup, **static)
     self.flights.append(Flight(out, jobs, began, drafted, self._alone))
     self._alone = True
 

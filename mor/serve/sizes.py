@@ -41,32 +41,38 @@ def check_counts(**counts: Any) -> list[int | None]:
   return [None if value is None else operator.index(value) for value in counts.values()]
 
 
-def check_devices(devices: Any) -> list[jax.Device] | None:
-  """Returns the devices of an engine; None stays, which is the default device.
+def check_devices(devices: Any, tensor: Any) -> list[list[jax.Device]] | None:
+  """Returns the devices of each replica of an engine; None is the default device.
 
   Args:
-    devices: None, a number of devices, or a sequence of them.
+    devices: None for as few as a replica has, a number of devices, or a sequence of them.
+    tensor: devices of a replica.
 
   Raises:
-    ValueError: the program has several processes, or the devices are not here.
+    ValueError: the program has several processes, the devices are not here, or they make no whole replicas.
   """
   if jax.process_count() > 1:
     raise ValueError(f"an engine runs in one process, and this program has {jax.process_count()} (jax.distributed); start "
                      "a program without it on each host, with an engine for the devices of that host")
-  here = jax.local_devices()
-  if devices is None:
+  tensor, = check_counts(tensor=tensor)
+  if devices is None and tensor == 1:
     return None
-  if is_index(devices):
-    num, = check_counts(devices=devices)
+  here = jax.local_devices()
+  if devices is None or is_index(devices):
+    num, = check_counts(devices=tensor if devices is None else devices)
     if num > len(here):
-      raise ValueError(f"devices={num}, and there are {len(here)} ({here[0].platform}); use at most {len(here)}")
-    return here[:num]
+      asked = f"tensor={tensor}" if devices is None else f"devices={num}"
+      raise ValueError(f"{asked}, and there are {len(here)} devices ({here[0].platform}); use at most {len(here)}")
+    devices = here[:num]
   if not isinstance(devices, Sequence) or not devices or not all(isinstance(device, jax.Device) for device in devices):
     raise ValueError(f"devices={fields.show(devices)}; give a count, a list of jax.local_devices(), or None for the "
                      "default device")
-  if len(set(devices)) < len(devices):
-    raise ValueError(f"devices={fields.show(devices)} names a device twice; give each once")
-  return list(devices)
+  if len(set(devices)) < len(devices) or not set(devices) <= set(here):
+    raise ValueError(f"devices={fields.show(devices)}; give each of jax.local_devices() once")
+  if len(devices) % tensor:
+    raise ValueError(f"{len(devices)} devices are no whole replicas of tensor={tensor} devices each; use a multiple of "
+                     f"{tensor} devices")
+  return [list(devices[i:i + tensor]) for i in range(0, len(devices), tensor)]
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

@@ -211,8 +211,10 @@ def test_answers_wait_for_those_before_them(capsys):
     (["--prompt=a", "--batching=none", "--exit_after=2"], "--exit_after with --batching=none"),
     (["--prompt=a", "--batching=none", "--ticks=3"], "--ticks with --batching=none"),
     (["--prompt=a", "--batching=none", "--devices=2"], "--devices with --batching=none"),
+    (["--prompt=a", "--batching=none", "--tensor=2"], "--tensor with --batching=none"),
+    (["--prompt=a", "--tensor=2"], "tensor=2 does not divide model.vocab_size=263; use 1"),
     (["--prompt=a", "--devices=two"], "--devices=two; use a count >= 1, or all"),
-    (["--prompt=a", "--devices=9"], "devices=9, and there are 8 (cpu); use at most 8"),
+    (["--prompt=a", "--devices=9"], "devices=9, and there are 8 devices (cpu); use at most 8"),
     (["--prompt=a", "--page_size=0"], "page_size=0; use a count >= 1"),
     (["--prompt=a", "--exit_measure=entropy"], "--exit_measure without exits; give --exit_after=LAYERS too"),
     (["--prompt=a", "--exit_after=3", "--exit_measure=agreement"], "two or more for the measure 'agreement'"),
@@ -241,10 +243,10 @@ def test_flags_reach_the_engine(run, capsys, monkeypatch):
   monkeypatch.setattr(engine_lib, "Engine", make)
   assert run("--prompt=a", "--prompt=b", "--batching=sequence", "--context=9", "--weight_format=bfloat16",
              "--kv_format=bfloat16", "--page_size=8", "--num_pages=5", "--num_edge_pages=6", "--prefill_chunk=32",
-             "--devices=2", "--ticks=3", "--exit_after=3,5", "--exit_measure=agreement", "--exit_first=9", "--exit_kv=copied") == 2
+             "--devices=4", "--tensor=2", "--ticks=3", "--exit_after=3,5", "--exit_measure=agreement", "--exit_first=9", "--exit_kv=copied") == 2
   exits = exits_lib.Exits(after=(3, 5), measure="agreement", first=9, kv="copied")
   assert seen == dict(batching="sequence", context=9, weight_format="bfloat16", kv_format="bfloat16", num_slots=1,
-                      devices=2, page_size=8, num_pages=5, num_edge_pages=6, prefill_chunk=32, ticks=3, exits=exits)
+                      devices=4, tensor=2, page_size=8, num_pages=5, num_edge_pages=6, prefill_chunk=32, ticks=3, exits=exits)
 
 
 def test_exits_of_the_command_line(run, model, capsys):

@@ -60,7 +60,7 @@ def test_an_interrupt_on_two_devices_is_exact_or_final():
 
 @pytest.mark.parametrize("devices, message", [
     (0, "devices=0; use a count >= 1"),
-    (9, r"devices=9, and there are 8 \(cpu\); use at most 8"),
+    (9, r"devices=9, and there are 8 devices \(cpu\); use at most 8"),
     (True, "devices=True; give a count, a list of"),
     ("cpu", "devices='cpu'; give a count, a list of"),
     ([], r"devices=\[\]; give a count, a list of"),
@@ -68,12 +68,12 @@ def test_an_interrupt_on_two_devices_is_exact_or_final():
 ])
 def test_what_is_no_device_is_refused(devices, message):
   with pytest.raises(ValueError, match=message):
-    sizes.check_devices(devices)
+    sizes.check_devices(devices, 1)
 
 
 def test_a_device_is_given_once():
-  with pytest.raises(ValueError, match="names a device twice; give each once"):
-    sizes.check_devices(jax.devices()[:1] * 2)
+  with pytest.raises(ValueError, match=r"give each of jax.local_devices\(\) once"):
+    sizes.check_devices(jax.devices()[:1] * 2, 1)
 
 
 def test_several_processes_are_refused(monkeypatch):

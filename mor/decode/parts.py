@@ -1,0 +1,181 @@
+"""A model in parts, one on each of several devices: tensor-parallel decoding.
+
+Each part has some of the heads with their keys and values, of the feed-forward width and of the vocabulary, as a
+`Decoder` of a smaller config, so storages and attention kernels run unchanged. Norms, routers, page tables and
+everything else of a slot are on all devices alike, and so is every decision. Products whose inputs are split
+(attention's output, the feed-forward output) are summed over the devices, an embedding is summed, and logits are
+joined: two sums a layer (`weights.project`), two more collectives a tick (`decoder.embed`, `decoder.head`).
+
+Programs run under `shard_map`, not under the compiler's partitioner: that one does not split a Pallas kernel, and
+replicates a loop over pages.
+
+Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from mor import config as config_lib
+from mor import parameters
+from mor import sharding
+from mor.decode import decoder as decoder_lib
+from mor.decode import slots as slots_lib
+from mor.decode import weights as weights_lib
+
+_AXIS = "tensor"
+_SIZES = {"N": "num_heads", "K": "num_kv_heads", "F": "d_ff", "V": "vocab_size"}  # by letter, of axes that may be split
+
+
+def cut(model: config_lib.ModelConfig, num_parts: int) -> config_lib.ModelConfig:
+  """Returns the config of a part: fewer heads and a narrower feed-forward layer. Its vocabulary stays whole.
+
+  Raises:
+    ValueError: a size of the model is not a multiple of the number of parts.
+  """
+  split = [letter for row in parameters.LAYER + parameters.TOP for letter, axis in zip(row.ins + row.outs, row.axes)
+           if sharding.SPLIT_BY.get(axis) == _AXIS]
+  sizes = {_SIZES[letter]: getattr(model, _SIZES[letter]) for letter in dict.fromkeys(split)}
+  wrong = {name: size for name, size in sizes.items() if size % num_parts}
+  if wrong:
+    most = math.gcd(*sizes.values())
+    fits = [num for num in range(1, most + 1) if most % num == 0]
+    said = ", ".join(f"model.{name}={size}" for name, size in wrong.items())
+    raise ValueError(f"tensor={num_parts} does not divide {said}; use {' or '.join(map(str, fits))}")
+  smaller = {name: size // num_parts for name, size in sizes.items() if name != "vocab_size"}
+  return dataclasses.replace(model, **smaller)
+
+
+class Parts:
+  """The parts of a model on their devices.
+
+  Args:
+    devices: one for each part.
+    decoder: of a part.
+    model: config of the whole model.
+    weights: weights of the whole model.
+
+  Attributes:
+    model: config of the whole model.
+    weights: the same weights, each matrix in parts.
+  """
+
+  def __init__(self, devices: Sequence[jax.Device], decoder: decoder_lib.Decoder, model: config_lib.ModelConfig,
+               weights: weights_lib.Weights):
+    self.model, self._decoder = model, decoder
+    self._mesh = Mesh(np.array(devices), (_AXIS,))
+    weights = arrange(model, weights, len(devices))
+    self._weights_specs = list_specs(weights)
+    leaves, self._weights_tree = jax.tree.flatten(weights)
+    self._leaves = [jax.device_put(leaf, NamedSharding(self._mesh, spec))
+                    for leaf, spec in zip(leaves, self._weights_specs)]
+    self.weights = jax.tree.unflatten(self._weights_tree, self._leaves)
+    self._slots_specs: list[P] = []
+    self._programs: dict[Any, Callable] = {}
+
+  def make(self, make: Callable[[weights_lib.Weights], slots_lib.Slots]) -> slots_lib.Slots:
+    """Returns empty slots, each device with the keys and values of its heads."""
+    slots_tree = []
+
+    def make_part(leaves):
+      slots = make(jax.tree.unflatten(self._weights_tree, leaves))
+      slots_tree[:] = [jax.tree.structure(slots)]
+      self._slots_specs = [P(_AXIS) if sharding.path_name(path).startswith(("cache/edge/", "cache/stack/")) else P()
+                           for path, _ in jax.tree_util.tree_leaves_with_path(slots)]
+      return jax.tree.leaves(slots)
+
+    jax.eval_shape(make_part, self._leaves)
+    made = jax.jit(self._map(make_part, (self._weights_specs,), self._slots_specs))(self._leaves)
+    return jax.tree.unflatten(slots_tree[0], made)
+
+  def run(self, program: Callable, slots: slots_lib.Slots, *args: Any,
+          **options: Any) -> tuple[slots_lib.Slots, Any]:
+    """Runs a program of (decoder, weights, slots, …) on all devices; returns the slots, and what it tells.
+
+    Args:
+      program: one that is jitted with some options static; here those without arrays are.
+      slots: given away.
+      *args, **options: arrays that all devices get whole, and static options.
+    """
+    given = {name: value for name, value in options.items() if _has_arrays(value)}
+    static = tuple(sorted((name, value) for name, value in options.items() if name not in given))
+    leaves, slots_tree = jax.tree.flatten(slots)
+    key = program, static, slots_tree
+    if key not in self._programs:
+      self._programs[key] = self._compile(program, dict(static), slots_tree)
+    leaves, told = self._programs[key](self._leaves, leaves, args, given)
+    return jax.tree.unflatten(slots_tree, leaves), told
+
+  def _compile(self, program, static, slots_tree):
+    # Leaves and lists of their specs: a tree of specs would be `Weights` without arrays.
+    def run_part(weights_leaves, slots_leaves, args, given):
+      weights = jax.tree.unflatten(self._weights_tree, weights_leaves)
+      slots = jax.tree.unflatten(slots_tree, slots_leaves)
+      slots, told = program(self._decoder, weights, slots, *args, **given, **static)
+      return jax.tree.leaves(slots), told
+
+    specs = self._weights_specs, self._slots_specs, P(), P()
+    return jax.jit(self._map(run_part, specs, (self._slots_specs, P())), donate_argnums=1)
+
+  def _map(self, function, in_specs, out_specs):
+    return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _has_arrays(value: Any) -> bool:
+  return any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(value))
+
+
+def _is_split(row: parameters.Parameter, side: str) -> bool:
+  """Returns True if the parts of a model share the inputs ("ins") or the outputs ("outs") of a projection."""
+  axes = row.axes[:len(row.ins)] if side == "ins" else row.axes[len(row.ins):]
+  return any(sharding.SPLIT_BY.get(axis) == _AXIS for axis in axes)
+
+
+def arrange(model: config_lib.ModelConfig, weights: weights_lib.Weights, num_parts: int) -> weights_lib.Weights:
+  """Returns weights of which each part of a model has neighbouring rows: of q, k and v, some heads of each."""
+  def gather(merged: str, a: jax.Array) -> jax.Array:
+    rows = weights_lib.MERGED[merged]
+    if not _is_split(rows[0], "outs"):
+      return a
+    widths = [row.matrix(model)[1] for row in rows]
+    pieces = jnp.split(a, np.cumsum(widths)[:-1].tolist())
+    return jnp.concatenate([x.reshape(num_parts, -1, *x.shape[1:]) for x in pieces], axis=1).reshape(a.shape)
+
+  def arrange_layer(layer: weights_lib.Layer) -> weights_lib.Layer:
+    return layer.replace(matrices={
+        merged: jax.tree.map(functools.partial(gather, merged), matrix) for merged, matrix in layer.matrices.items()})
+
+  def arrange_delta(merged: str, delta: weights_lib.Delta) -> weights_lib.Delta:
+    if not _is_split(weights_lib.MERGED[merged][0], "outs"):
+      return delta
+    return delta.replace(outs=tuple(width // num_parts for width in delta.outs))
+
+  groups = {group: tuple(map(arrange_layer, getattr(weights, group))) for group in parameters.GROUPS}
+  deltas = tuple({merged: arrange_delta(merged, delta) for merged, delta in layer.items()} for layer in weights.deltas)
+  return weights.replace(**groups, deltas=deltas)
+
+
+def list_specs(weights: weights_lib.Weights) -> list[P]:
+  """Returns, for each array of arranged weights, which axis the parts of a model split."""
+  def find(path: tuple) -> P:
+    group, *names = sharding.path_name(path).split("/")
+    if group in ("head", "lookup_VD"):
+      return P(_AXIS)
+    merged = next((name for name in names if name in weights_lib.MERGED), None)
+    if merged is None or group not in (*parameters.GROUPS, "deltas"):
+      return P()
+    outs, name = _is_split(weights_lib.MERGED[merged][0], "outs"), names[-1]
+    if group == "deltas" and outs == (names[2] == "a"):  # the factor at the whole side
+      return P()
+    if outs:
+      return P(_AXIS)
+    return P(None, _AXIS) if name == "w_OI" else P()  # the scales belong to the outputs
+
+  return [find(path) for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
