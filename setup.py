@@ -44,6 +44,8 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "cuda12": ["jax[cuda12]"],
+        # Compiles for GPUs without one: XLA:GPU and ptxas, 0.7 GB of the 4 GB of "cuda".
+        "aot-gpu": ["jax[cuda13-local]", "nvidia-cuda-nvcc>=13.0.48,<14", "nvidia-nvvm>=13.0.48,<14"],
         "torch": ["torch>=2.4", "transformers>=5.0"],
         "peers": ["llama-cpp-python>=0.3.36", "peft>=0.17", "torch>=2.4", "transformers>=5.0"],
         "gcs": ["gcsfs>=2026.8"],  # for gs:// workdirs

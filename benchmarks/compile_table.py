@@ -20,6 +20,7 @@ import jax
 
 from benchmarks import harness
 from mor import config as config_lib
+from mor.aot import chips
 from mor.aot import compiled
 
 SLICES = {"v5e-16": "v5e:4x4", "v5e-256": "v5e:16x16", "v5p-64": "v5p:2x4x4", "v6e-64": "v6e:8x8"}  # v5p counts cores
@@ -40,7 +41,7 @@ def fields(model: str, num_chips: int) -> config_lib.Config:
 
 def measure(model: str, slice_name: str) -> dict[str, Any]:
   """Compiles one cell of the table, and returns its figures."""
-  config, begun = fields(model, len(compiled.devices(SLICES[slice_name]))), time.perf_counter()
+  config, begun = fields(model, len(chips.devices(SLICES[slice_name]))), time.perf_counter()
   return {"model": model, "slice": slice_name, "accumulation": config.train.accumulation,
           **compiled.step_figures(config, SLICES[slice_name]), "compile_seconds": time.perf_counter() - begun}
 

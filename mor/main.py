@@ -10,7 +10,7 @@ lines; `calibrate` finds the threshold of a run's exits on a text, and stores it
 PyTorch or llama.cpp; `info` prints the size and cost of a config as a JSON object; `fields` prints
 each field of a config, with its value, meaning, unit and allowed values; `study` trains
 and compares the models that an experiment such as study_cpu lists; `compile` compiles the
-training step for TPU chips that are not there, and prints its memory and collectives. `generate`
+training step and the engine for TPUs or GPUs that are not there, and prints what they need. `generate`
 and `calibrate` take the config from the workdir, and so does `eval` where none is given.
 
 `train` and `eval` run on several machines: the same command on each, with
@@ -79,7 +79,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "paper:mor-360m-r3; --config.GROUP.FIELD=VALUE changes a field.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, report.")
 _BUDGET = flags.DEFINE_float("budget", None, "info: forward FLOPs to turn into steps, e.g. 16.5e18.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "compile: TPU chips, e.g. v5e:4x4, v5p:4x4x4 or v6e:8x8.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "compile: TPU chips or GPUs, e.g. v5e:4x4, v5p:4x4x4, v6e:8x8, h100:1 or h200:8.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: text to continue; several may be given.")
 _PROMPT_FILE = flags.DEFINE_string(
     "prompt_file", None, "generate: a prompt a line; .jsonl: objects with \"prompt\" and options such as max_tokens.")
@@ -120,8 +121,8 @@ _OPTIONS = {  # of a request; see mor/serve/request.py and sampling.py
 _HOW = {  # of the engine; see mor/serve/engine.py
     "batching": flags.DEFINE_enum("batching", "depth", ["depth", "sequence", "none"],
                                   "generate: the engine's, or none for the plain batch, which takes any model."),
-    "num_slots": flags.DEFINE_integer("num_slots", None, "generate: prompts that run at once; default up to 16."),
-    "context": flags.DEFINE_integer("context", None, "generate: positions at most; default data.seq_len."),
+    "num_slots": flags.DEFINE_integer("num_slots", None, "generate, compile: prompts that run at once; default up to 16."),
+    "context": flags.DEFINE_integer("context", None, "generate, compile: positions at most; default data.seq_len."),
     "weight_format": flags.DEFINE_string("weight_format", None, "generate: float32 (default), bfloat16 or int8."),
     "kv_format": flags.DEFINE_string("kv_format", None, "generate: of stored keys, float32 (default) or bfloat16."),
     "page_size": flags.DEFINE_integer("page_size", None, "generate: positions in a page of stored keys; default 64."),
@@ -245,8 +246,9 @@ def _fields() -> int:
 
 def _compile() -> int:
   if not _TOPOLOGY.value:
-    raise ValueError("--mode=compile needs chips to compile for; give --topology=v5e:4x4, v5p:4x4x4 or the like")
-  print(json.dumps(compiled.command(_config("compile"), _TOPOLOGY.value)))
+    raise ValueError("--mode=compile needs chips to compile for; give --topology=v5e:4x4, h200:1 or the like")
+  counts = {name: _HOW[name].value for name in ("num_slots", "context")}
+  print(json.dumps(compiled.command(_config("compile"), _TOPOLOGY.value, **counts)))
   return 0
 
 

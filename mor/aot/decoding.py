@@ -1,0 +1,183 @@
+"""The engine's programs compiled for one chip that is not there, and what they do.
+
+Weights, keys and values are bfloat16. A tick's program holds the ticks of a dispatch; its
+figures are those of the loop's body (`a_tick`) and of the rest (`beside`). A prefill is
+one call of `prefill.store`. Everything is lowered under a mesh of the chip, so that
+`kernels.platform()` names its platform, whatever this machine is.
+
+Estimates of a tick, at a position (tokens that every sequence has stored):
+
+  cycles_seconds   TPU: the compiler's cycles / clock. It estimates no Pallas kernel: the
+                   entries in use / bandwidth come on top
+  bytes            HBM traffic of the operations; of kernels that read the pool, the
+                   entries in use
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor import config as config_lib
+from mor.aot import chips
+from mor.aot import executed
+from mor.aot import hlo
+from mor.aot import ideal as ideal_lib
+from mor.decode import decoder as decoder_lib
+from mor.decode import prefill as prefill_lib
+from mor.decode import slots as slots_lib
+from mor.decode import storage
+from mor.decode import tick as tick_lib
+from mor.decode import weights as weights_lib
+from mor.model import transformer
+
+_FORMAT = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingSetup:
+  """An engine's sizes, and the chip that it runs on.
+
+  Attributes:
+    config: its model, and the context where `context` is None.
+    device: of `chips.devices`, or any other.
+    num_slots: slots.
+    context: positions at most.
+    page_size: entries of a page.
+    position: tokens that each sequence has stored, for estimates; None is half of the context.
+  """
+
+  config: config_lib.Config
+  device: Any
+  num_slots: int = 16
+  context: int | None = None
+  page_size: int = 64
+  position: int | None = None
+
+  @property
+  def pages_per_row(self) -> int:
+    return -(-(self.context or self.config.data.seq_len) // self.page_size)
+
+  @property
+  def stored(self) -> int:
+    """Tokens of each sequence, for estimates."""
+    return self.position or (self.context or self.config.data.seq_len) // 2
+
+  @functools.cached_property
+  def mesh(self) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array([self.device]), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  @functools.cached_property
+  def decoder(self) -> decoder_lib.Decoder:
+    model = self.config.model
+    kept = storage.Paged(self.page_size, model.num_kv_heads, model.head_dim, _FORMAT)
+    return decoder_lib.Decoder(model, kept)
+
+  @property
+  def num_ticks(self) -> int:
+    """Ticks of a dispatch."""
+    steps = self.decoder.num_steps
+    return steps * -(-4 // steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """A compiled program, and the bytes of each buffer of the pool that it works on."""
+
+  program: jax.stages.Compiled
+  pool: tuple[float, ...]
+
+
+def compile_tick(setup: DecodingSetup) -> Compiled:
+  """Compiles the ticks of a dispatch."""
+  def tick(weights, slots):
+    return tick_lib.run(setup.decoder, weights, slots, num_ticks=setup.num_ticks,
+                        vocab_size=setup.config.model.vocab_size, together=False)
+
+  return _compile(setup, tick)
+
+
+def compile_prefill(setup: DecodingSetup, num_prompts: int = 1, num_tokens: int = 64) -> Compiled:
+  """Compiles the prefill of the first `num_tokens` tokens of some prompts in one call."""
+  def store(weights, slots, slot_G, tokens_GT, start_G, length_G):
+    return prefill_lib.store(setup.decoder, weights, slots, slot_G, tokens_GT, start_G, length_G, context_pages=0)
+
+  each = jax.ShapeDtypeStruct((num_prompts,), jnp.int32)
+  return _compile(setup, store, each, jax.ShapeDtypeStruct((num_prompts, num_tokens), jnp.int32), each, each)
+
+
+def _compile(setup: DecodingSetup, function: Callable, *others: jax.ShapeDtypeStruct) -> Compiled:
+  """Compiles a function of weights, slots and others, whose slots are donated."""
+  model, decoder, pages = setup.config.model, setup.decoder, setup.pages_per_row
+  structures, pool = [], []
+
+  def leaves(variables):
+    weights = weights_lib.prepare(model, variables, _FORMAT)
+    slots = slots_lib.make(decoder, weights, setup.num_slots, setup.num_slots * pages * decoder.tables.num_rows,
+                           setup.num_slots * pages, pages)
+    structures.extend(jax.tree.structure(tree) for tree in (weights, slots))
+    pool.extend(float(x.size * x.dtype.itemsize) for x in jax.tree.leaves((slots.cache.edge, slots.cache.stack)))
+    return jax.tree.leaves(weights), jax.tree.leaves(slots)
+
+  def run(weights, slots, *others):
+    return function(*(jax.tree.unflatten(*one) for one in zip(structures, (weights, slots), strict=True)), *others)
+
+  variables = jax.eval_shape(transformer.Transformer(model).init, jax.random.key(0),
+                             jax.ShapeDtypeStruct((1, 1), "int32"))
+  with jax.set_mesh(setup.mesh):
+    shapes = jax.eval_shape(leaves, variables)
+    here = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
+    weights, slots, *rest = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (*shapes, *others))
+    program = jax.jit(run, donate_argnums=1).lower(weights, slots, *rest).compile()
+  return Compiled(program, tuple(pool))
+
+
+def tick_figures(setup: DecodingSetup, compiled: Compiled) -> dict[str, Any]:
+  """Returns the figures of a dispatch's ticks."""
+  program, pool = hlo.parse(compiled.program.as_text()), frozenset(compiled.pool)
+  whole = executed.count(program, pool=pool)
+  ideal = ideal_lib.tick(setup.config.model, setup.num_slots, setup.stored)
+  loop = executed.find_loop(program)
+  a_tick = executed.count(program, loop.called, pool=pool)
+  beside = whole.minus(a_tick.times(program.find_trips(loop) or 1))
+  return {"num_slots": setup.num_slots, "context": setup.pages_per_row * setup.page_size, "position": setup.stored,
+          "storage": type(setup.decoder.tables.storage).__name__.lower(), "ticks": setup.num_ticks,
+          **memory_figures(compiled), "a_tick": dataclasses.asdict(a_tick), "beside": dataclasses.asdict(beside),
+          **estimate(setup.device, a_tick, ideal)}
+
+
+def prefill_figures(setup: DecodingSetup, compiled: Compiled, num_prompts: int = 1, num_tokens: int = 64) -> dict[str, Any]:
+  """Returns the figures of a prefill of some prompts in one call."""
+  counted = executed.count(hlo.parse(compiled.program.as_text()), pool=frozenset(compiled.pool))
+  ideal = ideal_lib.prefill(setup.config.model, num_prompts, num_tokens)
+  return {"prompts": num_prompts, "tokens": num_tokens, **memory_figures(compiled), **dataclasses.asdict(counted),
+          **estimate(setup.device, counted, ideal)}
+
+
+def memory_figures(compiled: Compiled) -> dict[str, float]:
+  """Returns the bytes of the pool, and of temporaries beside it."""
+  memory, pool = compiled.program.memory_analysis(), sum(compiled.pool)
+  return {"pool_bytes": pool, "temporaries": memory.temp_size_in_bytes,
+          "temporaries_of_pool": memory.temp_size_in_bytes / pool}
+
+
+def estimate(device: Any, counted: executed.Executed, ideal: ideal_lib.Ideal) -> dict[str, float | None]:
+  """Returns what the counted operations move and take, and the ratio to the ideal of a chip with known peaks."""
+  moved = counted.bytes + (ideal.entries if counted.pool_reads else 0.0)
+  found = {"ideal_bytes": ideal.bytes, "bytes": moved, "bytes_ratio": moved / ideal.bytes}
+  try:
+    chip = chips.find(device)
+  except ValueError:  # a CPU
+    return found
+  found["ideal_seconds"] = ideal.seconds(chip)
+  if device.platform == "tpu":
+    seconds = counted.cycles / chips.cycles_per_second(device)
+    if counted.unestimated:
+      seconds += ideal.entries / chip.bandwidth
+    found |= {"cycles_seconds": seconds, "cycles_ratio": seconds / found["ideal_seconds"]}
+  return found
