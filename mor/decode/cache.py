@@ -97,8 +97,8 @@ class Cache:
     free, edge_free: pages that nobody uses.
   """
 
-  edge: tuple[storage_lib.Buffer, ...]
-  stack: tuple[storage_lib.Buffer, ...]
+  edge: tuple[Any, ...]
+  stack: tuple[Any, ...]
   edge_page_BP: jax.Array
   edge_length_B: jax.Array
   page_BRP: jax.Array
@@ -290,7 +290,7 @@ class Tables:
             row(own_M, index_M + 1, both_M))
 
   def place(self, page_BP: jax.Array, index_B: jax.Array, write_B: jax.Array,
-            buffer: storage_lib.Buffer) -> tuple[jax.Array, jax.Array]:
+            buffer: Any) -> tuple[jax.Array, jax.Array]:
     """Returns page and offset of entry `index_B` of each KV row; past the end where nothing is written."""
     size = self.storage.page_size
     page_B = jnp.take_along_axis(page_BP, (index_B // size)[:, None], axis=1, mode="clip")[:, 0]

@@ -1,4 +1,6 @@
-"""Where decoded keys and values live: two storages with the same three functions.
+"""Where decoded keys and values live: the storages of XLA's own operations.
+
+Every storage (see also `packed.py`) has the same three functions:
 
   make(num_pages)                      empty buffers of one layer
   write(buffer, page_M, offset_M, …)   one entry for each of M tokens
@@ -64,6 +66,11 @@ class SeenEntries:
   length_M: jax.Array
   hidden_MS: jax.Array | None = None
 
+  def mark_seen(self, size: int) -> jax.Array:
+    """Returns True for the entries `[M, size]` that are seen."""
+    seen_MS = jnp.arange(size)[None, :] < self.length_M[:, None]
+    return seen_MS if self.hidden_MS is None else seen_MS & ~self.hidden_MS
+
 
 def encode(x: jax.Array, like: jax.Array) -> jax.Array:
   """Returns numbers in the storage's format."""
@@ -125,12 +132,7 @@ class Dense:
   def attend(self, q_MNH: jax.Array, parts: Sequence[tuple[Buffer, SeenEntries]], cuts: Sequence[int] = (),
              num: jax.Array | None = None) -> jax.Array:
     """Attends over all entries of the rows, hidden ones masked."""
-    pages = [self.read(buffer, row) for buffer, row in parts]
-    k_MSKH, v_MSKH, seen_MS = (jnp.concatenate(parts, axis=1) for parts in zip(*pages))
-    q_MKGH = q_MNH.reshape(q_MNH.shape[0], self.num_kv_heads, -1, self.head_dim)
-    score_MKGS = jnp.einsum("MKGH,MSKH->MKGS", q_MKGH, k_MSKH) * self.head_dim ** -0.5
-    weight_MKGS = jax.nn.softmax(jnp.where(seen_MS[:, None, None, :], score_MKGS, _LOW), axis=-1)
-    return jnp.einsum("MKGS,MSKH->MKGH", weight_MKGS, v_MSKH).reshape(q_MNH.shape)
+    return attend_whole(self, q_MNH, parts)
 
   def read(self, buffer: Buffer, rows: SeenEntries) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns whole rows: keys and values `[M, S, K, H]` in float32, and which entries are seen."""
@@ -279,12 +281,19 @@ class Paged:
     return scores, values, split
 
 
+def attend_whole(storage: Any, q_MNH: jax.Array, parts: Sequence[tuple[Any, SeenEntries]]) -> jax.Array:
+  """Attends over all entries of the rows, read as a whole and hidden ones masked."""
+  whole = [storage.read(buffer, rows) for buffer, rows in parts]
+  k_MSKH, v_MSKH, seen_MS = (jnp.concatenate(arrays, axis=1) for arrays in zip(*whole))
+  q_MKGH = q_MNH.reshape(q_MNH.shape[0], storage.num_kv_heads, -1, storage.head_dim)
+  score_MKGS = jnp.einsum("MKGH,MSKH->MKGS", q_MKGH, k_MSKH) * storage.head_dim ** -0.5
+  weight_MKGS = jax.nn.softmax(jnp.where(seen_MS[:, None, None, :], score_MKGS, _LOW), axis=-1)
+  return jnp.einsum("MKGS,MSKH->MKGH", weight_MKGS, v_MSKH).reshape(q_MNH.shape)
+
+
 def _read(storage, buffer, rows):
   def get(x):
     x = decode(x.at[rows.page_MP].get(mode="clip")).astype(jnp.float32)
     return x.reshape(x.shape[0], -1, storage.num_kv_heads, storage.head_dim)
   k_MSKH = get(buffer.k)
-  seen_MS = jnp.arange(k_MSKH.shape[1])[None, :] < rows.length_M[:, None]
-  if rows.hidden_MS is not None:
-    seen_MS &= ~rows.hidden_MS
-  return k_MSKH, get(buffer.v), seen_MS
+  return k_MSKH, get(buffer.v), rows.mark_seen(k_MSKH.shape[1])

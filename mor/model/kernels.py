@@ -45,6 +45,17 @@ def platform() -> str:
   return "gpu" if name in ("cuda", "rocm") else name
 
 
+def device_kind() -> str:
+  """Returns the kind of device that the program is lowered for, such as "NVIDIA H200"; see `platform`."""
+  return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
+
+
+def interprets() -> bool:
+  """Returns True if Pallas kernels are interpreted, as the device has no compiler for them: on a CPU."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (jax.default_backend() if device is None else device.platform) == "cpu"
+
+
 def choose(config: config_lib.ModelConfig, in_order: bool) -> str:
   """Returns the kernel of a pass: "xla", "splash" or "cudnn", decided while tracing.
 

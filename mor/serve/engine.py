@@ -26,6 +26,7 @@ from mor.decode import decoder as decoder_lib
 from mor.decode import parts as parts_lib
 from mor.decode import sampling
 from mor.decode import storage as storage_lib
+from mor.decode import storages
 from mor.decode import weights as weights_lib
 from mor.exits import calibration
 from mor.exits import policy as exits_lib
@@ -37,9 +38,6 @@ from mor.serve import request as request_lib
 from mor.serve import runner as runner_lib
 from mor.serve import scheduler as scheduler_lib
 from mor.serve import sizes
-
-_STORAGES = {"paged": storage_lib.Paged, "dense": storage_lib.Dense}
-
 
 class Engine:
   """Serves one model; see the module docstring.
@@ -64,7 +62,8 @@ class Engine:
       from 4 on, so that tokens that never leave early stay in phase.
     prefill_chunk: prompt tokens prefilled at most between two dispatches.
     router: router in place of that of the model; for studies of depth, which prescribe it, so no flag sets it.
-    storage: "paged", or "dense": one page a row, the reference of tests and benchmarks, so no flag sets it.
+    storage: of keys and values, one of `storages.NAMES`; None is what suits the platform. The others are for tests and
+      benchmarks, so no flag sets it.
     exits: where tokens may leave early, for requests with exit="trust" or "verify".
     calibrator: gives a request the threshold it does not state, and learns from exits if
       `exits.monitor`; without a flag, as `--mode=calibrate` stores a threshold instead.
@@ -76,24 +75,25 @@ class Engine:
   def __init__(self, model: Any, *, num_slots: int = 16, batching: str = "depth", context: int | None = None,
                page_size: int = 64, num_pages: int | None = None, num_edge_pages: int | None = None,
                weight_format: str = "float32", kv_format: str = "float32", ticks: int | None = None,
-               prefill_chunk: int = 256, router: Any = None, storage: str = "paged",
+               prefill_chunk: int = 256, router: Any = None, storage: str | None = None,
                exits: exits_lib.Exits | None = None, calibrator: calibration.Calibrator | None = None,
                devices: int | Sequence[jax.Device] | None = None, tensor: int = 1):
     sizes.check_model(model, router)
     groups = sizes.check_devices(devices, tensor)
-    for name, value, choices in (("batching", batching, ("depth", "sequence")), ("storage", storage, _STORAGES),
+    for name, value, choices in (("batching", batching, ("depth", "sequence")),
+                                 ("storage", storages.NAMES[0] if storage is None else storage, storages.NAMES),
                                  ("kv_format", kv_format, storage_lib.FORMATS),
                                  ("weight_format", weight_format, weights_lib.FORMATS)):
       sizes.check_choice(name, value, choices)
     num_slots, page_size, num_pages, num_edge_pages, ticks, prefill_chunk, context = sizes.check_counts(
         num_slots=num_slots, page_size=page_size, num_pages=num_pages, num_edge_pages=num_edge_pages, ticks=ticks,
         prefill_chunk=prefill_chunk, context=model.context if context is None else context)
-    page_size = context if storage == "dense" else page_size
-    kind, config = _STORAGES[storage], model.config
+    config = model.config
     exit_host.check(exits, config, batching, calibrator)
     part = parts_lib.cut(config, tensor)
-    decoder = decoder_lib.Decoder(part, kind(page_size, part.num_kv_heads, part.head_dim, kv_format), router,
-                                  exits.after if exits else ())
+    entries = storages.make(storage, part.num_kv_heads, part.head_dim, kv_format, page_size, context)
+    page_size = entries.page_size
+    decoder = decoder_lib.Decoder(part, entries, router, exits.after if exits else ())
     self.exits, self.calibrator = exits, calibrator
     tables = decoder.tables
     cyclic = tables.schedule.cyclic

@@ -1,5 +1,7 @@
 """Decoding equals the whole causal forward pass, at every position."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,12 @@ from tests.helpers import decoding
 from tests.helpers import tiny
 
 NARROW = dict(capacity=(0.7, 0.5, 0.3))
-STORAGES = list(decoding.STORAGES)
+STORAGES = ("dense", "paged")
+# Router, plan and storage of accelerators: kernels are interpreted, which compiles for long.
+QUICK = {("expert_choice", "hybrid", "packed_tpu"), ("expert_choice", "recursion_wise", "packed_gpu"), ("fixed", "shared", "gather")}
+ACCELERATED = [
+    pytest.param(*some, marks=() if some in QUICK else pytest.mark.slow) for some in itertools.product(
+        router_table.ROUTERS, kv_plans.PLANS, (name for name in decoding.STORAGES if name not in STORAGES))]
 
 
 def build(plan="recursion_wise", **model):
@@ -37,6 +44,11 @@ def check(config, storage):
 def test_decoding_equals_forward(router, plan, storage):
   """Rows of a ragged batch: prefilled at once, in chunks, late, or not at all."""
   check(build(plan, router=tiny.router(router), num_layers=8), storage)
+
+
+@pytest.mark.parametrize("router, plan, storage", ACCELERATED)
+def test_decoding_on_accelerators_equals_forward(router, plan, storage):
+  check(build(plan, router=tiny.router(router), num_layers=5 if (router, plan, storage) in QUICK else 8), storage)
 
 
 @pytest.mark.parametrize("plan", [

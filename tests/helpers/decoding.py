@@ -14,6 +14,7 @@ import numpy as np
 
 from mor.decode import cache as cache_lib
 from mor.decode import decoder as decoder_lib
+from mor.decode import packed
 from mor.decode import prefill as prefill_lib
 from mor.decode import storage as storage_lib
 from mor.decode import weights as weights_lib
@@ -24,9 +25,11 @@ from tests.helpers import weights as parameters
 CONTEXT, PAGE = 12, 4
 # Tokens of each row that a prefill takes; row 2 decodes all of its own. The second
 # of two chunks sees stored entries, and one program runs both.
-CHUNKS = {"dense": ((8, 7, 0, 2, 1),), "paged": ((5, 3, 0, 0, 1), (3, 4, 0, 2, 0))}
+CHUNKS = dict.fromkeys(("paged", "gather", "packed_tpu", "packed_gpu"), ((5, 3, 0, 0, 1), (3, 4, 0, 2, 0))) | {
+    "dense": ((8, 7, 0, 2, 1),)}
 BATCH = 5
-STORAGES = {"dense": (storage_lib.Dense, CONTEXT), "paged": (storage_lib.Paged, PAGE)}
+STORAGES = {"dense": (storage_lib.Dense, CONTEXT), "paged": (storage_lib.Paged, PAGE), "gather": (storage_lib.Dense, PAGE)} | {
+    f"packed_{kernel}": (functools.partial(packed.PackedPages, kernel=kernel), PAGE) for kernel in packed.KERNELS}
 
 prefill = jax.jit(prefill_lib.run, static_argnums=(0, 6))
 advance = jax.jit(generate.advance, static_argnums=0, donate_argnums=2)

@@ -168,7 +168,7 @@ def test_figures(model, beside):
     (dict(ticks=0), "ticks=0; use a count >= 1"),
     (dict(context=0), "context=0; use a count >= 1"),
     (dict(batching="rows"), "batching='rows'; use one of depth, sequence"),
-    (dict(storage="disk"), "storage='disk'; use one of paged, dense"),
+    (dict(storage="disk"), "storage='disk'; use one of paged, packed, gather, dense"),
     (dict(kv_format="int4"), "kv_format='int4'; use one of float32, bfloat16"),
     (dict(weight_format="int4"), "weight_format='int4'; use one of float32, bfloat16"),
 ])
