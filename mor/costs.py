@@ -209,7 +209,7 @@ def report(config: config_lib.Config, budget: float | None = None) -> dict[str, 
       "flops_per_token_forward_no_head": forward_flops_per_token(model, seq_len, head=False),
       "kv_bytes_per_token": kv_bytes_per_token(model, seq_len, dtype_bytes),
   }
-  if model.recursions_train.distribution != "fixed":
+  if model.recursions_train.draws:
     figures["flops_per_token_forward_training"] = mean_forward_flops_per_token(model, seq_len)
   if budget is not None:
     figures["steps"] = steps_of_budget(model, budget)

@@ -106,6 +106,11 @@ class RecursionsTrainConfig:
     _require(self.sigma > 0, f"{where}.sigma={self.sigma}", "use a value > 0")
     _require(self.backprop >= 0, f"{where}.backprop={self.backprop}", "use 0 for all steps, or a number of them")
 
+  @property
+  def draws(self) -> bool:
+    """Whether optimizer steps differ in their number of recursion steps."""
+    return self.distribution in ("uniform", "poisson")
+
   def support(self, num_recursions: int) -> tuple[int, ...]:
     """Returns the numbers of steps that may be drawn, ascending."""
     if self.distribution == "poisson":

@@ -170,7 +170,7 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
       update_and_vote, static_argnums=(3, 4), donate_argnums=0,
       in_shardings=(shardings, placed, _teacher_shardings(mesh, teacher)), out_shardings=(shardings, replicated))
   router, ready = router_table.make(config.model), set()
-  draws = config.model.recursions_train.distribution != "fixed"
+  draws = config.model.recursions_train.draws
 
   def choose_program(step):
     return (router.bucket(step) if router.num_buckets else None,

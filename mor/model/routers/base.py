@@ -91,7 +91,7 @@ class Router:
                    f"model.kv_plan={config.kv_plan!r} with sharing={config.sharing!r} and a router",
                    "later steps must find every layer's keys in step 0; use 'cycle' or 'middle_cycle'")
     train = config.recursions_train
-    fields.require(cls.any_depth or train.distribution == "fixed",
+    fields.require(cls.any_depth or not train.draws,
                    f"model.recursions_train.distribution={train.distribution!r} with router.name={config.router.name!r}",
                    "its scores and capacities belong to the steps of model.num_recursions; use 'fixed', or the router "
                    "'fixed'")
