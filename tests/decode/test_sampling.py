@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 
 from mor.decode import sampling
+from tests.helpers import platforms
 
 V = 13
 sample = jax.jit(sampling.sample, static_argnums=(4, 5))
@@ -143,6 +144,33 @@ def test_every_kind_that_serves_a_row_gives_its_token():
       if sampling.serves(kind, name):
         np.testing.assert_array_equal(draw(logits_MV, settings, seen_MV=seen_MV, kind=kind), free, err_msg=kind)
   assert sampling.Sampling(repetition_penalty=1.1).kind == "filtered"
+
+
+@pytest.mark.parametrize("width", [V, 300])
+def test_digits_find_the_thresholds_that_bits_find(width):
+  """Bit for bit, for distances of every size, ties, counts and sums, and least amounts that nothing reaches."""
+  rng, num = np.random.default_rng(9), 200
+  behind_MV = (rng.random((num, width)) * 10.0 ** rng.integers(-30, 30, (num, 1))).astype(np.float32)
+  behind_MV[::3] = rng.integers(0, 4, (len(behind_MV[::3]), width))
+  behind_MV[:, 2], behind_MV[7::9, 4] = 0.0, np.inf
+  bits_MV, weight_MV = jax.lax.bitcast_convert_type(behind_MV, jnp.int32), np.exp(-behind_MV)
+  for amount_MV, least_M in ((np.ones((num, width), np.int32), rng.integers(1, width + 3, num, dtype=np.int32)),
+                             (weight_MV, np.float32(rng.random(num) * weight_MV.sum(axis=1) * 1.01))):
+    found = [np.asarray(jax.jit(find)(bits_MV, amount_MV, least_M))
+             for find in (sampling._find_by_bits, sampling._find_by_digits)]
+    np.testing.assert_array_equal(*found)
+    assert len(set(found[0])) > 20 and found[0].max() == 2**31 - 1, "no amount was out of reach"
+
+
+@pytest.mark.parametrize("width", [V, 512])
+def test_an_accelerator_finds_the_first_greatest_number(width):
+  """By `argmax`, with the blocks' rule for ties and for logits that are not finite."""
+  logits_MV = np.random.default_rng(10).integers(0, 4, (40, width)).astype(np.float32)
+  logits_MV[1, 3], logits_MV[2, 0], logits_MV[3, 5] = np.nan, np.inf, -np.inf
+  on_cpu_M = np.asarray(sampling.most_likely(jnp.asarray(logits_MV)))
+  with platforms.pretend("gpu"):
+    np.testing.assert_array_equal(sampling.most_likely(jnp.asarray(logits_MV)), on_cpu_M)
+  assert (on_cpu_M[1:4] == sampling.NOT_FINITE).all() and (on_cpu_M[4:] == logits_MV[4:].argmax(axis=1)).all()
 
 
 def test_no_temperature_takes_the_first_most_likely_token():
