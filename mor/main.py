@@ -4,7 +4,7 @@
   python -m mor.main --workdir=runs/quickstart --mode=generate --prompt="My fellow"
 
 Modes: `train` starts or resumes the run of a workdir; `eval` prints its held-out figures,
-or those of another text, as a JSON object; `generate` continues prompts, or those of a file as JSON
+or those of another text, as a JSON object (of a task, accuracy and depth by difficulty); `generate` continues prompts, or those of a file as JSON
 lines; `calibrate` finds the threshold of a run's exits on a text, and stores it for
 `generate`; `convert` starts a run from a pretrained model, `export` writes a run's model for
 PyTorch or llama.cpp; `info` prints the size and cost of a config as a JSON object; `fields` prints
@@ -168,27 +168,25 @@ def _eval() -> int:
   numbers = [None] if _RECURSIONS.value is None else arguments.read_numbers("recursions", _RECURSIONS.value)
   config, state, step, mesh = _restore("eval")
   experiments = [step_lib.at_recursions(config, number) for number in numbers]
+  corpus = None
   if _EVAL_TEXT.value is None:
     corpus = run_lib.load_corpus(_workdir("eval"), config, _ACCEPT.value, "or give their new place with "
                                  "--config.data.source, or another text with --eval_text=FILE")
   for one in experiments:
-    if _EVAL_TEXT.value is None:
-      figures, content = loop.make_evaluate(one, mesh, corpus)(state), corpus.validation_text()
-    else:
-      figures, content = _evaluate_text(one, state, mesh)
+    figures = _evaluate_text(one, state, mesh) if corpus is None else loop.evaluate_corpus(one, mesh, state, corpus)
     if distributed.is_main():
-      compressors = evaluate.compressed_bits_per_byte(content)
       number = {} if _RECURSIONS.value is None else {"recursions": one.model.num_recursions}
-      print(json.dumps({"step": step, **number, **figures, **compressors}), flush=True)
+      print(json.dumps({"step": step, **number, **figures}), flush=True)
   return 0
 
 
-def _evaluate_text(config: config_lib.Config, state: step_lib.TrainState, mesh: jax.sharding.Mesh):
-  """Returns the figures of --eval_text, and the text."""
+def _evaluate_text(config: config_lib.Config, state: step_lib.TrainState, mesh: jax.sharding.Mesh) -> dict[str, float]:
+  """Returns the figures of --eval_text."""
   if _CONFIG.value is not None:
     run_lib.check_tokenizer(_workdir("eval"), config.data)
   tokenizer = run_lib.load_tokenizer(_workdir("eval"), config.data)
-  return loop.evaluate_text(config, mesh, state, tokenizer, _EVAL_TEXT.value)
+  figures, content = loop.evaluate_text(config, mesh, state, tokenizer, _EVAL_TEXT.value)
+  return figures | evaluate.compressed_bits_per_byte(content)
 
 
 def _generate() -> int:

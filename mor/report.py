@@ -26,6 +26,7 @@ from mor.model import transformer
 from mor.model.routers import table as router_table
 from mor.train import evaluate as evaluate_lib
 from mor.train import metrics as metrics_lib
+from mor.train import task_figures
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -59,6 +60,8 @@ _CARDS = (  # figure of the summary, label, format
     ("bpb_xz", "xz -9", ".3f"),
     ("bpb_gzip", "gzip -9", ".3f"),
     ("nll_causal", "nats per token, causal", ".3f"),
+    ("accuracy_causal", "answers right, causal", ".1%"),
+    ("accuracy_oracle", "answers right, oracle", ".1%"),
     ("agreement", "causal–oracle agreement", ".1%"),
     ("step", "steps", ",.0f"),
     ("train_tokens", "training tokens", ",.0f"),
@@ -96,7 +99,9 @@ def finish(config: config_lib.Config, workdir: str | os.PathLike, corpus: Any,
   variables = {"params": params, "balance": balance}
   parts, depths = measure_held_out(config, variables, corpus)
   lines = [format_figures(summary)]
-  if config.train.sample_prompt and config.train.sample_tokens:
+  if "accuracy_causal" in summary:  # a task: its questions are no text to be continued
+    lines += ["", depth_lib.format_terminal(parts, depths, config.model.num_recursions, depth_lib.wants_colour())]
+  elif config.train.sample_prompt and config.train.sample_tokens:
     lines += ["", format_sample(config, variables, corpus.tokenizer, config.train.sample_prompt,
                                 config.train.sample_tokens, SAMPLE_TEMPERATURE, config.seed)]
   page = write(workdir, config, metrics_lib.read(workdir), summary, parts, depths)
@@ -106,13 +111,13 @@ def finish(config: config_lib.Config, workdir: str | os.PathLike, corpus: Any,
 
 def summarize(config: config_lib.Config, rows: list[dict[str, float]], held_out: Mapping[str, float],
               held_out_text: str, params: dict) -> dict[str, float]:
-  """Returns the final figures: held-out loss, compressors on the same text, size, speed."""
+  """Returns the final figures: held-out loss, compressors on the same text if it is text, size, speed."""
   rates = {name: [row[f"train/{name}"] for row in rows if f"train/{name}" in row]
            for name in ("tokens_per_second", "mfu")}
   return {
       "step": config.train.steps,
       **held_out,
-      **evaluate_lib.compressed_bits_per_byte(held_out_text),
+      **(evaluate_lib.compressed_bits_per_byte(held_out_text) if "bytes" in held_out else {}),
       "params": sum(x.size for x in jax.tree.leaves(params)),
       "train_tokens": config.train.steps * config.data.batch_size * config.data.seq_len,
       **{name: float(np.median(values)) for name, values in rates.items() if values},
@@ -120,7 +125,11 @@ def summarize(config: config_lib.Config, rows: list[dict[str, float]], held_out:
 
 
 def format_figures(summary: Mapping[str, float]) -> str:
-  """Formats the bits per byte of the model and of the compressors."""
+  """Formats the bits per byte of the model and of the compressors; of a task, the accuracy by difficulty."""
+  if "accuracy_causal" in summary:
+    lines = [f"  {name}: {task_figures.describe(summary, name)}" for name in ("causal", "oracle")
+             if f"accuracy_{name}" in summary]
+    return "\n".join([f"held-out answers that are right, and by difficulty ({summary['targets']:,.0f} answers)", *lines])
   labels = (("bpb_causal", "causal (honest: what generation can do)"), ("bpb_oracle", "oracle (routed as in training)"),
             ("bpb_gzip", "gzip -9"), ("bpb_xz", "xz -9"))
   rows = [f"  {summary[name]:6.3f}  {label}" for name, label in labels if name in summary]

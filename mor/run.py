@@ -123,7 +123,7 @@ def load_tokenizer(workdir: str | os.PathLike, config: config_lib.DataConfig) ->
 
 
 def load_corpus(workdir: str | os.PathLike, config: config_lib.Config, accept_new_data: bool = False,
-                instead: str = "or give their new place with --config.data.source") -> text.Corpus:
+                instead: str = "or give their new place with --config.data.source") -> text.AnyCorpus:
   """Opens the corpus of a config with the tokenizer of the run, if these are the texts of the run.
 
   Args:
@@ -194,7 +194,7 @@ class Session:
     new_data: whether the run has other texts from this session on.
   """
 
-  def __init__(self, workdir: str | os.PathLike, config: config_lib.Config, corpus: text.Corpus, first_step: int):
+  def __init__(self, workdir: str | os.PathLike, config: config_lib.Config, corpus: text.AnyCorpus, first_step: int):
     """Writes the record; process 0 does, for all processes of a run.
 
     Args:

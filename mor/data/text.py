@@ -53,8 +53,11 @@ class Corpus:
     return (self.directory / "validation.txt").read_bytes().decode("utf-8")
 
 
+AnyCorpus = Corpus | task_corpus.TaskCorpus
+
+
 def load(config: config_lib.DataConfig, vocab_size: int,
-         tokenizer: tokenizer_lib.Tokenizer | None = None) -> Corpus | task_corpus.TaskCorpus:
+         tokenizer: tokenizer_lib.Tokenizer | None = None) -> AnyCorpus:
   """Opens the corpus of a config, and tokenises it at first use.
 
   Args:

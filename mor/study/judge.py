@@ -28,7 +28,7 @@ from mor.train import minimal_pairs
 class Judge:
   """The held-out sets of a study, tokenised once."""
 
-  def __init__(self, study: study_plan.Study, data: config_lib.DataConfig, corpus: text.Corpus,
+  def __init__(self, study: study_plan.Study, data: config_lib.DataConfig, corpus: text.AnyCorpus,
                directory: pathlib.Path):
     """Reads the sets.
 

@@ -7,6 +7,7 @@
 
 Bits per byte divide by the bytes of text that the targets encode, so they do not
 depend on the tokenizer. The end of a document is a target of 0 bytes, and its loss counts.
+Rows of a task are no text: in place of bits per byte they have the figures of `task_figures.py`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,9 +25,11 @@ import numpy as np
 from mor import config as config_lib
 from mor import distributed
 from mor import sharding
+from mor.data.tasks import table as task_table
 from mor.model import transformer
 from mor.model.routers import table as router_table
 from mor.train import loss as loss_lib
+from mor.train import task_figures
 
 Batch = Mapping[str, np.ndarray]
 
@@ -43,7 +46,8 @@ def make(config: config_lib.Config, mesh: Mesh, num_bytes_V: np.ndarray) -> Call
                         same most likely token
     agreement           fraction of (token, step) pairs that both routings treat alike, over
                         the steps that may drop tokens
-    targets, bytes      counts
+    accuracy_… and more  of a task, see `task_figures.py`
+    targets, bytes      counts; a task has no bytes
 
   Args:
     config: the experiment.
@@ -95,9 +99,9 @@ def _local_sums(config, params, balance, num_bytes_V, batch):
   model, exits, loss_block = config.model, config.exit.layers, config.train.loss_block
   params, key = transformer.whole(model, params), jax.random.key(config.seed)
   valid_BT, mask_BT = batch["segment_BT"] != 0, batch["loss_mask_BT"]
-  byte_BT = num_bytes_V[batch["target_BT"]]
-  sums = {"tokens": jnp.sum(valid_BT), "targets": jnp.sum(mask_BT), "bytes": jnp.sum(jnp.where(mask_BT, byte_BT, 0))}
-  keep = {}
+  sums, keep = {"tokens": jnp.sum(valid_BT), "targets": jnp.sum(mask_BT)}, {}
+  if "difficulty_BT" not in batch:
+    sums["bytes"] = jnp.sum(jnp.where(mask_BT, num_bytes_V[batch["target_BT"]], 0))
   for name, routing in routings(model).items():
     out = transformer.Transformer(model).apply(
         {"params": params, "balance": balance}, batch["tokens_BT"], batch["segment_BT"], routing=routing,
@@ -106,6 +110,10 @@ def _local_sums(config, params, balance, num_bytes_V, batch):
     keep[name] = out.keep_RBT & valid_BT[None]
     sums[f"nll_{name}"] = jnp.sum(jnp.where(mask_BT, nll_BT, 0.0))
     sums[f"kept_{name}"] = jnp.sum(keep[name], axis=(1, 2))
+    if "difficulty_BT" in batch:
+      likeliest_BT = loss_lib.likeliest(transformer.head(params), out.hidden_BTD, loss_block)
+      counted = task_figures.count(task_table.make(config.data).num_levels, likeliest_BT, keep[name], batch)
+      sums |= {f"task_{name}_{key}": value for key, value in counted.items()}
     for n, exit_BTD in zip(exits, out.exits):
       exit_nll_BT, same_BT = loss_lib.compare_exit(
           transformer.head(params), exit_BTD, out.hidden_BTD, batch["target_BT"], loss_block)
@@ -131,7 +139,11 @@ def _metrics(model: config_lib.ModelConfig, exits: tuple[int, ...], total: Mappi
   metrics = {}
   for name in routings(model):
     metrics[f"nll_{name}"] = total[f"nll_{name}"] / total["targets"]
-    metrics[f"bpb_{name}"] = total[f"nll_{name}"] / math.log(2) / max(total["bytes"], 1.0)
+    if "bytes" in total:
+      metrics[f"bpb_{name}"] = total[f"nll_{name}"] / math.log(2) / max(total["bytes"], 1.0)
+    else:
+      metrics |= task_figures.figures(model, name, {
+          key.removeprefix(f"task_{name}_"): value for key, value in total.items() if key.startswith(f"task_{name}_")})
     if model.num_recursions > 1:
       for r, kept in enumerate(total[f"kept_{name}"]):
         metrics[f"load_{name}_{r + 1}"] = kept / total["tokens"]
@@ -140,5 +152,5 @@ def _metrics(model: config_lib.ModelConfig, exits: tuple[int, ...], total: Mappi
   if "same" in total:
     dropping = [r for r, fraction in enumerate(model.capacity) if fraction < 1] or range(model.num_recursions)
     metrics["agreement"] = np.mean([total["same"][r] for r in dropping]) / total["tokens"]
-  metrics |= {"targets": total["targets"], "bytes": total["bytes"]}
+  metrics |= {name: total[name] for name in ("targets", "bytes") if name in total}
   return {k: float(v) for k, v in metrics.items()}

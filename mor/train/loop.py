@@ -32,15 +32,17 @@ from mor import sharding
 from mor.data import rows as rows_lib
 from mor.data import text
 from mor.data import tokenizer as tokenizer_lib
+from mor.data.tasks import corpus as task_corpus
 from mor.model import depths
 from mor.train import evaluate as evaluate_lib
 from mor.train import metrics as metrics_lib
 from mor.train import signals
 from mor.train import step as step_lib
+from mor.train import task_figures
 
 
 # finish(config, workdir, corpus, evaluate, params, balance) -> final figures, text to print
-Finish = Callable[[config_lib.Config, str | os.PathLike, text.Corpus, Callable[[], dict[str, float]], dict, dict],
+Finish = Callable[[config_lib.Config, str | os.PathLike, text.AnyCorpus, Callable[[], dict[str, float]], dict, dict],
                   tuple[Mapping[str, float], str]]
 
 
@@ -131,11 +133,29 @@ def restore_or_init(config: config_lib.Config, mesh: jax.sharding.Mesh,
 
 
 def make_evaluate(config: config_lib.Config, mesh: jax.sharding.Mesh,
-              corpus: text.Corpus) -> Callable[[step_lib.TrainState], dict[str, float]]:
+              corpus: text.AnyCorpus) -> Callable[[step_lib.TrainState], dict[str, float]]:
   """Makes `evaluate(state) -> metrics` over `train.eval_rows` held-out rows."""
   evaluate = evaluate_lib.make(config, mesh, corpus.tokenizer.num_bytes_V)
   return lambda state: evaluate(state.params, state.balance, corpus.validation.in_order(
       config.data.batch_size, config.train.eval_rows))
+
+
+def evaluate_corpus(config: config_lib.Config, mesh: jax.sharding.Mesh, state: step_lib.TrainState,
+                    corpus: text.AnyCorpus) -> dict[str, Any]:
+  """Returns the held-out figures of a run, ready for JSON.
+
+  Those of a task have an object for the difficulties of each figure, and in `beyond` the same of
+  questions that are harder than any of training, where the task has such.
+  """
+  figures = make_evaluate(config, mesh, corpus)(state)
+  if not isinstance(corpus, task_corpus.TaskCorpus):
+    return figures | evaluate_lib.compressed_bits_per_byte(corpus.validation_text())
+  nested = task_figures.nest(figures)
+  if corpus.beyond is None:
+    return nested
+  harder = evaluate_lib.make(config, mesh, corpus.tokenizer.num_bytes_V)(
+      state.params, state.balance, corpus.beyond.in_order(config.data.batch_size, config.train.eval_rows))
+  return nested | {"beyond": task_figures.nest(harder)}
 
 
 def evaluate_text(config: config_lib.Config, mesh: jax.sharding.Mesh, state: step_lib.TrainState,
@@ -209,9 +229,13 @@ def _count_flops_at(config: config_lib.Config, num_recursions: int) -> float:
 
 def describe_eval(step: int, held_out: Mapping[str, float]) -> str:
   """Returns a line on an evaluation."""
-  figures = "  ".join(f"{name} {held_out[f'bpb_{name}']:.4f} bits/byte (nll {held_out[f'nll_{name}']:.4f})"
-                      for name in ("causal", "oracle") if f"bpb_{name}" in held_out)
-  return f"step {step} held out: {figures}"
+  figures = []
+  for name in ("causal", "oracle"):
+    if f"bpb_{name}" in held_out:
+      figures.append(f"{name} {held_out[f'bpb_{name}']:.4f} bits/byte (nll {held_out[f'nll_{name}']:.4f})")
+    elif f"accuracy_{name}" in held_out:
+      figures.append(f"{name} {task_figures.describe(held_out, name)} (nll {held_out[f'nll_{name}']:.4f})")
+  return f"step {step} held out: {'  '.join(figures)}"
 
 
 class _Log:

@@ -56,6 +56,16 @@ def token_nll(head_VD: types.Embedding, hidden_BTD: types.Activations, target_BT
   return _unblock(jax.lax.map(run_block, (_blocks(hidden_BTD, length), _blocks(target_BT, length))))
 
 
+def likeliest(head_VD: types.Embedding, hidden_BTD: types.Activations, block: int) -> types.Tokens:
+  """Returns the most likely token at each position, from `block` tokens of logits at a time."""
+  length = block_len(*hidden_BTD.shape[:2], block)
+
+  def run_block(hidden_BTD):
+    return jnp.argmax(_logits(hidden_BTD, head_VD), axis=-1)
+
+  return _unblock(jax.lax.map(run_block, _blocks(hidden_BTD, length)))
+
+
 def compare_exit(head_VD: types.Embedding, exit_BTD: types.Activations, hidden_BTD: types.Activations,
                  target_BT: types.Tokens, block: int) -> tuple[jax.Array, jax.Array]:
   """Returns `token_nll` of an exit, and True for each token that exit and last layer agree on.
