@@ -246,7 +246,7 @@ def store(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slo
     context_pages: as in `run`.
 
   Returns:
-    The slots, and whether the pages sufficed; without that they are of no use.
+    The slots, and whether the pages have sufficed for all prefills so far; without that they are of no use.
   """
   cache = slots.cache
   tables = ("edge_page_BP", "edge_length_B", "page_BRP", "length_BR", "hidden_BRS")
@@ -254,4 +254,5 @@ def store(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slo
   rows, _, ok = run(decoder, weights, cache.replace(**some), tokens_GT, start_G, length_G, context_pages)
   back = {name: getattr(cache, name).at[slot_G].set(getattr(rows, name), mode="drop")
           for name in tables}
-  return slots.replace(cache=rows.replace(**back)), ok
+  sufficed = slots.sufficed & ok
+  return slots.replace(cache=rows.replace(**back), sufficed=sufficed), sufficed

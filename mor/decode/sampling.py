@@ -17,7 +17,7 @@ penalty, Keskar et al. 2019 (CTRL), which divides positive logits of tokens seen
 prompt or output and multiplies negative ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import math
 from typing import Any
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from mor import fields
+from mor import types
 from mor.decode import control
 
 _LARGEST = 1e30  # finite in float32
@@ -104,18 +105,18 @@ def check(values: Mapping[str, Any]) -> None:
 class SamplingRows:
   """`Sampling` of B requests, on the device."""
 
-  temperature_B: jax.Array
-  top_k_B: jax.Array
-  top_p_B: jax.Array
-  min_p_B: jax.Array
-  penalty_B: jax.Array
-  seed_B: jax.Array
+  temperature_B: types.Array
+  top_k_B: types.Array
+  top_p_B: types.Array
+  min_p_B: types.Array
+  penalty_B: types.Array
+  seed_B: types.Array
 
 
-def rows(settings: list[Sampling]) -> SamplingRows:
-  """Stacks settings."""
+def rows(settings: list[Sampling], as_array: Callable[..., types.Array] = jnp.asarray) -> SamplingRows:
+  """Stacks settings, as arrays of JAX, or of NumPy by `numpy.asarray`."""
   def column(name, dtype):
-    return jnp.asarray([getattr(s, name) for s in settings], dtype)
+    return as_array([getattr(s, name) for s in settings], dtype)
 
   return SamplingRows(
       column("temperature", jnp.float32), column("top_k", jnp.int32), column("top_p", jnp.float32),

@@ -33,6 +33,7 @@ import numpy as np
 from mor import types
 from mor.decode import cache as cache_lib
 from mor.decode import decoder as decoder_lib
+from mor.decode import packing
 from mor.decode import sampling as sampling_lib
 from mor.decode import weights as weights_lib
 from mor.model.routers import base as router_base
@@ -77,6 +78,7 @@ class Slots:
     seen_BV: tokens of the request so far.
     stop_BE: tokens that end it, -1 for none.
     logprob_B: whether it wants log-probabilities.
+    sufficed: whether every prefill has found its pages; else nothing here is of use.
     ring: what exits keep of each slot; None in an engine without exits.
   """
 
@@ -95,6 +97,7 @@ class Slots:
   seen_BV: jax.Array
   stop_BE: jax.Array
   logprob_B: jax.Array
+  sufficed: jax.Array
   ring: Any = None
 
 
@@ -136,18 +139,20 @@ class Ticked:
 
 @struct.dataclass
 class Out:
-  """What K ticks did; one copy to the host.
+  """What K ticks did; `tick.repeat` packs it, so that it is one copy to the host.
 
   Attributes:
     ticks: each array with a leading K.
     num_ticks: ticks that were run; the rest of the arrays means nothing.
     free, edge_free: pages left at the end.
+    sufficed: as in `Slots`.
   """
 
   ticks: Ticked
   num_ticks: types.Array
   free: types.Array
   edge_free: types.Array
+  sufficed: types.Array
 
 
 def move(slots: Slots, on_B: jax.Array, old: int | Sequence[int], new: int) -> Slots:
@@ -188,17 +193,51 @@ def nothing_new(num_slots: int) -> NewTokens:
 
 @struct.dataclass
 class Admission:
-  """A request for one slot, its prompt but the last token being stored already."""
+  """Requests for G slots, their prompts but the last tokens being stored already.
 
-  slot: jax.Array
-  token: jax.Array
-  position: jax.Array
-  index: jax.Array
-  left: jax.Array
-  logprob: jax.Array
-  rows_1: sampling_lib.SamplingRows
-  stop_1E: jax.Array
-  seen_S: jax.Array  # tokens of the request, padded with the vocabulary's size
+  Attributes:
+    slot_G: the slots, no two the same; the number of all slots where a row is padding.
+    token_G, position_G: the token that is read.
+    index_G: tokens the request has generated.
+    left_G: tokens it may still generate.
+    logprob_G: whether it wants log-probabilities.
+    rows_G: sampling settings.
+    stop_GE: tokens that end it, -1 for none.
+    seen_GS: tokens of the request, padded with the vocabulary's size.
+  """
+
+  slot_G: types.Array
+  token_G: types.Array
+  position_G: types.Array
+  index_G: types.Array
+  left_G: types.Array
+  logprob_G: types.Array
+  rows_G: sampling_lib.SamplingRows
+  stop_GE: types.Array
+  seen_GS: types.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """A request that starts in a slot, or starts again after a preemption.
+
+  Attributes:
+    slot: where it goes.
+    tokens: its prompt and what it has generated before, all but the last one stored.
+    generated: how many of them it has generated.
+    left: tokens that it may still generate.
+    sampling: how tokens are chosen.
+    stop_tokens: ids that end it, STOP_TOKENS at most.
+    logprobs: whether it wants log-probabilities.
+  """
+
+  slot: int
+  tokens: Sequence[int]
+  generated: int
+  left: int
+  sampling: sampling_lib.Sampling
+  stop_tokens: Sequence[int]
+  logprobs: bool
 
 
 def make(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, num_slots: int, num_pages: int,
@@ -209,7 +248,8 @@ def make(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, num_slots: 
       cache=decoder.tables.make_cache(num_slots, num_pages, num_edge_pages, pages_per_row),
       rows=sampling_lib.rows([sampling_lib.Sampling()] * num_slots),
       seen_BV=jnp.zeros((num_slots, decoder.model.vocab_size), bool),
-      stop_BE=jnp.full((num_slots, STOP_TOKENS), -1, jnp.int32))
+      stop_BE=jnp.full((num_slots, STOP_TOKENS), -1, jnp.int32),
+      sufficed=jnp.bool_(True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -223,54 +263,50 @@ def _make_empty(decoder, weights, num_slots):
               depth_B=int_B, routed=routed, index_B=int_B, left_B=int_B, logprob_B=bool_B)
 
 
-def make_admission(slot: int, tokens: Sequence[int], *, generated: int, left: int, sampling: sampling_lib.Sampling,
-                   stop_tokens: Sequence[int], logprobs: bool, vocab_size: int) -> Admission:
-  """Returns a request as arrays.
+def make_admission(starts: Sequence[Start], num_rows: int, num_slots: int, vocab_size: int) -> Admission:
+  """Returns requests as NumPy arrays.
 
   Args:
-    slot: where it goes.
-    tokens: its prompt and what it has generated before, all but the last one stored.
-    generated: how many of them it has generated.
-    left: tokens that it may still generate.
-    sampling: how tokens are chosen.
-    stop_tokens: ids that end it, STOP_TOKENS at most.
-    logprobs: whether it wants log-probabilities.
-    vocab_size: of the model.
+    starts: the requests.
+    num_rows: rows of the arrays, of which those beyond the requests are padding.
+    num_slots: number of all slots.
+    vocab_size: vocabulary size of the model.
   """
-  penalised = sampling.repetition_penalty != 1
-  width = 1 << (len(tokens) - 1).bit_length() if penalised else 1  # few shapes
-  seen_S = np.full(width, vocab_size, np.int32)
-  if penalised:
-    seen_S[:len(tokens)] = tokens
-  stop_1E = np.full((1, STOP_TOKENS), -1, np.int32)
-  stop_1E[0, :len(stop_tokens)] = stop_tokens
-  return Admission(
-      slot=jnp.int32(slot), token=jnp.int32(tokens[-1]), position=jnp.int32(len(tokens) - 1),
-      index=jnp.int32(generated), left=jnp.int32(left), logprob=jnp.bool_(logprobs),
-      rows_1=sampling_lib.rows([sampling]), stop_1E=jnp.asarray(stop_1E), seen_S=jnp.asarray(seen_S))
+  padding = Start(num_slots, (0,), 0, 0, sampling_lib.Sampling(), (), False)
+  starts = [*starts, *[padding] * (num_rows - len(starts))]
+  histories = [start.tokens if start.sampling.repetition_penalty != 1 else () for start in starts]
+  width = 1 << max(0, max(map(len, histories)) - 1).bit_length()  # few shapes
+  seen_GS = np.full((num_rows, width), vocab_size, np.int32)
+  stop_GE = np.full((num_rows, STOP_TOKENS), -1, np.int32)
+  for g, start in enumerate(starts):
+    seen_GS[g, :len(histories[g])] = histories[g]
+    stop_GE[g, :len(start.stop_tokens)] = start.stop_tokens
+  number_GX = np.array([(start.slot, start.tokens[-1], len(start.tokens) - 1, start.generated, start.left)
+                        for start in starts], np.int32)
+  return Admission(*number_GX.T, logprob_G=np.array([start.logprobs for start in starts]),
+                   rows_G=sampling_lib.rows([start.sampling for start in starts], np.asarray), stop_GE=stop_GE, seen_GS=seen_GS)
 
 
 def place(slots: Slots, admission: Admission) -> Slots:
-  """Gives a free slot its request, inside another program."""
-  b = admission.slot
+  """Gives free slots their requests, inside another program."""
+  slot_G = admission.slot_G
 
   def put(old, new):
-    return old.at[b].set(new)
+    return old.at[slot_G].set(new, mode="drop")
 
-  seen_V = jnp.zeros(slots.seen_BV.shape[1], bool).at[admission.seen_S].set(True, mode="drop")
+  seen_BV = put(slots.seen_BV, False).at[slot_G[:, None], admission.seen_GS].set(True, mode="drop")
   slots = slots.replace(
-      token_B=put(slots.token_B, admission.token), position_B=put(slots.position_B, admission.position),
-      index_B=put(slots.index_B, admission.index), left_B=put(slots.left_B, admission.left),
-      logprob_B=put(slots.logprob_B, admission.logprob),
-      rows=jax.tree.map(lambda old, new: put(old, new[0]), slots.rows, admission.rows_1),
-      stop_BE=put(slots.stop_BE, admission.stop_1E[0]), seen_BV=put(slots.seen_BV, seen_V))
-  return move(slots, jnp.arange(slots.phase_B.shape[0]) == b, FREE, START)
+      token_B=put(slots.token_B, admission.token_G), position_B=put(slots.position_B, admission.position_G),
+      index_B=put(slots.index_B, admission.index_G), left_B=put(slots.left_B, admission.left_G),
+      logprob_B=put(slots.logprob_B, admission.logprob_G), rows=jax.tree.map(put, slots.rows, admission.rows_G),
+      stop_BE=put(slots.stop_BE, admission.stop_GE), seen_BV=seen_BV)
+  return move(slots, put(jnp.zeros(slots.phase_B.shape, bool), True), FREE, START)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def admit(slots: Slots, admission: Admission) -> Slots:
-  """Gives a free slot its request."""
-  return place(slots, admission)
+def admit(slots: Slots, admission: packing.Words) -> Slots:
+  """Gives free slots their requests; the `Admission` comes as one array."""
+  return place(slots, packing.unpack(admission))
 
 
 def free(decoder: decoder_lib.Decoder, slots: Slots, done_B: jax.Array) -> Slots:
@@ -286,7 +322,7 @@ def release(decoder: decoder_lib.Decoder, slots: Slots, done_B: jax.Array) -> Sl
 
 def first(slots: Slots, num: int) -> Slots:
   """Returns the first `num` slots alone, over the same buffers."""
-  whole = {"cache", "edge", "stack", "free", "edge_free"}
+  whole = {"cache", "edge", "stack", "free", "edge_free", "sufficed"}
 
   def cut(node):
     names = [field.name for field in dataclasses.fields(node) if field.name not in whole]

@@ -21,7 +21,7 @@ An accelerator runs a tick without branches: all ticks of a dispatch, the head o
 slots. See `control.py`.
 
 Files of `decode/` that a tick visits, in order: tick, slots, cache, decoder, storage,
-control, weights, sampling.
+control, weights, sampling, packing.
 """
 
 from collections.abc import Callable
@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from mor.decode import cache as cache_lib
 from mor.decode import control
 from mor.decode import decoder as decoder_lib
+from mor.decode import packing
 from mor.decode import sampling
 from mor.decode import slots as slots_lib
 from mor.decode import variant as variant_lib
@@ -248,7 +249,7 @@ Tick = Callable[[slots_lib.Slots], tuple[slots_lib.Slots, slots_lib.Ticked]]
 
 
 def repeat(one_tick: Tick, decoder: decoder_lib.Decoder, slots: slots_lib.Slots, nothing: slots_lib.NewTokens,
-           num_ticks: int) -> tuple[slots_lib.Slots, slots_lib.Out]:
+           num_ticks: int) -> tuple[slots_lib.Slots, packing.Words]:
   """Runs several ticks; then done slots are freed.
 
   Ticks in which no slot is occupied come last. They change nothing, and are not counted.
@@ -259,6 +260,9 @@ def repeat(one_tick: Tick, decoder: decoder_lib.Decoder, slots: slots_lib.Slots,
     slots: before the ticks.
     nothing: no token for any slot.
     num_ticks: ticks at most.
+
+  Returns:
+    The slots, and an `Out` as one array.
   """
   nobody_B = jnp.zeros(slots.phase_B.shape[0], bool)
   ticks = jax.tree.map(lambda a: jnp.repeat(a[None], num_ticks, axis=0),
@@ -275,13 +279,13 @@ def repeat(one_tick: Tick, decoder: decoder_lib.Decoder, slots: slots_lib.Slots,
 
   num, (slots, ticks) = control.repeat(num_ticks, is_busy, run_tick, (slots, ticks))
   slots = slots_lib.free(decoder, slots, slots.phase_B == slots_lib.DONE)
-  return slots, slots_lib.Out(ticks, num, slots.cache.free.num, slots.cache.edge_free.num)
+  return slots, packing.pack(slots_lib.Out(ticks, num, slots.cache.free.num, slots.cache.edge_free.num, slots.sufficed))
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together", "variant"), donate_argnums=2)
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, num_ticks: int,
         vocab_size: int, together: bool,
-        variant: variant_lib.Variant = variant_lib.Variant()) -> tuple[slots_lib.Slots, slots_lib.Out]:
+        variant: variant_lib.Variant = variant_lib.Variant()) -> tuple[slots_lib.Slots, packing.Words]:
   """Runs several ticks of an engine without exits."""
   one_tick = functools.partial(tick, decoder, weights, vocab_size=vocab_size, together=together,
                                variant=variant)

@@ -20,6 +20,7 @@ from mor import types
 from mor.decode import cache as cache_lib
 from mor.decode import control
 from mor.decode import decoder as decoder_lib
+from mor.decode import packing
 from mor.decode import slots as slots_lib
 from mor.decode import tick as tick_lib
 from mor.exits import policy as exits_lib
@@ -160,11 +161,12 @@ def attach(decoder: decoder_lib.Decoder, slots: slots_lib.Slots, exits: exits_li
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def admit(slots: slots_lib.Slots, admission: slots_lib.Admission, fields: dict[str, jax.Array]) -> slots_lib.Slots:
-  """Gives a free slot its request, and its ring the fields that a request sets."""
-  ring, b = slots.ring, admission.slot
+def admit(slots: slots_lib.Slots, admission: packing.Words) -> slots_lib.Slots:
+  """Gives free slots their requests, and their rings the fields that a request sets, by name; both come as one array."""
+  ring, (admission, fields) = slots.ring, packing.unpack(admission)
   fields = {"count_B": 0, "wait_B": 0} | fields
-  ring = ring.replace(**{name: getattr(ring, name).at[b].set(value) for name, value in fields.items()})
+  ring = ring.replace(**{name: getattr(ring, name).at[admission.slot_G].set(value, mode="drop")
+                         for name, value in fields.items()})
   return slots_lib.place(slots.replace(ring=ring), admission)
 
 

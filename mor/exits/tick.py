@@ -16,7 +16,7 @@ exit runs `decode.tick.proceed`, and pays nothing for them.
 
 Files that a tick visits, in order: exits/tick, exits/ring, decode/tick, decode/cache,
 decode/decoder, decode/storage, decode/slots, decode/control, decode/weights,
-decode/sampling, exits/heads, exits/confidence.
+decode/sampling, exits/heads, exits/confidence, decode/packing.
 
 Source: FREE, arXiv:2310.05424 (synchronized parallel decoding, trust); self-speculation
 from one pass over the pending states, LayerSkip, arXiv:2404.16710; see also `policy.py`.
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from mor.decode import cache as cache_lib
 from mor.decode import control
 from mor.decode import decoder as decoder_lib
+from mor.decode import packing
 from mor.decode import slots as slots_lib
 from mor.decode import tick as tick_lib
 from mor.decode import variant as variant_lib
@@ -367,7 +368,7 @@ def _learn(ring, report, leave_B, setup):
 @functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "variant"), donate_argnums=2)
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, num_ticks: int,
         vocab_size: int, setup: exits_lib.Setup,
-        variant: variant_lib.Variant = variant_lib.Variant()) -> tuple[slots_lib.Slots, slots_lib.Out]:
+        variant: variant_lib.Variant = variant_lib.Variant()) -> tuple[slots_lib.Slots, packing.Words]:
   """Runs several ticks of an engine with exits."""
   one_tick = functools.partial(tick, decoder, weights, vocab_size=vocab_size, setup=setup,
                                variant=variant)

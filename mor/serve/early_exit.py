@@ -1,6 +1,7 @@
 """The host's part of early exit: what an engine accepts, how a request starts, whether drafts pay."""
 
 import collections
+from collections.abc import Sequence
 import dataclasses
 
 import jax.numpy as jnp
@@ -75,15 +76,20 @@ def resolve(exits: exits_lib.Exits | None, request: request_lib.Request,
   return dataclasses.replace(request, threshold=exits_lib.VERIFY_THRESHOLD)
 
 
-def set_fields(setup: exits_lib.Setup, request: request_lib.Request,
-               completion: request_lib.Completion) -> dict[str, np.ndarray]:
-  """Returns the ring's fields of a request that starts, or starts again after a preemption."""
-  rate, skip = ring_lib.FIRST_RATE, 0
-  if request.exit == "trust":
-    rate, skip = replay(setup.steps, completion.depths, completion.early, setup.costs.worth)
-  return dict(mode_B=np.array(exits_lib.MODES.index(request.exit), np.int32),
-              threshold_B=np.array(request.threshold or 0.0, np.float32),
-              rate_B=np.array(rate, np.float32), skip_B=np.array(skip, np.int32))
+def set_fields(setup: exits_lib.Setup, followers: Sequence[request_lib.Follower], num_rows: int) -> dict[str, np.ndarray]:
+  """Returns the ring's fields of requests that start, or start again after a preemption, padded to `num_rows`."""
+  def column(dtype):
+    return np.zeros(num_rows, dtype)
+
+  fields = dict(mode_B=column(np.int32), threshold_B=column(np.float32), rate_B=column(np.float32), skip_B=column(np.int32))
+  for g, follower in enumerate(followers):
+    request, done, rate, skip = follower.request, follower.completion, ring_lib.FIRST_RATE, 0
+    if request.exit == "trust":
+      rate, skip = replay(setup.steps, done.depths, done.early, setup.costs.worth)
+    row = dict(mode_B=exits_lib.MODES.index(request.exit), threshold_B=request.threshold or 0.0, rate_B=rate, skip_B=skip)
+    for name, value in row.items():
+      fields[name][g] = value
+  return fields
 
 
 def first_rate(worth: float) -> float:

@@ -245,7 +245,7 @@ class Engine:
       self._in_doubt = True
       self._end(job)
       self._in_doubt = False
-    self.meter.finished(number)
+    self.meter.finished(number, len(job.tokens) - len(job.prompt))
     events = self._events
     kept = [(n, event) for n, event in events if n != number]
     if self._events is events:  # else another thread's `step` returns them
@@ -345,25 +345,21 @@ class Engine:
     out = runner.wait_oldest()  # an exception here leaves nothing in doubt
     self._in_doubt = True
     jobs, tables = runner.pop_oldest(out), runner.decoder.tables
-    num, new = int(out.num_ticks), out.ticks.new
+    num = int(out.num_ticks)
     scheduler.learn(int(out.free), int(out.edge_free), [job for job in jobs if job], len(runner.flights))
-    last = new.token_BW.shape[2] - 1
-    for k in range(num):
-      for slot, job in enumerate(jobs):
-        for i in range(last + 1):
-          if new.token_BW[k, slot, i] == -1 or job is None or job.finished or job.slot != slot:
-            break
-          more = i < last and new.token_BW[k, slot, i + 1] != -1
-          self._hand_out(job, new, (k, slot, i), "" if more else request_lib.FINISH[new.finish_B[k, slot]])
+    for slot, *told, finish in runner_lib.list_tokens(out):
+      job = jobs[slot]
+      if job is not None and not job.finished and job.slot == slot:
+        self._hand_out(job, told, request_lib.FINISH[finish])
     scheduler.pressed = bool(num) and bool(out.ticks.stalled_B[num - 1].any())
     none_left = out.free == 0 or (tables.num_edges and out.edge_free == 0)
     stuck = bool(num) and not out.ticks.ran_B[num - 1].any()  # each needs more pages than are left
     replica.starved = scheduler.pressed and bool(none_left or stuck)
     self._in_doubt = False
 
-  def _hand_out(self, job, new, at, finish) -> None:
+  def _hand_out(self, job, told, finish) -> None:
     """Gives a request its next token, or the reason why there is none."""
-    event, tokens = self._follow_token(job, new, at, finish)
+    event, tokens = self._follow_token(job, *told, finish)
     self.guard.torn = True
     if job.events is None:
       self._events.append((job.id, event))
@@ -372,20 +368,19 @@ class Engine:
     job.tokens.extend(tokens)
     job.whole, job.finished = True, bool(event.finish)
     self.guard.torn = False
-    if tokens:
-      self.meter.token(job.id)
+    if len(job.tokens) == len(job.prompt) + 1:
+      self.meter.began(job.id)
     if event.finish:
       self._end(job, freed=bool(finish))
 
-  def _follow_token(self, job, new, at, finish) -> tuple[request_lib.Event, list[int]]:
+  def _follow_token(self, job, token, depth, logprob, early, finish) -> tuple[request_lib.Event, list[int]]:
     """Returns the event of a request's next token, and the token, if there is one."""
-    follower, token = self._follow(job), int(new.token_BW[at])
+    follower = job.payload if job.whole else self._follow(job)
     job.whole = False
     if token == sampling.NOT_FINITE:
       return follower.end("error", request_lib.NOT_FINITE), []
-    early = new.exits is not None and bool(new.exits.early_BW[at])
     try:
-      return follower.add(token, int(new.depth_BW[at]), float(new.logprob_BW[at]), finish, early), [token]
+      return follower.add(token, depth, logprob, finish, early), [token]
     except Exception as error:
       if job.failed != len(job.tokens):  # a signal handler's, perhaps: the next call tries it again
         job.failed = len(job.tokens)
@@ -395,4 +390,4 @@ class Engine:
   def _end(self, job: scheduler_lib.Job, freed: bool = False) -> None:
     """Ends a job; its slot and pages go back unless the device has freed them itself."""
     (job.replica or self.replicas[0]).end(job, freed)
-    self.meter.finished(job.id)
+    self.meter.finished(job.id, len(job.tokens) - len(job.prompt))

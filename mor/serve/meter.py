@@ -29,7 +29,6 @@ class Meter:
     self._num_slots, self._pool = num_slots, pool
     self._submitted: dict[int, float] = {}
     self._first: dict[int, float] = {}
-    self._tokens: dict[int, int] = {}
     self._ttft: list[float] = []
     self._tpot: list[float] = []
     self._seconds = 0.0
@@ -52,20 +51,19 @@ class Meter:
   def prefilled(self, tokens: int) -> None:
     self._counts["prompt_tokens"] += tokens
 
-  def token(self, number: int) -> None:
-    """Counts a new token of a request."""
+  def began(self, number: int) -> None:
+    """Notes the first token of a request."""
     if number not in self._first:
       self._first[number] = time.monotonic()
       self._ttft.append(self._first[number] - self._submitted[number])
-    self._tokens[number] = self._tokens.get(number, 0) + 1
 
-  def finished(self, number: int) -> None:
-    """Counts a request that has ended, one way or the other, once."""
+  def finished(self, number: int, tokens: int) -> None:
+    """Counts a request that has ended with so many tokens, one way or the other, once."""
     if self._submitted.pop(number, None) is None:
       return
     self._counts["requests"] += 1
-    first, tokens = self._first.pop(number, None), self._tokens.pop(number, 0)
-    if tokens > 1:
+    first = self._first.pop(number, None)
+    if tokens > 1 and first is not None:
       self._tpot.append((time.monotonic() - first) / (tokens - 1))
 
   def preempted(self) -> None:

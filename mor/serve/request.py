@@ -5,7 +5,7 @@ A request is checked when it arrives, and a wrong one is refused alone.
 
 from collections.abc import Mapping, Set
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -96,8 +96,7 @@ class Completion:
   error: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
   """One new token, as a stream hands it out.
 
   Attributes:
@@ -142,7 +141,8 @@ class Follower:
       if self._detokeniser is not None:
         text = self._detokeniser.add(token)
     done.finish = finish
-    text = self._release(text, self.request.stop_strings)
+    if self._detokeniser is not None:
+      text = self._release(text, self.request.stop_strings)
     return Event(None if stopped else token, text, depth, logprob if self.request.logprobs else None, done.finish,
                  early)
 

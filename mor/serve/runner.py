@@ -8,7 +8,7 @@
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import time
 from typing import Any
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor.decode import decoder as decoder_lib
+from mor.decode import packing
 from mor.decode import parts as parts_lib
 from mor.decode import prefill
 from mor.decode import slots as slots_lib
@@ -34,13 +35,14 @@ from mor.serve import meter as meter_lib
 from mor.serve import scheduler as scheduler_lib
 
 LEAST_CHUNK = 16  # tokens of the smallest prefill bucket
+_STARTS = 8  # requests that a call starts at most
 
 
 @dataclasses.dataclass
 class Flight:
   """A dispatch whose results have not been read."""
 
-  out: slots_lib.Out
+  out: packing.Words  # slots_lib.Out
   jobs: list[scheduler_lib.Job | None]  # by slot
   began: float  # when it was dispatched
   drafted: bool  # whether requests that are verified did draft
@@ -67,6 +69,31 @@ class _NextTokens:
   def shape(self) -> tuple[int, int]:
     """Chunks of one shape may share a call."""
     return self.width, self.context_pages
+
+
+def list_tokens(out: slots_lib.Out) -> Iterator[tuple[int, int, int, float, bool, int]]:
+  """Returns what a dispatch gave, in the order of ticks, slots and places.
+
+  Args:
+    out: results of a dispatch, NumPy arrays.
+
+  Returns:
+    Slot, token, depth, log-probability, whether an exit chose it, and why it ended its request, of each token.
+  """
+  new, num = out.ticks.new, int(out.num_ticks)
+  given_KBW = new.token_BW[:num] != -1
+  at = tick_N, slot_N, place_N = np.nonzero(given_KBW)
+  last_N = place_N + 1 == given_KBW.sum(axis=2)[tick_N, slot_N]  # a slot's tokens of a tick have no gaps
+  finish_N = np.where(last_N, new.finish_B[tick_N, slot_N], slots_lib.GOES_ON)
+  early_N = np.zeros(len(slot_N), bool) if new.exits is None else new.exits.early_BW[at]
+  columns = slot_N, new.token_BW[at], new.depth_BW[at], new.logprob_BW[at], early_N, finish_N
+  return zip(*(column_N.tolist() for column_N in columns))
+
+
+def _make_start(job: scheduler_lib.Job) -> slots_lib.Start:
+  request, generated = job.payload.request, len(job.tokens) - len(job.prompt)
+  return slots_lib.Start(job.slot, job.tokens, generated, job.limit - generated, request.sampling, request.stop_tokens,
+                         request.logprobs)
 
 
 def ceil_power(num: int) -> int:
@@ -112,7 +139,6 @@ class SlotRunner:
     self.slots: slots_lib.Slots | None = None  # old ones make room
     self.slots = self._make_slots()
     self.flights: collections.deque[Flight] = collections.deque()
-    self._sufficed: list[jax.Array] = []  # whether each prefill found its pages
     self._mark: float | None = None  # when the last dispatch was read
     self._alone = True  # whether nothing was prefilled since the last dispatch
 
@@ -140,15 +166,16 @@ class SlotRunner:
     """Prefills prompts by chunks, the oldest first, and all of them if no slot decodes yet."""
     waiting = [job for job in held if not job.started]
     budget = self._chunk if len(waiting) < len(held) else sum(len(job.tokens) for job in held)
+    stored: list[scheduler_lib.Job] = []
     while waiting and budget > 0:
       chunks = self._choose_chunks(waiting, budget)
       if chunks:
         self._store(chunks)
         budget -= sum(chunk.size for chunk in chunks)
-      for job in waiting:
-        if job.stored == len(job.tokens) - 1:
-          self._start(job)
-      waiting = [job for job in waiting if not job.started]
+      stored += [job for job in waiting if job.stored == len(job.tokens) - 1]
+      waiting = [job for job in waiting if job.stored < len(job.tokens) - 1]
+    for first in range(0, len(stored), _STARTS):
+      self._start(stored[first:first + _STARTS])
 
   def _choose_chunks(self, waiting: Sequence[scheduler_lib.Job], budget: int) -> list[_NextTokens]:
     """Returns the next chunks of prompts that one call stores: that of the oldest, and others of its shape."""
@@ -188,24 +215,23 @@ class SlotRunner:
       tokens_GT[g, :chunk.size] = job.tokens[job.stored:job.stored + chunk.size]
       placed_G3[g] = job.slot, job.stored, chunk.size
     slot_G, start_G, length_G = placed_G3.T
-    ok = self._run(prefill.store, slot_G, tokens_GT, start_G, length_G, context_pages=context_pages)
+    self._run(prefill.store, slot_G, tokens_GT, start_G, length_G, context_pages=context_pages)
     for chunk in chunks:
       chunk.job.stored += chunk.size
     self._alone = False
     self._meter.prefilled(sum(chunk.size for chunk in chunks))
-    self._sufficed.append(ok)
 
-  def _start(self, job: scheduler_lib.Job) -> None:
-    request, generated = job.payload.request, len(job.tokens) - len(job.prompt)
-    admission = slots_lib.make_admission(
-        job.slot, job.tokens, generated=generated, left=job.limit - generated, sampling=request.sampling,
-        stop_tokens=request.stop_tokens, logprobs=request.logprobs, vocab_size=self.decoder.model.vocab_size)
+  def _start(self, jobs: Sequence[scheduler_lib.Job]) -> None:
+    """Starts `_STARTS` requests at most, whose prompts are stored."""
+    starts, num_rows = [_make_start(job) for job in jobs], min(_STARTS, self._num_slots)
+    admission = slots_lib.make_admission(starts, num_rows, self._num_slots, self.decoder.model.vocab_size)
     if self.setup is None:
-      self.slots = slots_lib.admit(self.slots, admission)
+      self.slots = slots_lib.admit(self.slots, packing.pack(admission))
     else:
-      fields = exit_host.set_fields(self.setup, request, job.payload.completion)
-      self.slots = ring_lib.admit(self.slots, admission, fields)
-    job.started = True
+      fields = exit_host.set_fields(self.setup, [job.payload for job in jobs], num_rows)
+      self.slots = ring_lib.admit(self.slots, packing.pack((admission, fields)))
+    for job in jobs:
+      job.started = True
 
   def dispatch(self, slots: Sequence[scheduler_lib.Job | None]) -> None:
     """Runs a few ticks for the requests in slots that have started."""
@@ -219,19 +245,19 @@ class SlotRunner:
       out = self._run(tick.run, together=self._together, **static)
     else:
       out = self._run(exit_tick.run, setup=self.setup, **static)
+    out.word_N.copy_to_host_async()
     self.flights.append(Flight(out, jobs, began, drafted, self._alone))
     self._alone = True
 
   def wait_oldest(self) -> slots_lib.Out:
     """Waits for the oldest dispatch; returns its results as NumPy arrays, and changes nothing."""
-    out, sufficed = jax.device_get((self.flights[0].out, self._sufficed))
-    assert all(sufficed), "a prefill was admitted without room for it"
+    out = packing.unpack(jax.device_get(self.flights[0].out))
+    assert out.sufficed, "a prefill was admitted without room for it"
     return out
 
   def pop_oldest(self, out: slots_lib.Out) -> list[scheduler_lib.Job | None]:
     """Takes the oldest dispatch off, whose results are known; returns the requests that were in its slots."""
     flight, num = self.flights.popleft(), int(out.num_ticks)
-    self._sufficed = []
     self._meter.harvested(out, num)
     self._learn(flight, out, num)
     return flight.jobs
@@ -252,7 +278,7 @@ class SlotRunner:
     """Frees a slot and its pages."""
     done_B = np.zeros(self._num_slots, bool)
     done_B[slot] = True
-    self.slots = slots_lib.release(self.decoder, self.slots, jnp.asarray(done_B))
+    self.slots = slots_lib.release(self.decoder, self.slots, done_B)
 
   def wait(self) -> None:
     """Blocks until the device has done what was dispatched."""

@@ -172,7 +172,8 @@ class Scheduler:
       seen: jobs that were decoded in it; the others' prompts may not be stored yet.
       newer: dispatches after it, whose results are not known.
     """
-    unseen = [self.pool.most(len(job.tokens)) for job in self._order if job not in seen]
+    known = set(seen)
+    unseen = [self.pool.most(len(job.tokens)) for job in self._order if job not in known]
     grown = [newer * len(self._order) * n for n in self.pool.growth(self.ticks)]
     self.free = [f - g - sum(n) for f, g, n in zip(
         (free, edge_free), grown, list(zip(*unseen)) or [(0,), (0,)])]

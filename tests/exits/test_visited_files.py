@@ -41,8 +41,8 @@ def listed(docstring: str, room: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("kind, exits, module, room, most", [
-    ("expert_choice", None, decode_tick, "decode/", 8), ("plain", {}, exit_tick, "", 12),
-    pytest.param("expert_choice", {}, exit_tick, "", 12, marks=pytest.mark.slow)])
+    ("expert_choice", None, decode_tick, "decode/", 9), ("plain", {}, exit_tick, "", 13),
+    pytest.param("expert_choice", {}, exit_tick, "", 13, marks=pytest.mark.slow)])
 def test_files_that_a_tick_visits(kind, exits, module, room, most):
   engine = serving.engine(exiting.model(kind), exits=exits if exits is None else exiting.exits(kind))
   more = dict(together=False) if exits is None else dict(setup=engine.runner.setup)

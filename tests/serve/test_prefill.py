@@ -42,9 +42,10 @@ def run(model, monkeypatch, to_store: list[int], decodes: bool = False) -> tuple
   runner, started = serving.engine(model, prefill_chunk=16, num_slots=6, storage="paged").runner, []
   calls = spy(monkeypatch, lambda decoder, weights, slots, *arrays, context_pages: (slots, True))
 
-  def start(job):
-    started.append(job.id)
-    job.started = True
+  def start(jobs):
+    for job in jobs:
+      started.append(job.id)
+      job.started = True
 
   monkeypatch.setattr(runner, "_start", start)
   jobs = [scheduler_lib.Job(i, (0,), 1, None, tokens=[0] * (1 + num), slot=i) for i, num in enumerate(to_store)]
