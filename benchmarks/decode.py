@@ -47,6 +47,7 @@ from mor.serve import model as model_lib
 
 CONTEXT = 512
 VARIANTS = ("vanilla", "unrolled", "never", "balanced", "all", "naive")
+_LEAST = 8  # tokens of a prompt, or new ones, at least
 WARM_UP = 160  # tokens a slot generates before timing: about half a request
 
 
@@ -111,15 +112,16 @@ def unroll(model: model_lib.Model) -> model_lib.Model:
   return dataclasses.replace(model, config=flat, variables={"params": params})
 
 
-def requests(vocab_size: int, mix: str, seed: int = 0):
+def requests(vocab_size: int, mix: str, context: int = CONTEXT, seed: int = 0):
   """Endless requests: "plain", N(256, 64) new tokens after one, or "chat", N(128, 32) prompt and N(128, 48) new."""
   rng = np.random.default_rng(seed)
 
   def draw(mean, std, most):
-    return int(np.clip(rng.normal(mean, std), 8, most))
+    return int(np.clip(rng.normal(mean, std), _LEAST, most))
 
   while True:
-    num_prompt, num_new = (1, draw(256, 64, CONTEXT)) if mix == "plain" else (draw(128, 32, 256), draw(128, 48, 256))
+    num_prompt, num_new = (
+        (1, draw(256, 64, context)) if mix == "plain" else (draw(128, 32, context // 2), draw(128, 48, context // 2)))
     prompt = [int(t) for t in rng.integers(0, vocab_size, num_prompt)]
     yield decode_parts.request(prompt, num_new)
 
@@ -138,7 +140,10 @@ def make_runner(name: str, args, num_slots: int, models: dict[str, model_lib.Mod
     if key not in models:
       models[key] = make()
     return models[key]
-  options = dict(num_slots=num_slots, weight_format=args.format, page_size=args.page_size)
+  options = dict(num_slots=num_slots, weight_format=args.format, page_size=args.page_size, context=args.context,
+                 ticks=args.ticks)
+  if args.storage:
+    options["storage"] = args.storage
   options["kv_format"] = "float32" if args.format == "float32" else "bfloat16"
   if kind.startswith("trained"):
     model = get("trained", lambda: model_lib.load(args.workdir))
@@ -153,7 +158,7 @@ def make_runner(name: str, args, num_slots: int, models: dict[str, model_lib.Mod
     else:
       options.update(router=_prescribe(model, kind), batching="sequence" if kind == "naive" else "depth")
   engine = engine_lib.Engine(model, **options)
-  return Runner(name, engine, requests(model.vocab_size, args.mix))
+  return Runner(name, engine, requests(model.vocab_size, args.mix, args.context))
 
 
 def _prescribe(model, kind):
@@ -176,15 +181,15 @@ def measure(args, num_slots: int, models: dict[str, model_lib.Model]) -> dict[st
       runner.run(args.turn * num_slots)
 
   harness.take_turns(list(runners.values()), args.rounds, play=play, label=f"batch {num_slots}, ",
-                     tell=lambda runner: f"{runner.rates('cpu')[-1]:.0f}")
-  rows = [{"variant": name, "tokens_per_second": harness.spread(r.rates("cpu")),
+                     tell=lambda runner: f"{runner.rates(args.clock)[-1]:.0f}")
+  rows = [{"variant": name, "tokens_per_second": harness.spread(r.rates(args.clock)),
            "wall_tokens_per_second": harness.spread(r.rates("wall")), "metrics": r.engine.metrics(),
            "kv_bytes": decode_parts.kv_bytes(r.engine)} for name, r in runners.items()]
-  gains = [_gain(runners, f"balanced-r{r}", f"never-r{r}") for r in args.recursions
+  gains = [_gain(runners, f"balanced-r{r}", f"never-r{r}", args.clock) for r in args.recursions
            if {f"balanced-r{r}", f"never-r{r}"} <= runners.keys()]
   if {"trained", "trained-never"} <= runners.keys():
-    gains.append(_gain(runners, "trained", "trained-never"))
-  ratios = {f"{a} / {b}": harness.ratios(runners[a].rates("cpu"), runners[b].rates("cpu")) for a, b in _pairs(runners)}
+    gains.append(_gain(runners, "trained", "trained-never", args.clock))
+  ratios = {f"{a} / {b}": harness.ratios(runners[a].rates(args.clock), runners[b].rates(args.clock)) for a, b in _pairs(runners)}
   return {"batch": num_slots, "variants": rows, "gains": gains, "ratios": ratios}
 
 
@@ -198,12 +203,12 @@ def _pairs(runners):
       yield name, "vanilla"
 
 
-def _gain(runners, routed: str, never: str) -> dict[str, Any]:
+def _gain(runners, routed: str, never: str, clock: str) -> dict[str, Any]:
   """Returns the gain of a controlled pair, and its ceiling."""
   a, b = runners[routed], runners[never]
-  gain = harness.ratios(a.rates("cpu"), b.rates("cpu"))
+  gain = harness.ratios(a.rates(clock), b.rates(clock))
   depth = a.engine.metrics()["mean_depth"]
-  parts = decode_parts.measure(b.engine, a.engine, depth)
+  parts = decode_parts.measure(b.engine, a.engine, depth, clock)
   num_steps = b.engine.runner.decoder.num_steps
   full = num_steps * parts["pass_full"] + parts["edge_full"]
   ceiling = full / (depth * (parts["pass_routed"] + parts["edge_routed"]))
@@ -224,6 +229,9 @@ def parse(argv: list[str]):
   parser.add_argument("--format", default="bfloat16", choices=["float32", "bfloat16", "int8"],
                       help="of weights; keys are bfloat16 unless these are float32")
   parser.add_argument("--page_size", type=int, default=64, help="entries in a page")
+  parser.add_argument("--context", type=int, default=CONTEXT, help="positions of a request at most")
+  parser.add_argument("--ticks", type=int, help="ticks of a dispatch; default the engine's")
+  parser.add_argument("--storage", default="", help="storage of keys and values; default the platform's")
   parser.add_argument("--rounds", type=int, default=9, help="timed turns of each variant")
   parser.add_argument("--turn", type=int, default=16, help="new tokens of a slot in a turn")
   parser.add_argument("--peers", default="", help="time these on the vanilla weights instead: all, or names")
@@ -244,17 +252,19 @@ def parse(argv: list[str]):
     raise ValueError(f"--batches={args.batches} --recursions={args.recursions}; use counts, e.g. 16,32") from None
   if min(args.batches) < 1 or min(args.recursions) < 2 or args.rounds < 1 or args.turn < 1:
     raise ValueError("--batches, --rounds and --turn start at 1, --recursions at 2")
+  if args.context < 2 * _LEAST:
+    raise ValueError(f"--context={args.context} is too short for the requests; use at least {2 * _LEAST}")
   return args
 
 
 def main(argv: list[str]) -> None:
   """Measures and writes the record."""
   args = parse(argv)
-  if args.pin is not None:
-    harness.pin(args.pin)
-  sizes = {name: getattr(args, name) for name in ("shape", "mix", "page_size", "rounds", "turn", "peer_tokens")}
+  args.clock = harness.choose_clock(args.pin)
+  sizes = {name: getattr(args, name) for name in (
+      "shape", "mix", "page_size", "context", "ticks", "storage", "rounds", "turn", "peer_tokens")}
   record = harness.header("decode", argv, args.format, sizes)
-  record["clock"] = "wall" if args.pin is None else "cpu"
+  record["clock"] = args.clock
   models: dict[str, model_lib.Model] = {}
   if args.peers:
     record["peers"] = [decode_peers.measure(args, batch, models, make_runner) for batch in args.batches]

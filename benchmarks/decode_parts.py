@@ -29,8 +29,8 @@ def kv_bytes(engine: engine_lib.Engine) -> int:
   return sum(a.nbytes for a in jax.tree.leaves((cache.edge, cache.stack)))
 
 
-def measure(full: engine_lib.Engine, routed: engine_lib.Engine, mean_depth: float) -> dict[str, float]:
-  """Seconds (processor time) of a pass and of the rest of a tick, in the two engines' states.
+def measure(full: engine_lib.Engine, routed: engine_lib.Engine, mean_depth: float, clock: str) -> dict[str, float]:
+  """Seconds (on a clock of `harness`) of a pass and of the rest of a tick, in the two engines' states.
 
   pass_full, pass_routed   the shared stack for all slots, at steps as in that run
   edge_full, edge_routed   embedding, prelude, coda, head and sampling of B and of
@@ -46,7 +46,7 @@ def measure(full: engine_lib.Engine, routed: engine_lib.Engine, mean_depth: floa
   }
   timed = [harness.Program(name, function) for name, function in programs.items()]
   harness.take_turns(timed, _ROUNDS, warm_up=1)
-  return {one.name: statistics.median(one.cpu) / _TURNS for one in timed} | {"edge_routed_rows": few}
+  return {one.name: statistics.median(one.seconds(clock)) / _TURNS for one in timed} | {"edge_routed_rows": few}
 
 
 def _steps(engine) -> np.ndarray:

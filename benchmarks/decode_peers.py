@@ -40,8 +40,8 @@ def measure(args, num_slots: int, models: dict[str, Any], make_runner: Callable)
       programs[name] = _peer(peer, num_slots, args.peer_tokens, vanilla.config.vocab_size)
     timed = [harness.Program(name, function, num_slots * args.peer_tokens) for name, function in programs.items()]
     harness.take_turns(timed, args.rounds, warm_up=1, label=f"batch {num_slots}, ",
-                       tell=lambda program: f"{program.rates('cpu')[-1]:.0f}")
-  rate = {program.name: program.rates("wall" if args.pin is None else "cpu") for program in timed}
+                       tell=lambda program: f"{program.rates(args.clock)[-1]:.0f}")
+  rate = {program.name: program.rates(args.clock) for program in timed}
   best = max(names, key=lambda name: statistics.median(rate[name]))
   return {"batch": num_slots, "best_peer": best, "tokens_per_second": {name: harness.spread(v) for name, v in rate.items()},
           "ratio_to_best_peer": {name: harness.ratios(rate[name], rate[best]) for name in ours}}

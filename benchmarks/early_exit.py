@@ -133,7 +133,7 @@ def variants(args, model: model_lib.Model, num_slots: int) -> list[exit_turns.Va
 
 def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
   """Times all variants at one batch size, in turn."""
-  clock = "wall" if args.pin is None else "cpu"
+  clock = args.clock
   made, asked = variants(args, model, num_slots), prompts(model, max(args.prompts, 2 * num_slots), args.prompt_tokens)
 
   def warm_up():
@@ -158,7 +158,7 @@ def measure(args, model: model_lib.Model, num_slots: int) -> dict[str, Any]:
       scores[name] = quality.score(task, texts)
       print(variant.name, name, scores[name], file=sys.stderr, flush=True)
     rows.append({
-        "variant": variant.name, "tokens_per_second": harness.spread(variant.rates("cpu")),
+        "variant": variant.name, "tokens_per_second": harness.spread(variant.rates(clock)),
         "wall_tokens_per_second": harness.spread(variant.rates("wall")),
         "to_full": harness.ratios(variant.rates(clock), made[0].rates(clock)), **variant.figures(),
         "agreement": quality.agreement(variant.tokens, made[0].tokens), "nll": nll(model, asked, variant.tokens),
@@ -203,16 +203,15 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv)
   if unknown := set(args.kinds) - set(KINDS):
     raise ValueError(f"--kinds={','.join(args.kinds)}: no {', '.join(sorted(unknown))}; use some of {', '.join(KINDS)}")
-  if args.pin is not None:
-    harness.pin(args.pin)
+  args.clock = harness.choose_clock(args.pin)
   if not args.workdir and (args.hf or args.eval):
     raise ValueError("--hf and --eval need trained weights; give --workdir")
   model = model_lib.load(args.workdir) if args.workdir else decode_throughput.random_model(
       decode_throughput.model_config(args.shape, 3, False))
   if args.damp != 1.0:
     model = damped(model, args.after[0], args.damp)
-  sizes = {name: value for name, value in vars(args).items() if name not in ("out", "pin")}
-  record = harness.header("early_exit", argv, args.format, sizes) | {"clock": "wall" if args.pin is None else "cpu"}
+  sizes = {name: value for name, value in vars(args).items() if name not in ("out", "pin", "clock")}
+  record = harness.header("early_exit", argv, args.format, sizes) | {"clock": args.clock}
   record["model"] = args.workdir or f"random weights of the {args.shape} shape, three recursions"
   record["batches"] = [measure(args, model, num_slots) for num_slots in args.batches]
   harness.write(record, args.out)

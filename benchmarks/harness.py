@@ -7,6 +7,9 @@ notes its seconds on two clocks, when the device is done (`Timed`):
   cpu    processor seconds of this process; pinned to one core (`--pin=0`) they are
          the time that the work takes on a quiet core
 
+Rates and ratios go by the wall, or by the processor where the process is pinned to a core.
+An accelerator's work takes no processor time, so `choose_clock` refuses to pin beside one.
+
 A ratio is taken round by round (`ratios`), so that what else the machine does falls
 on all variants alike; its median stands in the tables, beside least and greatest.
 
@@ -137,7 +140,7 @@ def header(benchmark: str, argv: list[str], dtype: str, sizes: dict[str, Any]) -
   return {
       "benchmark": benchmark,
       "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *argv]),
-      "commit": _commit(),
+      "commit": commit(),
       "device": jax.devices()[0].device_kind,
       "processor": _processor(),
       "cores": os.cpu_count(),
@@ -159,6 +162,21 @@ def write(record: dict[str, Any], path: str) -> None:
     return
   pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   pathlib.Path(path).write_text(text, encoding="utf-8")
+
+
+def choose_clock(core: int | None) -> str:
+  """Returns the clock by which rates are judged: "wall", or "cpu" after pinning this process to a core.
+
+  Raises:
+    ValueError: there is no such core, the system cannot pin, or the work is done on an accelerator.
+  """
+  if core is None:
+    return "wall"
+  pin(core)
+  if jax.default_backend() != "cpu":
+    raise ValueError(f"--pin={core} judges by processor time, and the work is done on a {jax.default_backend()}; leave it "
+                     "out, so that wall time counts")
+  return "cpu"
 
 
 def pin(core: int) -> None:
@@ -204,10 +222,10 @@ def _affinity() -> set[int]:
   return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count()))
 
 
-def _commit() -> str:
-  """Returns the commit of the code, with "+" where files differ from it; "unknown" outside git."""
+def commit(directory: pathlib.Path = ROOT) -> str:
+  """Returns the commit of a checkout's code, with "+" where files differ from it; "unknown" outside git."""
   def git(*arguments):
-    return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, text=True,
+    return subprocess.run(["git", "-C", str(directory), *arguments], check=True, text=True,
                           capture_output=True).stdout.strip()
   try:
     return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "--", "mor", "configs", "benchmarks/*.py"))

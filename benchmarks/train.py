@@ -249,9 +249,7 @@ def parse(argv: list[str]):
 def main(argv: list[str]) -> None:
   """Builds the models, times them in turn, writes the record."""
   args = parse(argv)
-  if args.pin is not None:
-    harness.pin(args.pin)
-  clock = "wall" if args.pin is None else "cpu"
+  clock = harness.choose_clock(args.pin)
   configs = {name: make_config(name, args.models, args) for name in args.models}
   model = configs[args.models[0]].model
   sizes = {name: getattr(args, name) for name in DEFAULTS["cpu"]}

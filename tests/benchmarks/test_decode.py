@@ -77,8 +77,9 @@ def test_a_whole_record(tmp_path, monkeypatch):
   monkeypatch.setattr(benchmark, "WARM_UP", 2)
   out = tmp_path / "out.json"
   benchmark.main(["--shape=tiny", "--batches=3", "--rounds=2", "--turn=2", "--variants=never,balanced",
-                  "--format=float32", f"--out={out}"])
+                  "--format=float32", "--context=64", "--ticks=3", "--storage=dense", f"--out={out}"])
   record = json.loads(out.read_text())
+  assert record["clock"] == "wall"
   (batch,) = record["batches"]
   assert [row["variant"] for row in batch["variants"]] == ["never-r3", "balanced-r3"]
   (gain,) = batch["gains"]
@@ -96,6 +97,7 @@ def test_a_whole_record(tmp_path, monkeypatch):
     (["--batches=a"], "use counts"),
     (["--recursions=1"], "start"),
     (["--shape=9m"], "--help"),
+    (["--context=9"], "use at least 16"),
 ])
 def test_wrong_options(argv, message):
   with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ def test_a_whole_record():
   """Layers behind the exit that add nothing: every draft is confirmed, and every text is the full depth's."""
   model = early_exit.damped(exiting.model("plain"), 2, 0.0)
   args = argparse.Namespace(after=(2,), thresholds=(0.0,), batches=(2,), format="float32", pending=3, first=0, prompts=6,
-                            prompt_tokens=4, new_tokens=8, rounds=1, hf="", eval="", pin=None, kinds=early_exit.KINDS)
+                            prompt_tokens=4, new_tokens=8, rounds=1, hf="", eval="", clock="wall", kinds=early_exit.KINDS)
   record = early_exit.measure(args, model, 2)
   rows = {row["variant"]: row for row in record["variants"]}
   assert list(rows) == ["full", "none", "trust-0.0", "verify-0.0", "copied-0.0", "mixed-0.0"]

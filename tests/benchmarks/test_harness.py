@@ -35,3 +35,14 @@ def test_ratios_are_taken_round_by_round():
   assert harness.ratios([1.0, 6.0, 4.0], [2.0, 3.0, 4.0]) == {"min": 0.5, "median": 1.0, "max": 2.0}
   with pytest.raises(ValueError):
     harness.ratios([1.0], [1.0, 2.0])
+
+
+def test_rates_go_by_the_processor_only_if_pinned_to_a_core_of_a_cpu(monkeypatch):
+  pinned = []
+  monkeypatch.setattr(harness, "pin", pinned.append)
+  assert harness.choose_clock(None) == "wall" and not pinned
+  assert harness.choose_clock(1) == "cpu" and pinned == [1]
+  monkeypatch.setattr(harness.jax, "default_backend", lambda: "gpu")
+  assert harness.choose_clock(None) == "wall"
+  with pytest.raises(ValueError, match="--pin=0 judges by processor time, and the work is done on a gpu; leave it out"):
+    harness.choose_clock(0)
