@@ -12,7 +12,7 @@ replicates a loop over pages.
 Source: Shoeybi et al. 2019 (Megatron-LM), section 3.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -60,18 +60,17 @@ class Parts:
     devices: one for each part.
     decoder: of a part.
     model: config of the whole model.
-    weights: weights of the whole model.
+    weights: what `prepare` returns.
 
   Attributes:
     model: config of the whole model.
-    weights: the same weights, each matrix in parts.
+    weights: the same weights on the devices, each matrix in parts.
   """
 
   def __init__(self, devices: Sequence[jax.Device], decoder: decoder_lib.Decoder, model: config_lib.ModelConfig,
                weights: weights_lib.Weights):
     self.model, self._decoder = model, decoder
     self._mesh = Mesh(np.array(devices), (_AXIS,))
-    weights = arrange(model, weights, len(devices))
     self._weights_specs = list_specs(weights)
     leaves, self._weights_tree = jax.tree.flatten(weights)
     self._leaves = [jax.device_put(leaf, NamedSharding(self._mesh, spec))
@@ -126,6 +125,26 @@ class Parts:
 
   def _map(self, function, in_specs, out_specs):
     return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_format: str, first: int,
+            num_parts: int) -> weights_lib.Weights:
+  """Lays out trained variables for parts, in the memory of the host: no device need hold all of them.
+
+  Args:
+    model, variables, weight_format, first: as `weights.prepare` has them.
+    num_parts: number of parts.
+
+  Raises:
+    ValueError: jax has no CPU device.
+  """
+  try:
+    host = jax.local_devices(backend="cpu")[0]
+  except RuntimeError as error:
+    raise ValueError(f"tensor={num_parts} lays weights out on the CPU, which JAX_PLATFORMS leaves out; add it, as in "
+                     "JAX_PLATFORMS=tpu,cpu or cuda,cpu") from error
+  with jax.default_device(host):
+    return arrange(model, weights_lib.prepare(model, jax.device_get(variables), weight_format, first), num_parts)
 
 
 def _has_arrays(value: Any) -> bool:

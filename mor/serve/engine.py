@@ -110,10 +110,9 @@ class Engine:
         page_size, tables.num_rows, num_pages or whole * tables.num_rows, (num_edge_pages or whole) if tables.num_edges else 0,
         max(1 + exits.pending, tables.num_rows) if exits else 1)
     sizes.check_memory(decoder, num_slots, pool, pages_per_row, ticks, sum(groups or [], []) or jax.devices()[:1])
-    weights = weights_lib.prepare(config, model.variables, weight_format, exits.first if exits else 0)
     self.meter = meter_lib.Meter(num_slots, pool)
     self.replicas = replica_lib.make(
-        groups, config, decoder, weights, num_slots, pool, pages_per_row, self.meter, ticks=ticks, chunk=chunk,
+        groups, model, weight_format, decoder, num_slots, pool, pages_per_row, self.meter, ticks=ticks, chunk=chunk,
         vocab_size=model.vocab_size, together=batching == "sequence", exits=exits, calibrator=calibrator)
     self._jobs: dict[int, scheduler_lib.Job] = {}
     self._events: list[tuple[int, request_lib.Event]] = []  # of requests without a stream, and not returned yet

@@ -1,6 +1,6 @@
-"""A copy of the model in an engine, on one device or on several: its slots and pages (a scheduler), and the programs that change them (a runner).
+"""A copy of the model in an engine, on one device or on several.
 
-The replicas of an engine share one queue. A turn of the engine dispatches on all of them before it reads the
+It has a scheduler (its slots and pages) and a runner (the programs that change them). The replicas share one queue. A turn of the engine dispatches on all of them before it reads the
 results of any, so that their devices run at once. A replica of several devices has a part of the model on each
 (`decode/parts.py`).
 """
@@ -11,39 +11,39 @@ from typing import Any
 
 import jax
 
-from mor import config as config_lib
 from mor.decode import decoder as decoder_lib
 from mor.decode import parts as parts_lib
 from mor.decode import weights as weights_lib
+from mor.exits import policy as exits_lib
 from mor.serve import meter as meter_lib
 from mor.serve import runner as runner_lib
 from mor.serve import scheduler as scheduler_lib
 
 
-def make(devices: Sequence[Sequence[jax.Device]] | None, model: config_lib.ModelConfig, decoder: decoder_lib.Decoder,
-         weights: weights_lib.Weights, num_slots: int, pool: scheduler_lib.Pool, pages_per_row: int, meter: meter_lib.Meter, *, ticks: int,
-         chunk: int, **options: Any) -> list["Replica"]:
+def make(groups: Sequence[Sequence[jax.Device]] | None, model: Any, weight_format: str, decoder: decoder_lib.Decoder,
+         num_slots: int, pool: scheduler_lib.Pool, pages_per_row: int, meter: meter_lib.Meter, *, ticks: int, chunk: int,
+         exits: exits_lib.Exits | None, **options: Any) -> list["Replica"]:
   """Returns replicas behind one queue.
 
   Args:
-    devices: those of each replica, which have a copy of the weights between them; None is one replica on the device that
-      has them.
-    model: config of the whole model, of which each device of a replica has a part.
-    decoder: of a part.
-    weights, num_slots, pool, pages_per_row, meter, ticks, chunk, **options: those of `SlotRunner`, of each
-      replica.
+    groups: devices of each replica; None is one replica on the default device.
+    model: `serve.model.Model`.
+    weight_format: as in `weights.prepare`.
+    decoder: of what one device has of the model.
+    num_slots, pool, pages_per_row, meter, ticks, chunk, exits, **options: those of `SlotRunner`, of each replica.
   """
+  first, num_parts = exits.first if exits else 0, len(groups[0]) if groups else 1
+  if num_parts > 1:
+    weights = parts_lib.prepare(model.config, model.variables, weight_format, first, num_parts)
+  else:
+    weights = weights_lib.prepare(model.config, model.variables, weight_format, first)
   queue: collections.deque[scheduler_lib.Job] = collections.deque()
   replicas = []
-  for group in devices or (None,):
-    parts, placed = None, weights
-    if group is not None and len(group) > 1:
-      parts = parts_lib.Parts(group, decoder, model, weights)
-      placed = parts.weights
-    elif group is not None:
-      placed = jax.device_put(weights, group[0])
+  for group in groups or (None,):
+    parts = parts_lib.Parts(group, decoder, model.config, weights) if num_parts > 1 else None
+    placed = parts.weights if parts else weights if group is None else jax.device_put(weights, group[0])
     runner = runner_lib.SlotRunner(decoder, placed, num_slots, pool, pages_per_row, meter, ticks=ticks, chunk=chunk,
-                                   parts=parts, **options)
+                                   exits=exits, parts=parts, **options)
     replicas.append(Replica(scheduler_lib.Scheduler(num_slots, pool, ticks, chunk, queue), runner))
   return replicas
 

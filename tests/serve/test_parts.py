@@ -35,6 +35,7 @@ ONE = ("expert_choice", "recursion_wise")  # each compiles for long
 def test_two_parts_give_the_tokens_of_generate(router, plan):
   model, requests = serving.model(**EVEN, kv_plan=plan, router=tiny.router(router)), serving.requests(12)
   engine = check(model, requests, expected=serving.reference(model, requests))
+  assert {program._cache_size() for program in engine.runner._parts._programs.values()} == {1}, "compiled twice"
   buffer = engine.runner.slots.cache.stack[0].k
   assert len(buffer.sharding.device_set) == 2 and buffer.addressable_shards[0].data.size == buffer.size // 2
 
