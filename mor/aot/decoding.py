@@ -30,8 +30,10 @@ from mor.aot import ideal as ideal_lib
 from mor.decode import decoder as decoder_lib
 from mor.decode import prefill as prefill_lib
 from mor.decode import slots as slots_lib
-from mor.decode import storage
+from mor.decode import sampling
+from mor.decode import storages
 from mor.decode import tick as tick_lib
+from mor.decode import variant as variant_lib
 from mor.decode import weights as weights_lib
 from mor.model import transformer
 
@@ -74,8 +76,10 @@ class DecodingSetup:
   @functools.cached_property
   def decoder(self) -> decoder_lib.Decoder:
     model = self.config.model
-    kept = storage.Paged(self.page_size, model.num_kv_heads, model.head_dim, _FORMAT)
-    return decoder_lib.Decoder(model, kept)
+    with jax.set_mesh(self.mesh):
+      storage = storages.make(None, model.num_kv_heads, model.head_dim, _FORMAT, self.page_size,
+                              self.context or self.config.data.seq_len)
+    return decoder_lib.Decoder(model, storage)
 
   @property
   def num_ticks(self) -> int:
@@ -85,23 +89,33 @@ class DecodingSetup:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-  """A compiled program, and the bytes of each buffer of the pool that it works on."""
+class CompiledText:
+  """A compiled program, as far as it is read.
 
-  program: jax.stages.Compiled
+  Attributes:
+    text: its instructions.
+    arguments, temporaries: bytes.
+    pool: bytes of each buffer of keys and values that it works on.
+  """
+
+  text: str
+  arguments: float
+  temporaries: float
   pool: tuple[float, ...]
 
 
-def compile_tick(setup: DecodingSetup) -> Compiled:
-  """Compiles the ticks of a dispatch."""
+def compile_tick(setup: DecodingSetup, settings: sampling.Sampling = sampling.Sampling(),
+                 logprobs: bool = False) -> CompiledText:
+  """Compiles the ticks of a dispatch, for requests of some settings where the host picks the program by them."""
   def tick(weights, slots):
+    variant = variant_lib.pick([settings], logprobs, False)
     return tick_lib.run(setup.decoder, weights, slots, num_ticks=setup.num_ticks,
-                        vocab_size=setup.config.model.vocab_size, together=False)
+                        vocab_size=setup.config.model.vocab_size, together=False, variant=variant)
 
   return _compile(setup, tick)
 
 
-def compile_prefill(setup: DecodingSetup, num_prompts: int = 1, num_tokens: int = 64) -> Compiled:
+def compile_prefill(setup: DecodingSetup, num_prompts: int = 1, num_tokens: int = 64) -> CompiledText:
   """Compiles the prefill of the first `num_tokens` tokens of some prompts in one call."""
   def store(weights, slots, slot_G, tokens_GT, start_G, length_G):
     return prefill_lib.store(setup.decoder, weights, slots, slot_G, tokens_GT, start_G, length_G, context_pages=0)
@@ -110,7 +124,7 @@ def compile_prefill(setup: DecodingSetup, num_prompts: int = 1, num_tokens: int 
   return _compile(setup, store, each, jax.ShapeDtypeStruct((num_prompts, num_tokens), jnp.int32), each, each)
 
 
-def _compile(setup: DecodingSetup, function: Callable, *others: jax.ShapeDtypeStruct) -> Compiled:
+def _compile(setup: DecodingSetup, function: Callable, *others: jax.ShapeDtypeStruct) -> CompiledText:
   """Compiles a function of weights, slots and others, whose slots are donated."""
   model, decoder, pages = setup.config.model, setup.decoder, setup.pages_per_row
   structures, pool = [], []
@@ -134,36 +148,38 @@ def _compile(setup: DecodingSetup, function: Callable, *others: jax.ShapeDtypeSt
     weights, slots, *rest = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (*shapes, *others))
     program = jax.jit(run, donate_argnums=1).lower(weights, slots, *rest).compile()
-  return Compiled(program, tuple(pool))
+  memory = program.memory_analysis()
+  return CompiledText(program.as_text(), memory.argument_size_in_bytes, memory.temp_size_in_bytes, tuple(pool))
 
 
-def tick_figures(setup: DecodingSetup, compiled: Compiled) -> dict[str, Any]:
-  """Returns the figures of a dispatch's ticks."""
-  program, pool = hlo.parse(compiled.program.as_text()), frozenset(compiled.pool)
-  whole = executed.count(program, pool=pool)
+def tick_figures(setup: DecodingSetup, compiled: CompiledText,
+                 turns: Callable[[hlo.Instruction], float] = lambda loop: 1) -> dict[str, Any]:
+  """Returns the figures of a dispatch's ticks; `turns` are the rounds of a loop of unknown length."""
+  program, pool = hlo.parse(compiled.text), frozenset(compiled.pool)
+  whole = executed.count(program, turns=turns, pool=pool)
   ideal = ideal_lib.tick(setup.config.model, setup.num_slots, setup.stored)
   loop = executed.find_loop(program)
-  a_tick = executed.count(program, loop.called, pool=pool)
+  a_tick = executed.count(program, loop.called, turns=turns, pool=pool)
   beside = whole.minus(a_tick.times(program.find_trips(loop) or 1))
   return {"num_slots": setup.num_slots, "context": setup.pages_per_row * setup.page_size, "position": setup.stored,
-          "storage": type(setup.decoder.tables.storage).__name__.lower(), "ticks": setup.num_ticks,
+          "storage": type(setup.decoder.tables.storage).__name__, "ticks": setup.num_ticks,
           **memory_figures(compiled), "a_tick": dataclasses.asdict(a_tick), "beside": dataclasses.asdict(beside),
           **estimate(setup.device, a_tick, ideal)}
 
 
-def prefill_figures(setup: DecodingSetup, compiled: Compiled, num_prompts: int = 1, num_tokens: int = 64) -> dict[str, Any]:
+def prefill_figures(setup: DecodingSetup, compiled: CompiledText, num_prompts: int = 1, num_tokens: int = 64) -> dict[str, Any]:
   """Returns the figures of a prefill of some prompts in one call."""
-  counted = executed.count(hlo.parse(compiled.program.as_text()), pool=frozenset(compiled.pool))
+  counted = executed.count(hlo.parse(compiled.text), pool=frozenset(compiled.pool))
   ideal = ideal_lib.prefill(setup.config.model, num_prompts, num_tokens)
   return {"prompts": num_prompts, "tokens": num_tokens, **memory_figures(compiled), **dataclasses.asdict(counted),
           **estimate(setup.device, counted, ideal)}
 
 
-def memory_figures(compiled: Compiled) -> dict[str, float]:
-  """Returns the bytes of the pool, and of temporaries beside it."""
-  memory, pool = compiled.program.memory_analysis(), sum(compiled.pool)
-  return {"pool_bytes": pool, "temporaries": memory.temp_size_in_bytes,
-          "temporaries_of_pool": memory.temp_size_in_bytes / pool}
+def memory_figures(compiled: CompiledText) -> dict[str, float]:
+  """Returns the bytes of all arguments, of the pool among them, and of temporaries."""
+  pool = sum(compiled.pool)
+  return {"arguments": compiled.arguments, "pool_bytes": pool, "temporaries": compiled.temporaries,
+          "temporaries_of_pool": compiled.temporaries / pool}
 
 
 def estimate(device: Any, counted: executed.Executed, ideal: ideal_lib.Ideal) -> dict[str, float | None]:
@@ -177,7 +193,7 @@ def estimate(device: Any, counted: executed.Executed, ideal: ideal_lib.Ideal) ->
   found["ideal_seconds"] = ideal.seconds(chip)
   if device.platform == "tpu":
     seconds = counted.cycles / chips.cycles_per_second(device)
-    if counted.unestimated:
+    if counted.pool_reads:
       seconds += ideal.entries / chip.bandwidth
     found |= {"cycles_seconds": seconds, "cycles_ratio": seconds / found["ideal_seconds"]}
   return found

@@ -85,7 +85,7 @@ def count(program: hlo.Program, name: str | None = None, *, turns: Callable[[hlo
       elif instruction.op == "conditional":
         found.conditionals += times
         found.predicates += times
-      elif not hlo.is_free(instruction.op):
+      elif not hlo.is_free(instruction):
         _add(found, instruction, times, types, program, pool)
   return found
 

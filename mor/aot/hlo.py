@@ -21,6 +21,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u1
 _FREE = frozenset(("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
                    "after-all", "opt-barrier", "partition-id", "replica-id", "iota", "async-start", "async-update",
                    "add-dependency"))
+_MARKS = frozenset(("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked"))
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')  # those of _MARKS tell the TPU compiler something
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
@@ -185,9 +187,12 @@ def measure(text: str) -> Traffic:
   return Traffic({kind: Collective(*total) for kind, total in totals.items()}, tuple(shapes), moved, unknown)
 
 
-def is_free(op: str) -> bool:
-  """Returns True for an operation that only names, groups or waits."""
-  return op in _FREE or op.endswith("-done")
+def is_free(instruction: Instruction) -> bool:
+  """Returns True for an instruction that only names, groups or waits."""
+  if instruction.op == "custom-call":
+    target = _TARGET.search(instruction.rest)
+    return bool(target) and target[1] in _MARKS
+  return instruction.op in _FREE or instruction.op.endswith("-done")
 
 
 def _kind(op: str) -> str | None:
@@ -199,7 +204,7 @@ def _kind(op: str) -> str | None:
 def traffic(instruction: Instruction, types: dict[str, str], program: Program) -> float:
   """Returns the bytes of HBM that an instruction reads and writes; `types` are those of its computation."""
   op, given = instruction.op, [types.get(name, "") for name in instruction.operands]
-  if is_free(op):
+  if is_free(instruction):
     return 0.0
   if op in ("dynamic-slice", "gather", "slice"):
     return size(instruction.type) + min(size(instruction.type), size(given[0]))

@@ -18,7 +18,7 @@ def setup(num_slots=2, **changes):
 def test_a_tick_is_compiled_and_counted_for_any_device():
   made = setup(context=24)
   found = decoding.tick_figures(made, decoding.compile_tick(made))
-  assert (found["context"], found["position"], found["ticks"], found["storage"]) == (24, 12, 6, "paged")
+  assert (found["context"], found["position"], found["ticks"], found["storage"]) == (24, 12, 6, "Paged")
   assert found["a_tick"]["operations"] > found["beside"]["operations"] > 0
   assert found["a_tick"]["loops"] > 0 and found["a_tick"]["predicates"] > found["a_tick"]["loops"]
   assert found["bytes"] > found["ideal_bytes"] > 0
