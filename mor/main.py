@@ -130,8 +130,8 @@ _HOW = {  # of the engine; see mor/serve/engine.py
         "num_pages", None, "generate: pages of the recursion's keys, which bounds their memory; default: no bound."),
     "num_edge_pages": flags.DEFINE_integer("num_edge_pages", None, "generate: the same for prelude and coda."),
     "prefill_chunk": flags.DEFINE_integer(
-        "prefill_chunk", None, "generate: prompt tokens that are read between two dispatches; default 256."),
-    "ticks": flags.DEFINE_integer("ticks", None, "generate: ticks of a dispatch; default 4 or a little more."),
+        "prefill_chunk", None, "generate: prompt tokens that are read between two dispatches; default 256, on an accelerator 1024."),
+    "ticks": flags.DEFINE_integer("ticks", None, "generate: ticks of a dispatch; default 4 or a little more, on an accelerator 12."),
     "devices": flags.DEFINE_string(
         "devices", None, "generate: devices with copies of the model, behind one queue: a count, or all; default 1."),
     "tensor": flags.DEFINE_integer("tensor", None, "generate: devices that share a copy of the model; default 1."),

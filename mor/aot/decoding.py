@@ -84,8 +84,8 @@ class DecodingSetup:
   @property
   def num_ticks(self) -> int:
     """Ticks of a dispatch."""
-    steps = self.decoder.num_steps
-    return steps * -(-4 // steps)
+    with jax.set_mesh(self.mesh):
+      return tick_lib.count_ticks(self.decoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +107,11 @@ class CompiledText:
 def compile_tick(setup: DecodingSetup, settings: sampling.Sampling = sampling.Sampling(),
                  logprobs: bool = False) -> CompiledText:
   """Compiles the ticks of a dispatch, for requests of some settings where the host picks the program by them."""
+  num_ticks = setup.num_ticks
+
   def tick(weights, slots):
     variant = variant_lib.pick([settings], logprobs, False)
-    return tick_lib.run(setup.decoder, weights, slots, num_ticks=setup.num_ticks,
+    return tick_lib.run(setup.decoder, weights, slots, num_ticks=num_ticks,
                         vocab_size=setup.config.model.vocab_size, together=False, variant=variant)
 
   return _compile(setup, tick)

@@ -82,6 +82,17 @@ def list_steps(decoder: decoder_lib.Decoder) -> tuple[int | None, ...]:
   return (None,) if decoder.tables.schedule.cyclic else tuple(range(decoder.num_steps))
 
 
+def count_ticks(decoder: decoder_lib.Decoder) -> int:
+  """Returns the ticks of a dispatch where none are asked for: the fewest rounds of all steps in 4, or in 12.
+
+  Whole rounds keep tokens that never leave early in phase. On an accelerator a tick takes less time than the host needs
+  for its share of a dispatch, so there a dispatch has more of them. A request is admitted between two dispatches, and its
+  tokens are seen at the end of one: it waits longer for its first token, in return.
+  """
+  steps = decoder.num_steps if decoder.tables.schedule.cyclic else 1  # passes of a tick that may have something to do
+  return steps * -(-(4 if control.adapts() else 12) // steps)
+
+
 def start(decoder: decoder_lib.Decoder, weights: weights_lib.Weights,
           slots: slots_lib.Slots) -> tuple[slots_lib.Slots, jax.Array, jax.Array]:
   """Lets new tokens enter the recursion.

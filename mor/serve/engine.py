@@ -27,6 +27,7 @@ from mor.decode import parts as parts_lib
 from mor.decode import sampling
 from mor.decode import storage as storage_lib
 from mor.decode import storages
+from mor.decode import tick as tick_lib
 from mor.decode import weights as weights_lib
 from mor.exits import calibration
 from mor.exits import policy as exits_lib
@@ -58,9 +59,10 @@ class Engine:
     num_edge_pages: the same for the layers outside the recursion.
     weight_format: "float32" (exact), "bfloat16" or "int8"; see `weights.py`.
     kv_format: "float32" (exact) or "bfloat16" (half the bytes).
-    ticks: of one dispatch; None is the smallest multiple of the number of steps
-      from 4 on, so that tokens that never leave early stay in phase.
-    prefill_chunk: prompt tokens prefilled at most between two dispatches.
+    ticks: ticks of one dispatch; None is the smallest multiple of the number of steps from 4 on, and from 12 on an
+      accelerator (`tick.count_ticks`). Fewer show tokens earlier, more have less overhead.
+    prefill_chunk: prompt tokens prefilled at most between two dispatches; None is 256, and 1,024 on an accelerator,
+      where one call stores chunks of several prompts.
     router: router in place of that of the model; for studies of depth, which prescribe it, so no flag sets it.
     storage: of keys and values, one of `storages.NAMES`; None is what suits the platform. The others are for tests and
       benchmarks, so no flag sets it.
@@ -75,7 +77,7 @@ class Engine:
   def __init__(self, model: Any, *, num_slots: int = 16, batching: str = "depth", context: int | None = None,
                page_size: int = 64, num_pages: int | None = None, num_edge_pages: int | None = None,
                weight_format: str = "float32", kv_format: str = "float32", ticks: int | None = None,
-               prefill_chunk: int = 256, router: Any = None, storage: str | None = None,
+               prefill_chunk: int | None = None, router: Any = None, storage: str | None = None,
                exits: exits_lib.Exits | None = None, calibrator: calibration.Calibrator | None = None,
                devices: int | Sequence[jax.Device] | None = None, tensor: int = 1):
     sizes.check_model(model, router)
@@ -101,9 +103,8 @@ class Engine:
       raise ValueError(f"sharing={config.sharing!r} gives each step its own layers, so tokens at different steps "
                        "cannot share a batch; use generate() (--batching=none), or train with a cyclic scheme")
     self.model, self.context, self.num_slots = model, context, num_slots
-    steps = decoder.num_steps if cyclic else 1  # passes of a tick that may have something to do
-    ticks = ticks or steps * -(-4 // steps)
-    chunk = max(runner_lib.LEAST_CHUNK, prefill_chunk)
+    ticks = ticks or tick_lib.count_ticks(decoder)
+    chunk = max(runner_lib.LEAST_CHUNK, prefill_chunk or runner_lib.count_chunk())
     pages_per_row = -(-context // page_size)
     whole = num_slots * pages_per_row
     pool = scheduler_lib.Pool(

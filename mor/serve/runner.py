@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor.decode import control
 from mor.decode import decoder as decoder_lib
 from mor.decode import packing
 from mor.decode import parts as parts_lib
@@ -29,7 +30,6 @@ from mor.exits import calibration
 from mor.exits import policy as exits_lib
 from mor.exits import ring as ring_lib
 from mor.exits import tick as exit_tick
-from mor.model import kernels
 from mor.serve import early_exit as exit_host
 from mor.serve import meter as meter_lib
 from mor.serve import scheduler as scheduler_lib
@@ -69,6 +69,14 @@ class _NextTokens:
   def shape(self) -> tuple[int, int]:
     """Chunks of one shape may share a call."""
     return self.width, self.context_pages
+
+
+def count_chunk() -> int:
+  """Returns the prompt tokens between two dispatches where no number is asked for.
+
+  An accelerator needs the tokens of a few prompts at once to be compute-bound, as it reads all weights for each call.
+  """
+  return 256 if control.adapts() else 1024
 
 
 def list_tokens(out: slots_lib.Out) -> Iterator[tuple[int, int, int, float, bool, int]]:
@@ -195,13 +203,13 @@ class SlotRunner:
 
     A CPU takes as long for padding as for tokens, and gains nothing by a larger batch, so a call stores one chunk there.
     """
-    return 1 if kernels.platform() == "cpu" else min(self._num_slots, max(1, self._chunk // width))
+    return 1 if control.adapts() else min(self._num_slots, max(1, self._chunk // width))
 
   def _count_context_pages(self, stored: int) -> int:
     """Returns the pages that a chunk behind `stored` tokens reads: on a CPU all of a row, elsewhere a power of two."""
     if not stored:
       return 0
-    if kernels.platform() == "cpu":
+    if control.adapts():
       return self._pages_per_row
     return min(self._pages_per_row, ceil_power(-(-stored // self._pool.page_size)))
 

@@ -1,12 +1,16 @@
 """What a dispatch gave, in order."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mor.decode import sampling
 from mor.decode import slots as slots_lib
+from mor.decode import tick
 from mor.exits import ring
+from mor.model import kernels
 from mor.serve import runner
 from tests.helpers import serving
 
@@ -44,6 +48,16 @@ def test_tokens_come_in_the_order_of_ticks_slots_and_places(exits):
                            exits and bool(new.exits.early_BW[at]), int(new.finish_B[k, slot]) if is_last else 0))
     got = list(runner.list_tokens(out))
     assert got == expected and all(type(x) in (int, float, bool) for row in got for x in row)
+
+
+@pytest.mark.parametrize("platform, ticks, chunk", [("cpu", (4, 4, 6, 4, 5), 256), ("gpu", (12, 12, 12, 12, 15), 1024),
+                                                    ("tpu", (12, 12, 12, 12, 15), 1024)])
+def test_a_dispatch_is_longer_on_an_accelerator(platform, ticks, chunk, monkeypatch):
+  """Whole rounds of 1 to 5 steps."""
+  monkeypatch.setattr(kernels, "platform", lambda: platform)
+  schedule = types.SimpleNamespace(cyclic=True)
+  decoders = [types.SimpleNamespace(num_steps=1 + i, tables=types.SimpleNamespace(schedule=schedule)) for i in range(5)]
+  assert tuple(tick.count_ticks.__wrapped__(decoder) for decoder in decoders) == ticks and runner.count_chunk() == chunk
 
 
 def test_several_requests_start_in_one_call():
