@@ -128,12 +128,13 @@ def test_bfloat16_follows_float32(plan, storage):
   assert np.nanmax(np.abs(rounded[0] - whole[0])) > 1e-3, "nothing was rounded"
 
 
-@pytest.mark.parametrize("plan", [
-    pytest.param(plan, marks=() if plan == "hybrid" else pytest.mark.slow) for plan in kv_plans.PLANS])
-def test_a_row_does_not_know_its_batch(plan):
+@pytest.mark.parametrize("plan, storage", [
+    pytest.param(plan, storage, marks=() if (plan, storage) == ("hybrid", "paged") else pytest.mark.slow)
+    for plan in kv_plans.PLANS for storage in decoding.STORAGES if storage != "dense"])
+def test_a_row_does_not_know_its_batch(plan, storage):
   config = build(plan, router=tiny.router("expert_choice"))
   variables, tokens_BT, whole = decoding.expected(config)
-  decoder, row, chunks = decoding.decoder(config, "paged"), 0, decoding.CHUNKS["paged"]
+  decoder, row, chunks = decoding.decoder(config, storage), 0, decoding.CHUNKS[storage]
   other_BT = decoding.tokens(config, seed=3)
   other_BT[row] = tokens_BT[row]
   lengths = [(chunk[row], *chunk[:0:-1]) for chunk in chunks]  # the others' in another order
