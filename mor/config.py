@@ -30,8 +30,8 @@ _require = fields.require
 class TaskConfig:
   """A task whose problems are made, where data.source=task:NAME; 0 is the task's own default."""
 
-  size: int = _field(0, "khop: entities of a map")
-  hardest: int = _field(0, "largest difficulty in training; khop: hops")
+  size: int = _field(0, "khop: entities of a map; mano: modulus; addition: digits of an operand; s5: elements")
+  hardest: int = _field(0, "largest difficulty in training: hops, height of an expression, operands, permutations")
   questions: int = _field(0, "khop: questions about a map")
   packed: bool = _field(True, "khop: a fact, or a question, is one token")
 
@@ -46,7 +46,7 @@ class DataConfig:
 
   source: str = _field(
       "sotu", "training text: sotu (shipped), tfds:NAME, hf:DIR (datasets.save_to_disk), or a path or glob of .txt, "
-      ".jsonl, .jsonl.gz, .jsonl.xz or .array_record files; or problems that are made: task:khop")
+      ".jsonl, .jsonl.gz, .jsonl.xz or .array_record files; or problems that are made: task:khop, mano, addition or s5")
   validation_source: str = _field("", "held-out text, as source; '' holds out validation_fraction of the documents")
   text_key: str = _field("text", "key of the text in a record")
   validation_fraction: float = _field(0.05, "fraction of the documents that is held out")

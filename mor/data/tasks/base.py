@@ -24,6 +24,7 @@ import numpy as np
 import tokenizers
 
 from mor import config as config_lib
+from mor import fields
 
 TRAIN, HELD_OUT, BEYOND = range(3)
 _UNKNOWN, _OPENING = "<unk>", "<|endoftext|>"
@@ -106,6 +107,22 @@ class Task(abc.ABC):
   def num_levels(self) -> int:
     """One more than the largest difficulty of any answer."""
     return max(self.levels.stop, self.beyond.stop)
+
+
+def ask_last(tokens: Sequence[int], answer: int, difficulty: int) -> Problem:
+  """Returns a problem of which the only answer is due behind its last symbol."""
+  tokens_T = np.array(tokens, np.int32)
+  target_T, difficulty_T = np.zeros_like(tokens_T), np.zeros_like(tokens_T)
+  target_T[-1], difficulty_T[-1] = answer, difficulty
+  return Problem(tokens_T, target_T, difficulty_T)
+
+
+def refuse(config: config_lib.TaskConfig, task: str, *names: str) -> None:
+  """Raises ValueError if a field that a task does not have is set."""
+  for name in names:
+    value, default = getattr(config, name), getattr(config_lib.TaskConfig(), name)
+    fields.require(value == default, f"data.task.{name}={value} with data.source=task:{task}, which has no such choice",
+                   f"leave it at {default}")
 
 
 def serialize(symbols: Sequence[str]) -> str:

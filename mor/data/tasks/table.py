@@ -2,12 +2,18 @@
 
 from mor import config as config_lib
 from mor import fields
+from mor.data.tasks import addition
 from mor.data.tasks import base
 from mor.data.tasks import khop
+from mor.data.tasks import mano
+from mor.data.tasks import s5
 
 PREFIX = "task:"
 TASKS: dict[str, type[base.Task]] = {
     "khop": khop.Khop,
+    "mano": mano.Mano,
+    "addition": addition.Addition,
+    "s5": s5.S5,
 }
 
 
