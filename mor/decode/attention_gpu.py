@@ -24,7 +24,8 @@ import jax.numpy as jnp
 _LOW = -1e30  # a score that no query sees; finite, so that no row is NaN
 _LEAST_SIDE = 16  # of a tensor core's product
 _MOST_ENTRIES = 64  # of one turn
-_MOST_BYTES = 32 * 2**10  # of one turn; two are in flight in the shared memory
+_TURN_BYTES = 16 * 2**10  # of one turn, if that is enough entries; float32 would spill registers beyond
+_MOST_BYTES = 64 * 2**10  # of one turn; more are in flight in the shared memory
 _PROGRAMS = 1024  # which keep every multiprocessor busy, and even out rows of different lengths
 _WARPS, _STAGES = 4, 2
 
@@ -84,7 +85,7 @@ def attend(q_MNH: jax.Array, kv_PKEW: jax.Array, page_MP: jax.Array, length_M: j
 
 def choose_block(width: int, dtype: jnp.dtype) -> int:
   """Returns the entries of a turn, a power of two."""
-  return min(_MOST_ENTRIES, _MOST_BYTES // (width * jnp.dtype(dtype).itemsize))
+  return max(_LEAST_SIDE, min(_MOST_ENTRIES, _TURN_BYTES // (width * jnp.dtype(dtype).itemsize)))
 
 
 def _merge(out_XMKGH, top_XMKG, total_XMKG):

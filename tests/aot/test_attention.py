@@ -16,6 +16,7 @@ SHAPES = {
     "mor-1.7b": (32, 32, 64, "bfloat16"),
     "mor-1.7b in float32": (32, 32, 64, "float32"),
     "heads of 128": (32, 8, 128, "bfloat16"),
+    "one head of 512 in float32": (8, 1, 512, "float32"),
 }
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100:1", "h200:1")
 SLOTS, PAGE, PAGES = 32, 64, 32  # of the models' context

@@ -91,7 +91,7 @@ def test_a_write_is_in_place(kernel):
 @pytest.mark.parametrize("kernel, page_size, num_kv_heads, head_dim, kv_format, message", [
     ("tpu", 24, 2, 64, "bfloat16", "page_size=24 is no multiple of 16.*bfloat16"),
     ("tpu", 2048, 32, 64, "float32", "page_size=2048 with 32 key heads of 128 lanes needs .* use smaller pages"),
-    ("gpu", 64, 2, 512, "float32", "entries of 1024 float32 numbers are more than the 512"),
+    ("gpu", 64, 2, 600, "float32", "entries of 2048 float32 numbers are more than the 1024"),
     ("tpu", 24, 2, 64, "float32", None), ("tpu", 64, 32, 64, "float32", None), ("gpu", 7, 32, 128, "bfloat16", None)])
 def test_what_a_kernel_serves(kernel, page_size, num_kv_heads, head_dim, kv_format, message):
   reason = packed.PackedPages(page_size, num_kv_heads, head_dim, kv_format, kernel).explain_misfit()
