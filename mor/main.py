@@ -134,7 +134,7 @@ _HOW = {  # of the engine; see mor/serve/engine.py
     "ticks": flags.DEFINE_integer("ticks", None, "generate: ticks of a dispatch; default 4 or a little more, on an accelerator 12."),
     "devices": flags.DEFINE_string(
         "devices", None, "generate: devices with copies of the model, behind one queue: a count, or all; default 1."),
-    "tensor": flags.DEFINE_integer("tensor", None, "generate: devices that share a copy of the model; default 1."),
+    "tensor": flags.DEFINE_integer("tensor", None, "generate, compile: devices that share a copy of the model; default 1."),
 }
 _EXITS = {  # see mor/exits/policy.py
     "after": flags.DEFINE_list("exit_after", None, "generate, calibrate: layers after which a token may leave, e.g. 10,20."),
@@ -245,7 +245,7 @@ def _fields() -> int:
 def _compile() -> int:
   if not _TOPOLOGY.value:
     raise ValueError("--mode=compile needs chips to compile for; give --topology=v5e:4x4, h200:1 or the like")
-  counts = {name: _HOW[name].value for name in ("num_slots", "context")}
+  counts = {name: _HOW[name].value for name in ("num_slots", "context", "tensor")}
   print(json.dumps(compiled.command(_config("compile"), _TOPOLOGY.value, **counts)))
   return 0
 

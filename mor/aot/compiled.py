@@ -27,6 +27,7 @@ from mor.aot import chips
 from mor.aot import decoding
 from mor.aot import executed
 from mor.aot import hlo
+from mor.decode import parts as parts_lib
 from mor.train import step as step_lib
 
 # Without a GPU there is no autotuner, and some of Triton's products have no tile without one.
@@ -91,17 +92,21 @@ def step_figures(config: config_lib.Config, topology: str) -> dict[str, Any]:
 
 
 def command(config: config_lib.Config, topology: str, num_slots: int | None = None,
-            context: int | None = None) -> dict[str, Any]:
-  """Returns all figures of a config on a topology; the engine runs on one of its chips.
+            context: int | None = None, tensor: int | None = None) -> dict[str, Any]:
+  """Returns all figures of a config on a topology; the engine runs on one of its chips, or on the first `tensor`.
 
   Raises:
     ValueError: the topology is unknown, or a count is not positive.
     OSError: the compiler is not installed.
   """
-  for name, value in (("num_slots", num_slots), ("context", context)):
+  for name, value in (("num_slots", num_slots), ("context", context), ("tensor", tensor)):
     if value is not None and value < 1:
       raise ValueError(f"--{name}={value}; use a count >= 1")
+  found = chips.devices(topology)
+  if (tensor or 1) > len(found):
+    raise ValueError(f"--tensor={tensor}, and {topology} has {len(found)} chips; use at most {len(found)}")
+  parts_lib.cut(config.model, tensor or 1)  # refuses before anything is compiled
   figures = step_figures(config, topology)
-  setup = decoding.DecodingSetup(config, chips.devices(topology)[0], num_slots or 16, context)
+  setup = decoding.DecodingSetup(config, found[0], num_slots or 16, context, more=tuple(found[1:tensor or 1]))
   return figures | {"tick": decoding.tick_figures(setup, decoding.compile_tick(setup)),
                     "prefill": decoding.prefill_figures(setup, decoding.compile_prefill(setup))}

@@ -28,6 +28,7 @@ from mor.aot import executed
 from mor.aot import hlo
 from mor.aot import ideal as ideal_lib
 from mor.decode import decoder as decoder_lib
+from mor.decode import parts as parts_lib
 from mor.decode import prefill as prefill_lib
 from mor.decode import slots as slots_lib
 from mor.decode import sampling
@@ -51,6 +52,7 @@ class DecodingSetup:
     context: positions at most.
     page_size: entries of a page.
     position: tokens that each sequence has stored, for estimates; None is half of the context.
+    more: further devices, which share the model with the first one; figures are those of a device.
   """
 
   config: config_lib.Config
@@ -59,6 +61,7 @@ class DecodingSetup:
   context: int | None = None
   page_size: int = 64
   position: int | None = None
+  more: tuple[Any, ...] = ()
 
   @property
   def pages_per_row(self) -> int:
@@ -71,11 +74,18 @@ class DecodingSetup:
 
   @functools.cached_property
   def mesh(self) -> jax.sharding.Mesh:
-    return jax.sharding.Mesh(np.array([self.device]), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    name = "tensor" if self.more else "device"
+    return jax.sharding.Mesh(np.array([self.device, *self.more]), (name,), axis_types=(jax.sharding.AxisType.Auto,))
+
+  @property
+  def share(self) -> config_lib.ModelConfig:
+    """What one device has of the model, the vocabulary as well."""
+    num, model = 1 + len(self.more), self.config.model
+    return dataclasses.replace(parts_lib.cut(model, num), vocab_size=model.vocab_size // num)
 
   @functools.cached_property
   def decoder(self) -> decoder_lib.Decoder:
-    model = self.config.model
+    model = parts_lib.cut(self.config.model, 1 + len(self.more))
     with jax.set_mesh(self.mesh):
       storage = storages.make(None, model.num_kv_heads, model.head_dim, _FORMAT, self.page_size,
                               self.context or self.config.data.seq_len)
@@ -129,13 +139,16 @@ def compile_prefill(setup: DecodingSetup, num_prompts: int = 1, num_tokens: int 
 def _compile(setup: DecodingSetup, function: Callable, *others: jax.ShapeDtypeStruct) -> CompiledText:
   """Compiles a function of weights, slots and others, whose slots are donated."""
   model, decoder, pages = setup.config.model, setup.decoder, setup.pages_per_row
-  structures, pool = [], []
+  structures, specs, pool = [], [], []
 
   def leaves(variables):
     weights = weights_lib.prepare(model, variables, _FORMAT)
+    if setup.more:
+      weights = parts_lib.arrange(model, weights, 1 + len(setup.more))
     slots = slots_lib.make(decoder, weights, setup.num_slots, setup.num_slots * pages * decoder.tables.num_rows,
                            setup.num_slots * pages, pages)
     structures.extend(jax.tree.structure(tree) for tree in (weights, slots))
+    specs.extend((parts_lib.list_specs(weights), parts_lib.list_slots_specs(slots)))
     pool.extend(float(x.size * x.dtype.itemsize) for x in jax.tree.leaves((slots.cache.edge, slots.cache.stack)))
     return jax.tree.leaves(weights), jax.tree.leaves(slots)
 
@@ -146,12 +159,28 @@ def _compile(setup: DecodingSetup, function: Callable, *others: jax.ShapeDtypeSt
                              jax.ShapeDtypeStruct((1, 1), "int32"))
   with jax.set_mesh(setup.mesh):
     shapes = jax.eval_shape(leaves, variables)
-    here = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
-    weights, slots, *rest = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (*shapes, *others))
-    program = jax.jit(run, donate_argnums=1).lower(weights, slots, *rest).compile()
+    if setup.more:
+      split = parts_lib.compile_program(setup.mesh, function, tuple(structures), tuple(specs))
+      program = split.lower(*_place_parts(setup.mesh, *shapes, *specs), others, {}).compile()
+    else:
+      here = jax.sharding.NamedSharding(setup.mesh, jax.sharding.PartitionSpec())
+      weights, slots, *rest = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (*shapes, *others))
+      program = jax.jit(run, donate_argnums=1).lower(weights, slots, *rest).compile()
   memory = program.memory_analysis()
   return CompiledText(program.as_text(), memory.argument_size_in_bytes, memory.temp_size_in_bytes, tuple(pool))
+
+
+def _place_parts(mesh, weights, slots, weights_specs, slots_specs):
+  """Returns the shapes of weights, and of slots of which the parts' own arrays stand one after another."""
+  def place(shape, leaf, spec):
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+  def join(leaf, spec):
+    return (mesh.size * leaf.shape[0], *leaf.shape[1:]) if spec else leaf.shape
+
+  return ([place(leaf.shape, leaf, spec) for leaf, spec in zip(weights, weights_specs)],
+          [place(join(leaf, spec), leaf, spec) for leaf, spec in zip(slots, slots_specs)])
 
 
 def tick_figures(setup: DecodingSetup, compiled: CompiledText,
@@ -159,11 +188,12 @@ def tick_figures(setup: DecodingSetup, compiled: CompiledText,
   """Returns the figures of a dispatch's ticks; `turns` are the rounds of a loop of unknown length."""
   program, pool = hlo.parse(compiled.text), frozenset(compiled.pool)
   whole = executed.count(program, turns=turns, pool=pool)
-  ideal = ideal_lib.tick(setup.config.model, setup.num_slots, setup.stored)
+  ideal = ideal_lib.tick(setup.share, setup.num_slots, setup.stored)
   loop = executed.find_loop(program)
   a_tick = executed.count(program, loop.called, turns=turns, pool=pool)
   beside = whole.minus(a_tick.times(program.find_trips(loop) or 1))
-  return {"num_slots": setup.num_slots, "context": setup.pages_per_row * setup.page_size, "position": setup.stored,
+  return {"devices": 1 + len(setup.more), "collectives": count_collectives(compiled),
+          "num_slots": setup.num_slots, "context": setup.pages_per_row * setup.page_size, "position": setup.stored,
           "storage": type(setup.decoder.tables.storage).__name__, "ticks": setup.num_ticks,
           **memory_figures(compiled), "a_tick": dataclasses.asdict(a_tick), "beside": dataclasses.asdict(beside),
           **estimate(setup.device, a_tick, ideal)}
@@ -172,9 +202,15 @@ def tick_figures(setup: DecodingSetup, compiled: CompiledText,
 def prefill_figures(setup: DecodingSetup, compiled: CompiledText, num_prompts: int = 1, num_tokens: int = 64) -> dict[str, Any]:
   """Returns the figures of a prefill of some prompts in one call."""
   counted = executed.count(hlo.parse(compiled.text), pool=frozenset(compiled.pool))
-  ideal = ideal_lib.prefill(setup.config.model, num_prompts, num_tokens)
+  ideal = ideal_lib.prefill(setup.share, num_prompts, num_tokens)
   return {"prompts": num_prompts, "tokens": num_tokens, **memory_figures(compiled), **dataclasses.asdict(counted),
           **estimate(setup.device, counted, ideal)}
+
+
+def count_collectives(compiled: CompiledText) -> dict[str, dict[str, float]]:
+  """Returns number and bytes of the collectives of a program, by kind."""
+  found = hlo.measure(compiled.text).collectives
+  return {kind: dataclasses.asdict(one) for kind, one in sorted(found.items())}
 
 
 def memory_figures(compiled: CompiledText) -> dict[str, float]:

@@ -86,12 +86,13 @@ class Parts:
     def make_part(leaves):
       slots = make(jax.tree.unflatten(self._weights_tree, leaves))
       slots_tree[:] = [jax.tree.structure(slots)]
-      self._slots_specs = [P(_AXIS) if sharding.path_name(path).startswith(("cache/edge/", "cache/stack/")) else P()
-                           for path, _ in jax.tree_util.tree_leaves_with_path(slots)]
+      self._slots_specs = list_slots_specs(slots)
       return jax.tree.leaves(slots)
 
     jax.eval_shape(make_part, self._leaves)
-    made = jax.jit(self._map(make_part, (self._weights_specs,), self._slots_specs))(self._leaves)
+    mapped = jax.shard_map(make_part, mesh=self._mesh, in_specs=(self._weights_specs,), out_specs=self._slots_specs,
+                           check_vma=False)
+    made = jax.jit(mapped)(self._leaves)
     return jax.tree.unflatten(slots_tree[0], made)
 
   def run(self, program: Callable, slots: slots_lib.Slots, *args: Any,
@@ -108,23 +109,32 @@ class Parts:
     leaves, slots_tree = jax.tree.flatten(slots)
     key = program, static, slots_tree
     if key not in self._programs:
-      self._programs[key] = self._compile(program, dict(static), slots_tree)
+      run_part = functools.partial(program, self._decoder, **dict(static))
+      self._programs[key] = compile_program(self._mesh, run_part, (self._weights_tree, slots_tree),
+                                            (self._weights_specs, self._slots_specs))
     leaves, told = self._programs[key](self._leaves, leaves, args, given)
     return jax.tree.unflatten(slots_tree, leaves), told
 
-  def _compile(self, program, static, slots_tree):
-    # Leaves and lists of their specs: a tree of specs would be `Weights` without arrays.
-    def run_part(weights_leaves, slots_leaves, args, given):
-      weights = jax.tree.unflatten(self._weights_tree, weights_leaves)
-      slots = jax.tree.unflatten(slots_tree, slots_leaves)
-      slots, told = program(self._decoder, weights, slots, *args, **given, **static)
-      return jax.tree.leaves(slots), told
 
-    specs = self._weights_specs, self._slots_specs, P(), P()
-    return jax.jit(self._map(run_part, specs, (self._slots_specs, P())), donate_argnums=1)
+def compile_program(mesh: Mesh, run_part: Callable, trees: tuple[Any, Any],
+                    specs: tuple[list[P], list[P]]) -> jax.stages.Wrapped:
+  """Returns a jitted program of (leaves of weights, leaves of slots, other arguments, other keywords).
 
-  def _map(self, function, in_specs, out_specs):
-    return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+  Leaves, as their specs are lists too: a tree of specs would be `Weights` without arrays.
+
+  Args:
+    mesh: the devices.
+    run_part: program of (weights, slots, …), run on each device with its part.
+    trees: structures of weights and slots.
+    specs: specs of the leaves of weights and of slots.
+  """
+  def run(weights_leaves, slots_leaves, args, given):
+    weights, slots = map(jax.tree.unflatten, trees, (weights_leaves, slots_leaves))
+    slots, told = run_part(weights, slots, *args, **given)
+    return jax.tree.leaves(slots), told
+
+  mapped = jax.shard_map(run, mesh=mesh, in_specs=(*specs, P(), P()), out_specs=(specs[1], P()), check_vma=False)
+  return jax.jit(mapped, donate_argnums=1)
 
 
 def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_format: str, first: int,
@@ -198,3 +208,9 @@ def list_specs(weights: weights_lib.Weights) -> list[P]:
     return P(None, _AXIS) if name == "w_OI" else P()  # the scales belong to the outputs
 
   return [find(path) for path, _ in jax.tree_util.tree_leaves_with_path(weights)]
+
+
+def list_slots_specs(slots: slots_lib.Slots) -> list[P]:
+  """Returns, for each array of slots, whether each part of a model has its own: keys and values of its heads."""
+  return [P(_AXIS) if sharding.path_name(path).startswith(("cache/edge/", "cache/stack/")) else P()
+          for path, _ in jax.tree_util.tree_leaves_with_path(slots)]

@@ -1,14 +1,24 @@
 """A model in parts: what it splits, and what cannot be split."""
 
+import functools
+import re
+
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from mor import sharding
+from mor.decode import decoder as decoder_lib
 from mor.decode import parts as parts_lib
+from mor.decode import slots as slots_lib
+from mor.decode import storage as storage_lib
+from mor.decode import tick as tick_lib
+from mor.decode import variant as variant_lib
 from mor.decode import weights as weights_lib
 from tests.helpers import decoding
+from tests.helpers import platforms
 from tests.helpers import tiny
 
 
@@ -32,6 +42,30 @@ def test_what_does_not_divide_is_refused_by_name(num, message):
 def test_an_odd_vocabulary_is_refused_by_name():
   with pytest.raises(ValueError, match=r"tensor=2 does not divide model.vocab_size=61; use 1$"):
     parts_lib.cut(tiny.config().model, 2)
+
+
+def test_a_tick_sums_twice_a_layer_and_joins_the_logits_once():
+  """As an accelerator runs it, which has one head for all slots; the embedding is one more sum."""
+  model = tiny.config(model=dict(vocab_size=62, num_layers=5)).model  # prelude, one shared layer, coda
+  part, leaves = parts_lib.cut(model, 2), []
+  decoder = decoder_lib.Decoder(part, storage_lib.Dense(12, part.num_kv_heads, part.head_dim, "float32"))
+
+  def make(variables):
+    weights = parts_lib.arrange(model, weights_lib.prepare(model, variables, "float32"), 2)
+    slots = slots_lib.make(decoder, weights, 3, 9, 3, 1)
+    leaves.extend((jax.tree.structure(weights), jax.tree.structure(slots), parts_lib.list_specs(weights),
+                   parts_lib.list_slots_specs(slots)))
+    return jax.tree.leaves(weights), [jnp.concatenate([leaf] * (2 if spec else 1)) if leaf.ndim else leaf
+                                      for leaf, spec in zip(jax.tree.leaves(slots), leaves[3])]
+
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tensor",))
+  shapes = jax.eval_shape(make, decoding.draw(model))
+  with platforms.pretend("tpu"):
+    run = functools.partial(tick_lib.run, decoder, num_ticks=1, vocab_size=62, together=False,
+                            variant=variant_lib.Variant("greedy", False, False))
+    program = parts_lib.compile_program(mesh, run, tuple(leaves[:2]), tuple(leaves[2:]))
+    text = str(jax.make_jaxpr(program)(*shapes, (), {}))
+  assert len(re.findall(r"= psum\w*\[", text)) == 2 * 3 + 1 and len(re.findall(r"= all_gather\w*\[", text)) == 1
 
 
 @pytest.mark.parametrize("weight_format", weights_lib.FORMATS)
