@@ -54,7 +54,8 @@ def compile_attention(topology, shape, hides, num_slots=SLOTS, num_pages=3 * SLO
 def test_kernels_compile_for_every_chip(topology, shape, hides):
   compiled = compile_attention(topology, shape, hides)
   assert "packed_attention" in compiled.as_text()
-  assert compiled.memory_analysis().temp_size_in_bytes < 20e6, "the pool is copied"
+  memory = compiled.memory_analysis()
+  assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 10, "the pool is copied"
 
 
 @pytest.mark.aot
