@@ -5,8 +5,8 @@
 The model is so small that the device is fast, and every slot gets a token in every
 tick. What the device does is in threads of its own, and the thread that calls `step`
 sleeps while it waits, so the processor time of that thread is the host's: admission,
-prefill, dispatch, harvest. Two mixes of requests, of many and of few new tokens, give
-two equations for the two costs:
+prefill, dispatch, harvest. Two mixes of requests, of many and of few new tokens, each
+served from an idle engine to an idle one, give two equations for the two costs:
 
   seconds = token * tokens + request * requests
 
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 
-MIXES = {"long": (1, 256), "short": (16, 16)}  # tokens of a prompt, and new ones
+MIXES = {"long": (1, 16, 256), "short": (8, 16, 16)}  # requests of a slot, tokens of a prompt, new ones
 
 
 def make_engine(num_slots: int, ticks: int):
@@ -42,35 +42,34 @@ def make_engine(num_slots: int, ticks: int):
   return engine_lib.Engine(model_lib.Model(model, variables, None, 512), num_slots=num_slots, ticks=ticks, page_size=512)
 
 
-def measure(engine, mix: str, num_tokens: int) -> dict[str, float]:
-  """Serves requests of a mix, with some waiting throughout; returns seconds, tokens and requests."""
-  num_prompt, num_new = MIXES[mix]
-  before, seconds = engine.metrics(), 0.0
-  while engine.metrics()["output_tokens"] - before["output_tokens"] < num_tokens:
-    while len(engine.scheduler.queue) < engine.num_slots:
-      engine.submit(list(range(1, 1 + num_prompt)), max_tokens=num_new)
+def measure(engine, mix: str) -> dict[str, float]:
+  """Serves the requests of a mix; returns the seconds of `step`, tokens and requests."""
+  a_slot, num_prompt, num_new = MIXES[mix]
+  for _ in range(a_slot * engine.num_slots):
+    engine.submit(list(range(1, 1 + num_prompt)), max_tokens=num_new)
+  seconds, tokens, requests = 0.0, 0, 0
+  while not engine.idle:
     start = time.thread_time()
     events = engine.step()
     seconds += time.thread_time() - start
+    tokens += len(events)
     for number, event in events:
       if event.finish:
         engine.take(number)
-  after = engine.metrics()
-  return {"seconds": seconds, "tokens": after["output_tokens"] - before["output_tokens"],
-          "requests": after["requests"] - before["requests"]}
+        requests += 1
+  return {"seconds": seconds, "tokens": tokens, "requests": requests}
 
 
 def serve(args) -> None:
   """Measures a mix for each line of standard input; runs in a process of its own, on whichever `mor` it finds."""
   engine = make_engine(args.slots, args.ticks)
   for line in sys.stdin:
-    print(json.dumps(measure(engine, line.strip(), args.tokens)), flush=True)
+    print(json.dumps(measure(engine, line.strip())), flush=True)
 
 
 def start_program(directory: pathlib.Path, args) -> subprocess.Popen:
   """Starts `serve` on the code of a checkout."""
-  command = [sys.executable, "-P", __file__, "--serve", f"--slots={args.slots}", f"--ticks={args.ticks}",
-             f"--tokens={args.tokens}"]
+  command = [sys.executable, "-P", __file__, "--serve", f"--slots={args.slots}", f"--ticks={args.ticks}"]
   return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                           env=os.environ | {"PYTHONPATH": str(directory)})
 
@@ -105,7 +104,6 @@ def main(argv: list[str]) -> None:
   parser = harness.Parser(prog="python -m benchmarks.host", description=__doc__.splitlines()[0])
   parser.add_argument("--slots", type=int, default=128, help="requests that run at once")
   parser.add_argument("--ticks", type=int, default=16, help="ticks of a dispatch")
-  parser.add_argument("--tokens", type=int, default=20000, help="new tokens of a turn")
   parser.add_argument("--rounds", type=int, default=7, help="timed turns of each program")
   parser.add_argument("--other", default="", help="checkout of another commit, which takes turns")
   parser.add_argument("--out", default="", help="JSON file; default standard output")
@@ -113,7 +111,7 @@ def main(argv: list[str]) -> None:
   if args.other and not (pathlib.Path(args.other) / "mor" / "serve").is_dir():
     raise ValueError(f"--other={args.other} holds no mor/serve; give a checkout of this project")
   directories = {"now": harness.ROOT} | ({"other": pathlib.Path(args.other)} if args.other else {})
-  sizes = {name: getattr(args, name) for name in ("slots", "ticks", "tokens", "rounds")}
+  sizes = {name: getattr(args, name) for name in ("slots", "ticks", "rounds")}
   record = harness.header("host", argv, "float32", sizes) | {"commits": {
       name: harness.commit(directory) for name, directory in directories.items()}}
   programs = {name: start_program(directory.resolve(), args) for name, directory in directories.items()}
@@ -150,7 +148,7 @@ def table(record: dict) -> list[list[str]]:
 if __name__ == "__main__":
   if "--serve" in sys.argv:
     parser = argparse.ArgumentParser()
-    for name in ("slots", "ticks", "tokens"):
+    for name in ("slots", "ticks"):
       parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--serve", action="store_true")
     serve(parser.parse_args())

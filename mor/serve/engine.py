@@ -347,19 +347,19 @@ class Engine:
     jobs, tables = runner.pop_oldest(out), runner.decoder.tables
     num = int(out.num_ticks)
     scheduler.learn(int(out.free), int(out.edge_free), [job for job in jobs if job], len(runner.flights))
-    for slot, *told, finish in runner_lib.list_tokens(out):
+    for slot, token, depth, logprob, early, finish in runner_lib.list_tokens(out):
       job = jobs[slot]
       if job is not None and not job.finished and job.slot == slot:
-        self._hand_out(job, told, request_lib.FINISH[finish])
+        self._hand_out(job, token, depth, logprob, early, request_lib.FINISH[finish])
     scheduler.pressed = bool(num) and bool(out.ticks.stalled_B[num - 1].any())
     none_left = out.free == 0 or (tables.num_edges and out.edge_free == 0)
     stuck = bool(num) and not out.ticks.ran_B[num - 1].any()  # each needs more pages than are left
     replica.starved = scheduler.pressed and bool(none_left or stuck)
     self._in_doubt = False
 
-  def _hand_out(self, job, told, finish) -> None:
+  def _hand_out(self, job, token, depth, logprob, early, finish) -> None:
     """Gives a request its next token, or the reason why there is none."""
-    event, tokens = self._follow_token(job, *told, finish)
+    event, tokens = self._follow_token(job, token, depth, logprob, early, finish)
     self.guard.torn = True
     if job.events is None:
       self._events.append((job.id, event))
