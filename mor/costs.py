@@ -116,7 +116,7 @@ def kv_bytes_per_token(model: config_lib.ModelConfig, seq_len: int, dtype_bytes:
   return layers * 2 * model.num_kv_heads * model.head_dim * dtype_bytes
 
 
-def breakdown(model: config_lib.ModelConfig, seq_len: int, executed: bool = False,
+def breakdown(model: config_lib.ModelConfig, seq_len: int, executed: bool = False, training: bool = False,
               differentiated: bool = False) -> dict[str, float]:
   """Returns the forward FLOPs per token by part; they add up to the whole.
 
@@ -124,12 +124,13 @@ def breakdown(model: config_lib.ModelConfig, seq_len: int, executed: bool = Fals
     model: config of the model.
     seq_len: tokens in a row.
     executed: True counts what is run rather than what is needed; see the module.
+    training: True counts the steps as training weighs them; a soft router then runs every token.
     differentiated: True counts only the layers that the gradient passes.
   """
   matrices, deltas = layer_parameters(model), lora_ranked(model)
   schedule = schedule_lib.make(model)
   plan = plans.PLANS[model.kv_plan](schedule)
-  fractions = _run_fractions(model, seq_len, plan.shares, executed)
+  fractions = _run_fractions(model, seq_len, plan.shares, executed, training)
   first = model.recursions_train.first_step(model.num_recursions) if differentiated else 0
   inner = []
   for l, (own, base) in enumerate(zip(plan.own, plan.base)):
@@ -150,8 +151,8 @@ def breakdown(model: config_lib.ModelConfig, seq_len: int, executed: bool = Fals
   }
 
 
-def forward_flops_per_token(model: config_lib.ModelConfig, seq_len: int, head: bool = True,
-                            executed: bool = False) -> float:
+def forward_flops_per_token(model: config_lib.ModelConfig, seq_len: int, head: bool = True, executed: bool = False,
+                            training: bool = False) -> float:
   """Returns the FLOPs of one forward pass over `seq_len` tokens, divided by `seq_len`.
 
   Args:
@@ -159,8 +160,9 @@ def forward_flops_per_token(model: config_lib.ModelConfig, seq_len: int, head: b
     seq_len: tokens in a row.
     head: True counts the output matrix (the embedding look-up is free).
     executed: True counts what is run rather than what is needed; see the module.
+    training: see `breakdown`.
   """
-  parts = breakdown(model, seq_len, executed)
+  parts = breakdown(model, seq_len, executed, training)
   return sum(v for k, v in parts.items() if head or k != "head")
 
 
@@ -170,19 +172,21 @@ def train_flops_per_token(model: config_lib.ModelConfig, seq_len: int, head: boo
   With truncated backpropagation it passes the last steps and the coda alone. What remat
   recomputes is not counted, so utilisation figures do not reward it.
   """
-  passed = breakdown(model, seq_len, differentiated=True)
-  return forward_flops_per_token(model, seq_len, head) + 2 * sum(v for k, v in passed.items() if head or k != "head")
+  passed = breakdown(model, seq_len, training=True, differentiated=True)
+  return forward_flops_per_token(model, seq_len, head, training=True) + 2 * sum(v for k, v in passed.items() if head or k != "head")
 
 
 def mean_forward_flops_per_token(model: config_lib.ModelConfig, seq_len: int) -> float:
   """Returns the forward FLOPs of training, in the mean over the numbers of steps that it draws."""
-  return sum(chance * forward_flops_per_token(depths.at(model, steps), seq_len)
+  return sum(chance * forward_flops_per_token(depths.at(model, steps), seq_len, training=True)
              for steps, chance in depths.probabilities(model).items())
 
 
-def _run_fractions(model: config_lib.ModelConfig, seq_len: int, shares: bool, executed: bool) -> tuple[float, ...]:
+def _run_fractions(model: config_lib.ModelConfig, seq_len: int, shares: bool, executed: bool,
+                   training: bool) -> tuple[float, ...]:
   """Returns the width of each step; a step whose keys others read runs all tokens."""
-  fractions = step_fractions(model, seq_len)
+  router = router_table.make(model)
+  fractions = router.train_fractions(seq_len) if training else router.fractions(seq_len)
   if executed and model.execution == "masked":
     return (1.0,) * len(fractions)
   if executed:
@@ -209,7 +213,7 @@ def report(config: config_lib.Config, budget: float | None = None) -> dict[str, 
       "flops_per_token_forward_no_head": forward_flops_per_token(model, seq_len, head=False),
       "kv_bytes_per_token": kv_bytes_per_token(model, seq_len, dtype_bytes),
   }
-  if model.recursions_train.draws:
+  if model.recursions_train.draws or router_table.make(model).soft:
     figures["flops_per_token_forward_training"] = mean_forward_flops_per_token(model, seq_len)
   if budget is not None:
     figures["steps"] = steps_of_budget(model, budget)

@@ -153,10 +153,13 @@ class Decoder:
     return control.Narrow(jnp.sum(tokens.run_M), control.list_widths(num, tokens.run_M.shape[0]))
 
   def decide(self, weights: weights_lib.Weights, h_BD: jax.Array, entry_BD: jax.Array, alive_B: jax.Array,
-             position_B: jax.Array, step_B: jax.Array, steps: tuple[int, ...]) -> router_base.Routing:
-    """Returns the router's causal decision of each token for its own step, one of `steps`."""
+             position_B: jax.Array, step_B: jax.Array, steps: tuple[int, ...],
+             before: router_base.Routing | None = None) -> router_base.Routing:
+    """Returns the router's causal decision of each token for its own step, one of `steps`, after that `before`."""
     plan = self.router.enter(weights.router, entry_BD[:, None], alive_B[:, None], balance=weights.balance,
                              position_BT=position_B[:, None])
+    if before is not None:
+      plan = self.router.follow(plan, before.score_BT)
     routed = [self.router.decide(plan, h_BD[:, None], alive_B[:, None], r) for r in steps]
 
     def pick(*values):

@@ -98,6 +98,7 @@ class _Chunk:
     alive_BT, depth_BT, shared = self.valid_BT, jnp.zeros(self.shape, jnp.int32), {}
     for r in range(decoder.tables.schedule.num_steps):
       routed = decoder.router.decide(plan, h_BTD, alive_BT, r)
+      plan = decoder.router.follow(plan, routed.score_BT)
       run_BT = alive_BT if r == 0 and decoder.tables.plan.shares else routed.keep_BT
       cache, y_BTD = self._step(weights, cache, h_BTD, run_BT, r, shared)
       routed_M = routed.replace(keep_BT=_flatten(routed.keep_BT), gate_BT=_flatten(routed.gate_BT),

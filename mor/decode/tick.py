@@ -140,7 +140,7 @@ def advance(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: c
   if decoder.num_steps == 1:
     return cache, Passed(h_MD, step_M, work.routed, kept_M, jnp.zeros_like(alive_M))
   decided = decoder.decide(weights, h_MD, work.entry_MD, alive_M, tokens.position_M, step_M,
-                           tuple(range(1, decoder.num_steps)))
+                           tuple(range(1, decoder.num_steps)), work.routed)
   routed = jax.tree.map(lambda new, old: jnp.where(run_M1, new, old), decided, work.routed)
   return cache, Passed(h_MD, step_M, routed, kept_M, alive_M & decided.keep_BT[:, 0])
 

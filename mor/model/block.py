@@ -121,7 +121,7 @@ def attend(q_BTNH: types.Queries, kv: kv_view.KV, view: kv_view.KVView) -> types
       return kernels.splash(q_BTNH, kv.k_BSKH, kv.v_BSKH, view.segment_BT)
     if view.kernel == "cudnn":
       return kernels.cudnn(q_BTNH, kv.k_BSKH, kv.v_BSKH, view.mask_BTS)
-    return kernels.xla(q_BTNH, kv.k_BSKH, kv.v_BSKH, view.mask_BTS)
+    return kernels.xla(q_BTNH, kv.k_BSKH, kv.v_BSKH, view.mask_BTS, view.bias_BTS)
 
 
 def leave(config: config_lib.ModelConfig, norms: Mapping[str, Any], x_BTD: types.Activations, out_BTNH: types.Queries,

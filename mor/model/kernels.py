@@ -85,13 +85,16 @@ def choose(config: config_lib.ModelConfig, in_order: bool) -> str:
   return name
 
 
-def xla(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys, mask_BTS: types.AttentionMask) -> types.Queries:
-  """Attends under any mask, logits and softmax in float32.
+def xla(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys, mask_BTS: types.AttentionMask,
+        bias_BTS: jax.Array | None = None) -> types.Queries:
+  """Attends under any mask, logits and softmax in float32; a bias is added to the logits of all heads.
 
   A query that sees no key gets the mean of the values, never NaN; such queries are
   padding, and the caller drops their results.
   """
-  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], implementation="xla")
+  bias_B1TS = None if bias_BTS is None else bias_BTS[:, None]
+  return jax.nn.dot_product_attention(
+      q_BTNH, k_BSKH, v_BSKH, bias_B1TS, mask=mask_BTS[:, None], implementation="xla")
 
 
 def splash(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys,

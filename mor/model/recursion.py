@@ -19,7 +19,8 @@ that enters them, and the keys of earlier steps, are constants.
 
 from collections.abc import Mapping
 import copy
-import functools
+import dataclasses
+from typing import Any
 
 from flax import struct
 import jax
@@ -112,58 +113,56 @@ class Recursion:
     """
     valid_BT = segment_BT != 0
     plan = self.router.enter(params, h_BTD, valid_BT, balance=balance, train_step=train_step, key=key)
-    route = functools.partial(getattr(self.router, routing), plan)
     seq_len = h_BTD.shape[1]
     gathered = self.config.execution == "gathered" and (routing == "select" or not self.router.looks_ahead)
     widths = self.router.widths(seq_len, bucket) if gathered else (seq_len,) * self.schedule.num_steps
     advance = _Pass(self, params["stack"], params.get("lora", {}), segment_BT, entry_BTD=h_BTD,
                     exits=exits if self.schedule.num_steps == 1 else (), drop_UB=drop_UB)
-    state, traces, ends = self._run_steps(advance, route, h_BTD, valid_BT, widths, keep_ends=bool(exits))
+    state, traces, ends = self._run_steps(advance, plan, routing, h_BTD, valid_BT, widths, keep_ends=bool(exits))
     keep_RBT, score_RBT, sums = jax.tree.map(lambda *a: jnp.concatenate(a), *traces)
     sums = {**sums, **getattr(plan, "sums", {}), **_count(keep_RBT, valid_BT)}
     boundaries = self.schedule.boundaries()
     found = tuple(advance.exits[n] if n in advance.exits else ends[boundaries.index(n)] for n in exits)
     return state, Trace(keep_RBT, score_RBT, sums, found)
 
-  def _run_steps(self, advance: "_Pass", route, state, alive_BT, widths: tuple[int, ...], keep_ends: bool):
+  def _run_steps(self, advance: "_Pass", plan, routing: str, h_BTD, valid_BT, widths: tuple[int, ...], keep_ends: bool):
     """Runs the steps, those of one shape in a scan.
 
     Returns:
-      The last state; records of the routing, each of several steps; and, with `keep_ends`, the states after
-      every step.
+      The output of the recursion; records of the routing, each of several steps; and, with `keep_ends`, the
+      states after every step.
     """
-    num_steps = self.schedule.num_steps
+    num_steps, route = self.schedule.num_steps, _Route(self.router, plan, routing)
     first_trained = self.config.recursions_train.first_step(num_steps)
     untrained = advance.without_gradient() if first_trained else advance
-    if first_trained:
-      state = jax.lax.stop_gradient(state)
+    tokens = route.start(jax.lax.stop_gradient(h_BTD) if first_trained else h_BTD, valid_BT)
     store, traces, ends, whole = {}, [], [], True
-    first_scanned = self._first_scanned(widths, state.shape[1])
+    first_scanned = self._first_scanned(widths, h_BTD.shape[1])
     for r in range(first_scanned):
-      routed = route(state, alive_BT, r)
+      routed = route(tokens, r)
       whole = whole and routed.keeps_all
-      state = (advance if r >= first_trained else untrained)(r, r, state, routed, store, widths[r], whole)
-      alive_BT = routed.keep_BT
-      ends.append(state)
+      run_step = advance if r >= first_trained else untrained
+      tokens = route.finish(tokens, routed, run_step(r, r, tokens.state_BTD, routed, store, widths[r], whole))
+      ends.append(tokens.state_BTD)
       traces.append((routed.keep_BT, routed.score_BT, routed.sums))
     traces = [jax.tree.map(lambda *a: jnp.stack(a), *traces)] if traces else []
 
-    def scan(run_step, state, alive_BT, steps):
-      def body(carry, r):
-        state, alive_BT = carry
-        routed = route(state, alive_BT, r)
-        state = run_step(1 if store else 0, r, state, routed, store, state.shape[1], whole and routed.keeps_all)
-        return (state, routed.keep_BT), ((routed.keep_BT, routed.score_BT, routed.sums), state if keep_ends else None)
+    def scan(run_step, tokens, steps):
+      def body(tokens, r):
+        routed, seq_len = route(tokens, r), tokens.state_BTD.shape[1]
+        new_BTD = run_step(1 if store else 0, r, tokens.state_BTD, routed, store, seq_len, whole and routed.keeps_all)
+        tokens = route.finish(tokens, routed, new_BTD)
+        return tokens, ((routed.keep_BT, routed.score_BT, routed.sums), tokens.state_BTD if keep_ends else None)
 
-      return jax.lax.scan(body, (state, alive_BT), jnp.arange(*steps))
+      return jax.lax.scan(body, tokens, jnp.arange(*steps))
 
     middle = max(first_scanned, first_trained)
     for run_step, steps in (untrained, (first_scanned, middle)), (advance, (middle, num_steps)):
       if steps[0] < steps[1]:
-        (state, alive_BT), (scanned, states) = scan(run_step, state, alive_BT, steps)
+        tokens, (scanned, states) = scan(run_step, tokens, steps)
         traces.append(scanned)
         ends += [] if states is None else list(states)
-    return state, traces, ends
+    return tokens.read(), traces, ends
 
   def _first_scanned(self, widths: tuple[int, ...], seq_len: int) -> int:
     """Returns the first step from which all steps have one shape and one KV rule; R if none may be scanned."""
@@ -172,6 +171,55 @@ class Recursion:
       return num_steps
     first = 1 if self.plan.shares else 0
     return first if num_steps - first > 1 else num_steps
+
+
+@struct.dataclass
+class _Tokens:
+  """The tokens between two steps.
+
+  Attributes:
+    state_BTD: hidden states.
+    alive_BT: True where the step before kept the token.
+    score_BT: score of the step before, of a cumulative router.
+    output_BTD: output so far, float32, of a soft routing; otherwise the state is the output.
+  """
+
+  state_BTD: jax.Array
+  alive_BT: jax.Array
+  score_BT: jax.Array | None
+  output_BTD: jax.Array | None
+
+  def read(self) -> jax.Array:
+    """Returns the output of the recursion."""
+    return self.state_BTD if self.output_BTD is None else self.output_BTD.astype(self.state_BTD.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Route:
+  """Routes the tokens of all steps by one plan."""
+
+  router: router_base.Router
+  plan: Any
+  routing: str
+
+  def start(self, state_BTD, valid_BT) -> _Tokens:
+    """Returns the tokens before step 0."""
+    score_BT = jnp.zeros(valid_BT.shape, jnp.float32) if self.router.cumulative else None
+    soft = self.router.soft and self.routing == "select"
+    return _Tokens(state_BTD, valid_BT, score_BT, state_BTD.astype(jnp.float32) if soft else None)
+
+  def __call__(self, tokens: _Tokens, step) -> router_base.Routing:
+    plan = self.plan if tokens.score_BT is None else self.router.follow(self.plan, tokens.score_BT)
+    return getattr(self.router, self.routing)(plan, tokens.state_BTD, tokens.alive_BT, step)
+
+  def finish(self, tokens: _Tokens, routed: router_base.Routing, new_BTD) -> _Tokens:
+    """Returns the tokens after a step."""
+    output_BTD = tokens.output_BTD
+    if output_BTD is not None:
+      change_BTD = (new_BTD - tokens.state_BTD).astype(jnp.float32)
+      output_BTD = output_BTD + jnp.exp(routed.log_share_BT)[:, :, None] * change_BTD
+    score_BT = routed.score_BT if self.router.cumulative else None
+    return _Tokens(new_BTD, routed.keep_BT, score_BT, output_BTD)
 
 
 class _Pass:
@@ -231,20 +279,30 @@ class _Pass:
     return jax.lax.cond(fullest > width, full, gathered)
 
   def _run_full(self, step, lora, state_BTD, routed, store, whole):
-    seen_BT = self.segment_BT
+    seen_BT, soft = self.segment_BT, routed.log_share_BT is not None
+    run_BT = self.segment_BT != 0 if soft else routed.keep_BT
     hides = not (whole or self.recursion.plan.shares)
     if hides:
-      seen_BT = jnp.where(routed.keep_BT, self.segment_BT, 0)
+      seen_BT = jnp.where(run_BT, self.segment_BT, 0)
     view = kv_view.make_view(
-        kernels.choose(self.config, in_order=True), self._rotation(self.position_BT),
+        "xla" if soft else kernels.choose(self.config, in_order=True), self._rotation(self.position_BT),
         self.position_BT, self.segment_BT, self.position_BT, seen_BT,
-        index_BT=jnp.where(routed.keep_BT, self.position_BT, state_BTD.shape[1]),
+        index_BT=jnp.where(run_BT, self.position_BT, state_BTD.shape[1]),
         causal=self.config.cross_documents and not hides)
+    if soft:
+      view = self._weigh_keys(view, routed.log_share_BT)
     y_BTD = self._run_stack(step, lora, state_BTD, view, store)
     new_BTD = self._enter(state_BTD, y_BTD, routed, None)
     if routed.carry:
       new_BTD = state_BTD + new_BTD
-    return jnp.where(routed.keep_BT[:, :, None], new_BTD, state_BTD)
+    return jnp.where(run_BT[:, :, None], new_BTD, state_BTD)
+
+  def _weigh_keys(self, view: kv_view.KVView, log_share_BT: jax.Array) -> kv_view.KVView:
+    """Returns the view of a soft routing, in which a fresh key has the share of its token."""
+    if self.recursion.plan.shares:  # the rest is the key of the first step
+      return view.replace(share_BT=jnp.exp(log_share_BT))
+    own_TS = jnp.eye(log_share_BT.shape[1], dtype=bool)
+    return view.replace(bias_BTS=jnp.where(own_TS[None], 0.0, log_share_BT[:, None, :]))
 
   def _run_gathered(self, step, lora, state_BTD, routed, store, width):
     with jax.named_scope("gather"):

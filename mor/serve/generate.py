@@ -135,10 +135,10 @@ def advance(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: c
   cache, _ = decoder.tables.reserve_edge(cache, live_B)
   tokens = cache_lib.one_each(position_B, jnp.zeros_like(token_B), live_B)
   cache, h_BD = decoder.edge("prelude", weights, cache, decoder.embed(weights, token_B), tokens)
-  entry_BD, alive_B, depth_B = h_BD, live_B, jnp.zeros_like(token_B)
+  entry_BD, alive_B, depth_B, routed = h_BD, live_B, jnp.zeros_like(token_B), None
   for r in range(decoder.num_steps):
     step_B = jnp.full_like(token_B, r)
-    routed = decoder.decide(weights, h_BD, entry_BD, alive_B, position_B, step_B, (r,))
+    routed = decoder.decide(weights, h_BD, entry_BD, alive_B, position_B, step_B, (r,), routed)
     run_B = decoder.runs(routed.keep_BT[:, 0], alive_B, step_B)
     cache, _ = decoder.tables.reserve_stack(cache, step_B, run_B)
     cache, y_BD = decoder.run_pass(

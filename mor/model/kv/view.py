@@ -30,6 +30,8 @@ class KVView:
     segment_BT: segments, instead of a mask, if queries and keys are the same tokens
       in ascending order.
     kernel: see `kernels.choose`, static.
+    bias_BTS: bias of the logits, in XLA alone; None is no bias.
+    share_BT: share of each fresh key in an overlay, of all places; None is all of it, at `index_BT`.
   """
 
   rotation: tuple[jax.Array, jax.Array]
@@ -37,9 +39,14 @@ class KVView:
   index_BT: jax.Array | None = None
   segment_BT: types.Segments | None = None
   kernel: str = struct.field(pytree_node=False, default="xla")
+  bias_BTS: jax.Array | None = None
+  share_BT: jax.Array | None = None
 
   def overlay(self, base: KV, fresh: KV) -> KV:
     """Returns a copy of the base in which the fresh keys of the queries stand at their places."""
+    if self.share_BT is not None:
+      share_BT11 = self.share_BT[:, :, None, None]
+      return jax.tree.map(lambda old, new: old + (share_BT11 * (new - old)).astype(old.dtype), base, fresh)
     write = jax.vmap(lambda old, index, new: old.at[index].set(new, mode="drop"))
     return KV(write(base.k_BSKH, self.index_BT, fresh.k_BSKH), write(base.v_BSKH, self.index_BT, fresh.v_BSKH))
 

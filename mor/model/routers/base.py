@@ -15,6 +15,12 @@ the whole contract: code elsewhere reads these attributes and never a router's n
 enters the state of the tokens it keeps:
 
   state' = [carry] * state + entry * state_at_entry + gate * (y [- state, of a change])
+
+In `select` a `soft` router runs every token at every step, and gives the share of the
+token that the step processes. A share has a gradient, and hides as a hard routing does:
+
+  output = state_0 + sum_r share_r * (state_r+1 - state_r)
+  weight of a token's key for other tokens at step r: share_r, its own step r apart
 """
 
 from collections.abc import Callable, Mapping
@@ -44,6 +50,8 @@ class Routing:
     carry: whether the state itself is kept (a residual around the step).
     change: whether the gate is on the stack's change of the state, not its output.
     keeps_all: whether it is known, while tracing, that every live token is kept.
+    log_share_BT: logarithm of the share of the token that the step processes, of a soft
+      routing; `keep_BT` is then what a hard routing would keep, and is only recorded.
     sums: statistics and auxiliary losses of this step, summed over tokens; the
       recursion itself counts `tokens`, `candidates` and `kept`.
   """
@@ -52,6 +60,7 @@ class Routing:
   score_BT: jax.Array
   gate_BT: jax.Array | None = None
   entry_BT: jax.Array | None = None
+  log_share_BT: jax.Array | None = None
   carry: bool = struct.field(pytree_node=False, default=False)
   change: bool = struct.field(pytree_node=False, default=False)
   keeps_all: bool = struct.field(pytree_node=False, default=False)
@@ -64,6 +73,8 @@ class Router:
   Attributes:
     routes: False if every token runs every step, so that there is nothing to measure.
     looks_ahead: True if `select` sees later tokens, so that `decide` may differ from it.
+    soft: True if `select` weighs every step of every token.
+    cumulative: True if a step's decision goes on from the score of the step before, see `follow`.
     bounded: True if no batch row ever keeps more tokens than `widths` says; a step of
       another router that does runs masked.
     num_buckets: static widths that a warm-up compiles, see `bucket`; 0 without one.
@@ -73,6 +84,8 @@ class Router:
 
   routes = True
   looks_ahead = False
+  soft = False
+  cumulative = False
   bounded = False
   num_buckets = 0
   any_depth = False
@@ -90,6 +103,9 @@ class Router:
                    or config.sharing in ("vanilla", "cycle", "middle_cycle"),
                    f"model.kv_plan={config.kv_plan!r} with sharing={config.sharing!r} and a router",
                    "later steps must find every layer's keys in step 0; use 'cycle' or 'middle_cycle'")
+    fields.require(not cls.soft or config.attention in ("auto", "xla"),
+                   f"model.attention={config.attention!r} with router.name={config.router.name!r}",
+                   "its training weighs keys, which this kernel does not; use 'auto' or 'xla'")
     train = config.recursions_train
     fields.require(cls.any_depth or not train.draws,
                    f"model.recursions_train.distribution={train.distribution!r} with router.name={config.router.name!r}",
@@ -139,6 +155,10 @@ class Router:
     """Returns the fraction of a row that each step is expected to process, once trained."""
     return tuple(width / seq_len for width in self.widths(seq_len))
 
+  def train_fractions(self, seq_len: int) -> tuple[float, ...]:
+    """Returns the fraction of a row that each step processes in training."""
+    return (1.0,) * self.num_steps if self.soft else self.fractions(seq_len)
+
   def enter(self, params: Mapping[str, Any], h_BTD: types.Activations, valid_BT: types.Mask, *,
             balance: Sums | None = None, train_step: jax.Array | None = None, key: jax.Array | None = None,
             position_BT: jax.Array | None = None) -> Any:
@@ -158,6 +178,11 @@ class Router:
   def assign(self, plan: Any, depth_BT: jax.Array) -> Any:
     """Returns the plan with last steps (0-based) that were chosen elsewhere, if it chooses any."""
     del depth_BT
+    return plan
+
+  def follow(self, plan: Any, score_BT: jax.Array) -> Any:
+    """Returns the plan of the next step, given the `score_BT` of a step; a cumulative router goes on from it."""
+    del score_BT
     return plan
 
   def select(self, plan: Any, h_BTD: types.Activations, alive_BT: types.Mask, step: jax.Array | int) -> Routing:

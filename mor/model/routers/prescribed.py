@@ -82,6 +82,10 @@ class Prescribed(base.Router):
     depth_BT = self.depth(h_BTD, position_BT)
     return PrescribedPlan(self.inner.assign(plan, depth_BT - 1), depth_BT)
 
+  def follow(self, plan: PrescribedPlan, score_BT: jax.Array) -> PrescribedPlan:
+    """Returns the plan with the inner router's plan of the next step."""
+    return plan.replace(inner=self.inner.follow(plan.inner, score_BT))
+
   def depth(self, h_BTD: types.Activations, position_BT: jax.Array) -> jax.Array:
     """Returns the recursion steps `[B, T]` of each token, from 1."""
     index_I = np.linspace(0, h_BTD.shape[-1] - 1, _SIGNS).astype(int)
