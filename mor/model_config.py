@@ -16,7 +16,7 @@ class RouterConfig:
   """How a token's recursion depth is chosen (MoR paper §2.2)."""
 
   name: str = _field(
-      "expert_choice", "who chooses a token's depth: fixed, expert_choice, token_choice, or an own entry of "
+      "expert_choice", "who chooses a token's depth: fixed, expert_choice, token_choice, halting, or an own entry of "
       "mor/model/routers/table.py")
   arch: Literal["linear", "mlp", "wide_mlp", "random"] = _field(
       "linear", "score network: linear D->1 (or R), mlp D->2D->1, wide_mlp D->4D->1, or random scores without "
@@ -44,7 +44,14 @@ class RouterConfig:
   bias_update_rate: float = _field(0.001, "step of loss-free balancing's bias, per optimizer step (u)")
   balance_warmup_steps: int = _field(0, "optimizer steps during which every token goes to depth R")
 
+  halting_coef: float = _field(
+      0.05, "halting: weight of the divergence of the numbers of steps from the uniform distribution", added=True)
+  halting_threshold: float = _field(
+      0.5, "halting: probability to have left at which a token leaves in decoding; 1 never leaves early", added=True)
+
   def __post_init__(self):
+    _require(0 < self.halting_threshold <= 1, f"router.halting_threshold={self.halting_threshold}",
+             "use a probability in (0, 1]")
     if self.arch == "random":
       _require(self.sampling == "none", f"router.sampling={self.sampling!r} with arch 'random'",
                "random scores cannot be predicted; use 'none'")
@@ -53,7 +60,7 @@ class RouterConfig:
     _require(all(a >= b for a, b in zip(self.capacity, self.capacity[1:])), f"router.capacity={self.capacity}",
              "a step can only keep tokens of the step before: use a non-increasing list")
     for field in ("sampling_coef", "z_loss_coef", "balance_coef", "bias_update_rate", "aux_router_lr_multiplier",
-                  "capacity_warmup_steps", "balance_warmup_steps"):
+                  "capacity_warmup_steps", "balance_warmup_steps", "halting_coef"):
       _require(getattr(self, field) >= 0, f"router.{field}={getattr(self, field)}", "use a value >= 0")
 
 

@@ -329,7 +329,8 @@ def router_metrics(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array]
   load_r: fraction of tokens that step r (from 1) processes. sampling_accuracy:
   fraction of candidates whose logit predicts the top-k. dead_tokens: fraction of
   positions that no row keeps to the last step. max_vio: largest load over the
-  mean load, minus 1. entropy: of the depth distribution, nats.
+  mean load, minus 1. entropy: of the depth distribution, nats. mean_steps: mean
+  over the shares of a soft routing, whose loads are those of a hard one.
   """
   if not router_table.make(config).routes:
     return {}
@@ -343,4 +344,7 @@ def router_metrics(config: config_lib.ModelConfig, sums: Mapping[str, jax.Array]
     metrics["max_vio"] = jnp.max(load_R) / jnp.maximum(jnp.mean(load_R), 1e-9) - 1.0
   if "entropy" in sums:
     metrics["entropy"] = sums["entropy"] / tokens
+  if "share_R" in sums:
+    metrics["mean_steps"] = jnp.sum(sums["share_R"]) / tokens
+    metrics["entropy"] = jnp.sum(sums["entropy_R"]) / tokens
   return metrics

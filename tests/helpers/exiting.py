@@ -25,6 +25,7 @@ KINDS = {
     "middle": (dict(router=tiny.FIXED), (2, 3)),
     "expert_choice": (dict(), (2, 3)),
     "token_choice": (dict(router=tiny.TOKEN_CHOICE), (2, 3)),
+    "halting": (dict(router=tiny.router("halting")), (2, 3)),
     "shared": (dict(kv_plan="shared"), (2, 3)),
     "hybrid": (dict(kv_plan="hybrid"), (2, 3)),
 }

@@ -23,6 +23,10 @@ def _drawn(**fields):
   return dict(model=dict(router=tiny.FIXED, recursions_train=fields))
 
 
+def _halting(**fields):
+  return _router(**tiny.router("halting", **fields))
+
+
 BAD = [  # overrides, words of the message: what, value, remedy
     (dict(model=dict(d_modle=3)), ["config.model.d_modle", "unknown", "d_model"]),
     (dict(depth=3), ["config.depth", "unknown", "model"]),
@@ -59,6 +63,15 @@ BAD = [  # overrides, words of the message: what, value, remedy
     (_token(capacity_warmup_steps=3), ["capacity_warmup_steps=3", "use 0"]),
     (_token(arch="random"), ["router.balancing='loss'", "'random'", "'none'"]),
     (_router(arch="random"), ["router.sampling='aux_loss'", "'random'", "'none'"]),
+    (_halting(halting_threshold=0.0), ["router.halting_threshold=0.0", "(0, 1]"]),
+    (_halting(halting_coef=-1.0), ["router.halting_coef=-1.0", ">= 0"]),
+    (_halting(sampling="aux_loss"), ["router.sampling='aux_loss'", "halting", "'none'"]),
+    (_halting(balancing="loss"), ["router.balancing='loss'", "halting_coef", "'none'"]),
+    (_halting(arch="random"), ["router.arch='random'", "learns nothing", "'linear'"]),
+    (_halting(capacity_warmup_steps=3), ["capacity_warmup_steps=3", "no warm-up", "use 0"]),
+    (_halting(z_loss_coef=0.1), ["router.z_loss_coef=0.1", "no z-loss", "use 0"]),
+    (dict(model=dict(attention="splash", router=tiny.router("halting"))), ["model.attention='splash'", "'auto' or 'xla'"]),
+    (dict(model=dict(router=tiny.router("halting"), recursions_train=dict(backprop=1))), ["backprop=1", "use 0"]),
     (_router(temperature=0.0), ["router.temperature=0.0", "> 0"]),
     (_router(z_loss_coef=-1.0), ["router.z_loss_coef=-1.0", ">= 0"]),
     (_drawn(values=(2, 3)), ["recursions_train.values=(2, 3)", "'fixed'", "use () or"]),

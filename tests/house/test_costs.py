@@ -152,6 +152,7 @@ def test_recursion_without_routing_costs_its_unrolled_layers(sharing, layers):
     (dict(sampling="aux_router"), 2 * 3 * 20),
     (dict(arch="random", sampling="none"), 0),
     (tiny.TOKEN_CHOICE, 20 * 3),
+    (tiny.router("halting"), 20 + 1),
     (tiny.TOKEN_CHOICE | dict(arch="mlp"), 20 * 40 + 40 * 3),
 ])
 def test_routers(router, per_token):
@@ -175,6 +176,7 @@ CASES = {
     "aux_router": dict(d_model=512, router=dict(sampling="aux_router", arch="mlp")),
     # Gathered token-choice is a conditional, of which XLA counts the masked branch.
     "token_choice": dict(execution="masked", router=tiny.TOKEN_CHOICE),
+    "halting": dict(router=tiny.router("halting")),
 } | {f"{plan}-{execution}": dict(kv_plan=plan, execution=execution)
      for plan in plans.PLANS for execution in ("gathered", "masked")}
 
@@ -206,6 +208,15 @@ def test_a_gradient_of_the_last_steps_costs_their_layers(kv_plan):
   whole = tiny.config(model=fields).model
   assert costs.train_flops_per_token(whole, SEQ_LEN) == 3 * costs.forward_flops_per_token(whole, SEQ_LEN)
   assert costs.train_flops_per_token(model, SEQ_LEN) < costs.train_flops_per_token(whole, SEQ_LEN)
+
+
+def test_a_soft_router_trains_every_step_and_decodes_its_load():
+  make = lambda router: tiny.config(model=dict(router=router)).model
+  halting, fixed = make(tiny.router("halting")), make(tiny.FIXED)
+  ffw = lambda model, **how: costs.breakdown(model, SEQ_LEN, **how)["ffw"]
+  assert ffw(halting, training=True) == ffw(fixed, training=True) == ffw(fixed) == 2 * 8 * 1680
+  assert ffw(halting) == pytest.approx(FFW)
+  assert costs.mean_forward_flops_per_token(halting, SEQ_LEN) > costs.forward_flops_per_token(halting, SEQ_LEN)
 
 
 def test_a_drawn_number_of_steps_costs_its_mean():

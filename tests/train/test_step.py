@@ -15,6 +15,7 @@ from tests.helpers import tiny
 MODELS = {
     "aux_router": dict(router=dict(sampling="aux_router", z_loss_coef=0.1, sampling_coef=0.1)),
     "token_loss": dict(router=dict(tiny.TOKEN_CHOICE, z_loss_coef=0.1), kv_plan="shared"),
+    "halting": dict(router=tiny.router("halting"), kv_plan="hybrid"),
     "drawn_steps": dict(router=tiny.FIXED, recursions_train=dict(distribution="uniform", values=(1, 3), backprop=2)),
 }
 CUTS = {

@@ -4,12 +4,14 @@ from mor import model_config
 from mor.model.routers import base
 from mor.model.routers import expert_choice
 from mor.model.routers import fixed
+from mor.model.routers import halting
 from mor.model.routers import token_choice
 
 ROUTERS: dict[str, type[base.Router]] = {
     "fixed": fixed.Fixed,
     "expert_choice": expert_choice.ExpertChoice,
     "token_choice": token_choice.TokenChoice,
+    "halting": halting.Halting,
 }
 
 
