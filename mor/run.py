@@ -36,6 +36,7 @@ from mor import paths
 from mor.data import identity as identity_lib
 from mor.data import text
 from mor.data import tokenizer as tokenizer_lib
+from mor.data.tasks import table as task_table
 
 NAME, TOKENIZER = "run.json", "run/tokenizer.json"
 # Fields that the record judges in place of the config: by content.
@@ -317,9 +318,8 @@ def _check_tokenizer(workdir: str | os.PathLike, config: config_lib.DataConfig, 
                      stored: tokenizer_lib.Tokenizer) -> None:
   """Raises ValueError if a config names another tokenizer than that of the run."""
   name = tokenizer_lib.name_of(config)
-  is_task = name == config.source
+  is_task, is_file = task_table.is_task(config.source), tokenizer_lib.is_file(name)
   field = "data.source" if is_task else "data.tokenizer"
-  is_file = name != "bytes" and not is_task and not name.startswith("bpe:")
   if name == record.name and not is_task and not (is_file and pathlib.Path(name).expanduser().is_file()):
     return  # trained on the texts at the first start, or a file that may stay behind
   if is_file or is_task or name == "bytes":

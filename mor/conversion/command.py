@@ -46,6 +46,7 @@ from mor.conversion import official_import
 from mor.conversion import pretrained
 from mor.conversion import recursive_init
 from mor.data import tokenizer as tokenizer_lib
+from mor.data.tasks import table as task_table
 from mor.decode import slots as slots_lib
 from mor.train import step as step_lib
 
@@ -121,7 +122,7 @@ def _convert(config, spec, workdir, lock):
   if given.about is not None:
     paths.write_whole(directory / "pretrained.json", json.dumps(given.about, indent=1))
   if tokenizer is not None:
-    run_lib.keep_tokenizer(workdir, config.data.tokenizer, tokenizer)
+    run_lib.keep_tokenizer(workdir, tokenizer_lib.name_of(config.data), tokenizer)
   state = step_lib.start(config, jax.tree.map(jnp.asarray, variables))
   with checkpoint.Checkpoints(workdir, config.train.keep_checkpoints) as checkpoints:
     checkpoints.save(0, state, config)
@@ -183,7 +184,7 @@ def _given(spec: str, config: config_lib.Config) -> _Given:
     theirs, step, variables = checkpoint.load_variables(path)
     variables = jax.tree.map(np.asarray, variables)
     _check_finite(path, variables)
-    tokenizer, trained = _tokenizer_of_run(path, theirs, config.data.tokenizer)
+    tokenizer, trained = _tokenizer_of_run(path, theirs, tokenizer_lib.name_of(config.data))
     return _Given(theirs.model, variables, tokenizer, _about_run(path, step, trained), trained)
   source = read(spec, config.model)
   about = dict(opening=source.opening, stops=source.stops, eos_id=source.eos_id, context=source.context,
@@ -194,13 +195,13 @@ def _given(spec: str, config: config_lib.Config) -> _Given:
 
 def _tokenizer_of_run(workdir: str, theirs: config_lib.Config,
                       name: str) -> tuple[str | None, tuple[str, tokenizer_lib.Tokenizer] | None]:
-  """Returns the tokenizer.json of a run, unless "bytes" or "bpe:SIZE" names it here too, and what its record says."""
+  """Returns the tokenizer.json of a run, unless its name, which is no path, names it here too, and what its record says."""
   record = run_lib.read(workdir)
   if record is None:
     file = paths.directory(workdir) / "tokenizer.json"
     return file.read_text(encoding="utf-8") if file.is_file() else None, None
   trained = record.tokenizer.name, run_lib.load_tokenizer(workdir, theirs.data)
-  if name == trained[0] and (name == "bytes" or name.startswith("bpe:")):
+  if name == trained[0] and not tokenizer_lib.is_file(name):
     return None, trained
   return trained[1].serialized, trained
 
@@ -237,7 +238,7 @@ def _refuse_checkpoint(workdir: str | os.PathLike) -> None:
 
 def _find_tokenizer(config: config_lib.Config, given: _Given) -> tokenizer_lib.Tokenizer | None:
   """Returns the tokenizer that the run will read text with; None for "bpe:SIZE", which its first start trains."""
-  name = config.data.tokenizer
+  name = tokenizer_lib.name_of(config.data)
   if given.trained is not None and given.trained[0] == name:
     return given.trained[1]
   if given.tokenizer is not None:
@@ -247,6 +248,12 @@ def _find_tokenizer(config: config_lib.Config, given: _Given) -> tokenizer_lib.T
 
 def _check_tokenizer(config: config_lib.Config, given: _Given, directory: pathlib.Path) -> None:
   """Raises ValueError if the run could not be asked with text, or would read it otherwise than the source does."""
+  if task_table.is_task(config.data.source):
+    symbols = tokenizer_lib.load(config.data, None)
+    if given.trained is None or given.trained[1].identity != symbols.identity:
+      raise ValueError(f"data.source={config.data.source!r} has {symbols.vocab_size} symbols of its own, and the source "
+                       "reads others; convert a run of the same task and sizes")
+    return
   name, ours = config.data.tokenizer, directory / "tokenizer.json"
   is_ours = pathlib.Path(name).expanduser().absolute() == ours.absolute()
   if given.tokenizer is None:

@@ -72,6 +72,11 @@ def name_of(config: config_lib.DataConfig) -> str:
   return config.source if task_table.is_task(config.source) else config.tokenizer
 
 
+def is_file(name: str) -> bool:
+  """Returns True if the name of a tokenizer is a path: neither "bytes" nor "bpe:SIZE" nor a task."""
+  return name != "bytes" and not name.startswith("bpe:") and not task_table.is_task(name)
+
+
 def load(config: config_lib.DataConfig, texts: sources.Documents | None) -> Tokenizer:
   """Returns the tokenizer that `data.tokenizer` names, or that of a task.
 

@@ -18,6 +18,7 @@ from mor import main
 from mor import report
 from mor import run as run_lib
 from mor import sharding
+from mor.conversion import command
 from mor.data import text
 from mor.model import transformer
 from mor.train import evaluate
@@ -143,10 +144,14 @@ def test_eval_prints_figures_by_difficulty(trained, capsys):
 
 
 def test_beyond_has_levels_that_training_has_not():
-  config = make_config(data=dict(seq_len=57, task=dict(size=6, hardest=2, questions=9, packed=False)))
+  recursive = dict(sharing="cycle", num_layers=2, num_recursions=2)
+  config = make_config(model=recursive, data=dict(seq_len=57, task=dict(size=6, hardest=2, questions=9, packed=False)))
   mesh, corpus = sharding.make_mesh(config.mesh), text.load(config.data, config.model.vocab_size)
-  printed = loop.evaluate_corpus(config, mesh, step_lib.init_state(config, mesh), corpus)
+  state = step_lib.init_state(config, mesh)
+  printed = loop.evaluate_corpus(config, mesh, state, corpus)
   assert list(printed["accuracy"]) == ["all", "1", "2"] and list(printed["beyond"]["accuracy"]) == ["all", "3", "4"]
+  more = loop.evaluate_corpus(step_lib.at_recursions(config, 5), mesh, state, corpus)
+  assert printed["beyond"]["depth"]["3"] == 2 and more["beyond"]["depth"]["3"] == 5, "a recursion has more steps for them"
 
 
 def test_the_record_names_the_task_and_its_settings(trained):
@@ -168,6 +173,17 @@ def test_another_task_is_refused(trained, change, message):
   workdir, _ = trained
   with pytest.raises(ValueError, match=message):
     run_lib.load_corpus(workdir, make_config(data=change))
+
+
+def test_a_run_is_converted_for_the_same_task_only(trained, tmp_path):
+  workdir, config = trained
+  command.convert(config, f"mor:{workdir}", tmp_path / "same")
+  record = run_lib.read(tmp_path / "same")
+  assert record.tokenizer == run_lib.read(workdir).tokenizer and not record.data
+  run_lib.load_corpus(tmp_path / "same", config)
+  with pytest.raises(ValueError, match="37 symbols of its own, and the source reads others; convert a run of the same"):
+    command.convert(make_config(data=dict(task=dict(size=5, questions=3))), f"mor:{workdir}", tmp_path / "other")
+  assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
