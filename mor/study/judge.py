@@ -1,6 +1,7 @@
 """All held-out figures of a trained model, for comparisons between models.
 
   val     validation split of the training corpus
+  beyond  of a task: questions that are harder than any of training
   texts   other files, packed into rows with the tokenizer of the corpus
   blimp   accuracy on minimal pairs, causal routing
 
@@ -20,6 +21,7 @@ from mor.data import blimp
 from mor.data import readers
 from mor.data import rows as rows_lib
 from mor.data import text
+from mor.data.tasks import corpus as task_corpus
 from mor.study import plan as study_plan
 from mor.train import evaluate as evaluate_lib
 from mor.train import minimal_pairs
@@ -41,10 +43,11 @@ class Judge:
     self._study, self._data, self._corpus = study, data, corpus
     paths = {name: pathlib.Path(path).expanduser() for name, path in study.texts.items()}
     pairs = pathlib.Path(study.blimp).expanduser()
-    self.missing = {name: str(path) for name, path in {**paths, "blimp": pairs}.items() if not path.is_file()}
+    asked = paths | ({"blimp": pairs} if study.blimp else {})
+    self.missing = {name: str(path) for name, path in asked.items() if not path.is_file()}
     self._texts = {name: self._pack(path, directory / f"{name}.array_record")
                    for name, path in paths.items() if name not in self.missing}
-    self._pairs = [] if "blimp" in self.missing else blimp.read(pairs, study.blimp_pairs)
+    self._pairs = blimp.read(pairs, study.blimp_pairs) if study.blimp and "blimp" not in self.missing else []
 
   def make(self, config: config_lib.Config, mesh: Mesh) -> Callable[[dict, dict], dict[str, Any]]:
     """Makes `measure(params, balance) -> {set: metrics}`, compiled once for all states of a model."""
@@ -54,6 +57,8 @@ class Judge:
 
     def measure(params: dict, balance: dict) -> dict[str, Any]:
       found = {"val": evaluate(params, balance, self._corpus.validation.in_order(batch_size, self._study.final_rows))}
+      if isinstance(self._corpus, task_corpus.TaskCorpus) and self._corpus.beyond is not None:
+        found["beyond"] = evaluate(params, balance, self._corpus.beyond.in_order(batch_size, self._study.final_rows))
       for name, rows in self._texts.items():
         found[name] = evaluate(params, balance, rows.in_order(batch_size, self._study.text_rows))
       if self._pairs:

@@ -47,7 +47,7 @@ class Study:
   final_rows: int  # held-out rows for the final figures; 0 reads all
   texts: Mapping[str, str]  # name and file of other held-out texts
   text_rows: int  # rows of each text; 0 reads all
-  blimp: str  # file of minimal pairs
+  blimp: str  # file of minimal pairs; '' scores none
   blimp_pairs: int  # pairs per paradigm
 
   def __post_init__(self):

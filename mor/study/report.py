@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import json
 import os
 import pathlib
+import re
 import statistics
 import sys
 from typing import Any
@@ -60,7 +61,7 @@ def tables(study: Mapping[str, Any]) -> str:
   """Formats both comparisons as Markdown, with their conditions."""
   return "\n".join([
       *_preface(study), "", "**Equal forward FLOPs**", "", *_table(study, "equal_flops", (*_MODEL, *_END, *_TIME)), "",
-      "**Equal tokens**", "", *_table(study, "equal_tokens", (*_MODEL, *_END)), "", *_loads(study), ""])
+      "**Equal tokens**", "", *_table(study, "equal_tokens", (*_MODEL, *_END)), "", *_tasks(study), *_loads(study), ""])
 
 
 def write(directory: str | os.PathLike, study: Mapping[str, Any], name: str = "study") -> None:
@@ -136,6 +137,28 @@ def _cell(values: Sequence[float | None], form: str) -> str:
   text = format(statistics.mean(values), form)
   spread = statistics.stdev(values) if len(values) > 1 else 0.0
   return f"{text} ± {format(spread, form.lstrip('+'))}" if spread else text
+
+
+def _tasks(study: Mapping[str, Any]) -> list[str]:
+  """Formats, of a task, the answers that are right and the depth by difficulty, with causal routing; else nothing."""
+  lines = []
+  for end, title in (("equal_flops", "Equal forward FLOPs"), ("equal_tokens", "Equal tokens")):
+    for kind, heading, form, scale in (("accuracy", "answers that are right, %", ".1f", 100.0),
+                                       ("depth", "mean recursion steps of the tokens that answer", ".2f", 1.0)):
+      columns = [(f"{level}{'' if name == 'val' else ' (beyond)'}", form, _figure(name, f"{kind}_causal_{level}", scale))
+                 for name in ("val", "beyond") for level in _levels(study, end, name, kind)]
+      if kind == "depth" and columns:
+        columns.append(("correlation", "+.2f", _figure("val", "correlation_causal")))
+      if columns:
+        lines += [f"**{title}: {heading}, by difficulty**", "", *_table(study, end, columns), ""]
+  return lines
+
+
+def _levels(study: Mapping[str, Any], end: str, name: str, kind: str) -> list[int]:
+  """Returns the difficulties for which any result has a figure."""
+  keys = {key for result in study["results"] for key in result[end]["figures"].get(name, {})}
+  found = (re.fullmatch(rf"{kind}_causal_([1-9]\d*)", key) for key in keys)
+  return sorted(int(match.group(1)) for match in found if match)
 
 
 def _loads(study: Mapping[str, Any]) -> list[str]:

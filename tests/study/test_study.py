@@ -206,6 +206,40 @@ def test_tables_state_gaps_spread_and_what_is_missing(finished):
   assert "gone (no/such/file is not there)" in text
 
 
+def test_a_study_of_a_task_has_tables_by_difficulty(finished):
+  made = json.loads((finished[2] / "study.json").read_text())
+  assert "by difficulty" not in study_report.tables(made)
+  figures = [result["equal_tokens"]["figures"] for result in made["results"]]
+  for index, one in enumerate(figures):
+    one["val"] |= {"accuracy_causal": 0.5, "accuracy_causal_1": 0.875 - index / 4, "accuracy_causal_10": 0.25}
+    one["beyond"] = {"accuracy_causal_11": 0.125}
+  figures[1]["val"] |= {"depth_causal_0": 1.0, "depth_causal_1": 1.25, "depth_causal_10": 2.5, "correlation_causal": 0.5}
+  lines = study_report.tables(made).splitlines()
+  at = lines.index("**Equal tokens: answers that are right, %, by difficulty**")
+  assert lines[at + 2:at + 6] == ["| model | 1 | 10 | 11 (beyond) |", "| --- | ---: | ---: | ---: |",
+                                  "| vanilla | 87.5 | 25.0 | 12.5 |", "| MoR | 62.5 | 25.0 | 12.5 |"]
+  at = lines.index("**Equal tokens: mean recursion steps of the tokens that answer, by difficulty**")
+  assert lines[at + 2] == "| model | 1 | 10 | correlation |" and lines[at + 5] == "| MoR | 1.25 | 2.50 | +0.50 |"
+
+
+@pytest.mark.slow
+def test_a_task_is_studied(tmp_path):
+  base = tiny.config(
+      model=dict(num_layers=4, num_recursions=2), train=dict(steps=4), optim=dict(schedule="constant"),
+      data=dict(source="task:khop", seq_len=34, task=dict(size=5, hardest=2, questions=4, packed=False)))
+  study = make_study(blimp="", final_rows=0)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report, "finish", lambda *unused: ({}, ""))
+    assert study_lib.run(base, study, tmp_path, "the command")
+  made = json.loads((tmp_path / "study.json").read_text())
+  assert not made["missing"]
+  for result in made["results"]:
+    figures = result["equal_tokens"]["figures"]
+    assert set(figures) == {"val", "beyond"} and "accuracy_causal_2" in figures["val"]
+    assert "accuracy_causal_4" in figures["beyond"] and "accuracy_causal_2" not in figures["beyond"]
+  assert "| 1 | 2 | 3 (beyond) | 4 (beyond) |" in (tmp_path / "study.md").read_text()
+
+
 def test_a_damaged_json_is_one_line(tmp_path, capsys):
   (tmp_path / "study.json").write_text("{")
   assert study_report.main(["--json", str(tmp_path / "study.json")]) == 2
