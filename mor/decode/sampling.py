@@ -279,7 +279,7 @@ def _filter(weight_MV, behind_MV, rows_M):
   The filters compare distances from the likeliest logit: at a high temperature different ones have the same weight.
   """
   top_k_M = jnp.where(rows_M.top_k_B > 0, rows_M.top_k_B, weight_MV.shape[1])
-  farthest_M1 = _reach(behind_MV, jnp.ones_like(behind_MV, jnp.int32), top_k_M)
+  farthest_M1 = _reach(behind_MV, jnp.int32(1), top_k_M)
   weight_MV = jnp.where(behind_MV <= farthest_M1, weight_MV, 0.0)
   needed_M = rows_M.top_p_B * jnp.sum(weight_MV, axis=-1)
   farthest_M1 = _reach(behind_MV, weight_MV, needed_M)
@@ -289,28 +289,30 @@ def _filter(weight_MV, behind_MV, rows_M):
   return jnp.where(behind_MV <= farthest_M1, weight_MV, 0.0)
 
 
-def _reach(behind_MV, amount_MV, least_M):
+def _reach(behind_MV, amount, least_M):
   """Returns the least distance `[M, 1]` within which amounts add up to `least_M`; 0 at least, infinity at most.
+
+  An amount is one number for all tokens, or an array `[M, V]`.
 
   Non-negative floats order as their bits do. A turn finds one bit on a CPU, where time follows the sums, and four
   bits by 15 sums at once elsewhere, where it follows the turns.
   """
   bits_MV = jax.lax.bitcast_convert_type(behind_MV, jnp.int32)
-  found_M = (_find_by_bits if control.adapts() else _find_by_digits)(bits_MV, amount_MV, least_M)
+  found_M = (_find_by_bits if control.adapts() else _find_by_digits)(bits_MV, amount, least_M)
   return jax.lax.bitcast_convert_type(jnp.minimum(found_M, _INFINITY), jnp.float32)[:, None]
 
 
-def _find_by_bits(bits_MV, amount_MV, least_M):
+def _find_by_bits(bits_MV, amount, least_M):
   """Returns the greatest number `[M]` of 31 bits below which amounts do not add up to `least_M`."""
   def bit(i, low_M):
     trial_M = low_M | (jnp.int32(1) << (30 - i))
-    sum_M = jnp.sum(jnp.where(bits_MV < trial_M[:, None], amount_MV, 0), axis=-1)
+    sum_M = jnp.sum(jnp.where(bits_MV < trial_M[:, None], amount, 0), axis=-1)
     return jnp.where(sum_M >= least_M, low_M, trial_M)
 
   return jax.lax.fori_loop(0, 31, bit, jnp.zeros(bits_MV.shape[0], jnp.int32))
 
 
-def _find_by_digits(bits_MV, amount_MV, least_M):
+def _find_by_digits(bits_MV, amount, least_M):
   """Returns what `_find_by_bits` does, from digits of four bits; the first has three."""
   def add(some, more):
     return [a + b for a, b in zip(some, more)]
@@ -318,7 +320,7 @@ def _find_by_digits(bits_MV, amount_MV, least_M):
   found_M = jnp.zeros(bits_MV.shape[0], jnp.int32)
   for shift in range(28, -1, -4):
     trials = [found_M | (digit << shift) for digit in range(1, 8 if shift == 28 else 16)]
-    terms = [jnp.where(bits_MV < trial_M[:, None], amount_MV, 0) for trial_M in trials]
-    sums = jax.lax.reduce(terms, [jnp.zeros((), amount_MV.dtype) for _ in trials], add, (1,))  # the numbers are read once
+    terms = [jnp.where(bits_MV < trial_M[:, None], amount, 0) for trial_M in trials]
+    sums = jax.lax.reduce(terms, [jnp.zeros((), amount.dtype) for _ in trials], add, (1,))  # the numbers are read once
     found_M |= sum((sum_M < least_M).astype(jnp.int32) for sum_M in sums) << shift  # sums grow with the trial
   return found_M
