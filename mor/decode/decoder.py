@@ -90,9 +90,9 @@ class Decoder:
 
   def embed(self, weights: weights_lib.Weights, token_B: jax.Array) -> jax.Array:
     """Returns hidden states before the prelude."""
-    num = weights.lookup_VD.shape[0]
+    num = weights.table_VD.shape[0]
     row_B = token_B - sharding.first_of_part(num)
-    h_BD = storage_lib.decode(weights.lookup_VD.at[row_B].get(mode="clip")).astype(jnp.float32)
+    h_BD = storage_lib.decode(weights.table_VD.at[row_B].get(mode="clip")).astype(jnp.float32)[:, :self.model.d_model]
     if num == self.model.vocab_size:
       return h_BD
     return sharding.sum_over_parts(jnp.where(((row_B >= 0) & (row_B < num))[:, None], h_BD, 0.0))

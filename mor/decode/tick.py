@@ -192,7 +192,7 @@ def finish(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: sl
   new = slots_lib.nothing_new(token_B.shape[0]).replace(
       token_BW=jnp.where(leave_B, token_B, -1)[:, None], depth_BW=slots.depth_B[:, None],
       logprob_BW=logprob_B[:, None])
-  return emit(slots.replace(cache=cache), new, slots.position_B + 1)
+  return emit(slots.replace(cache=cache), new, slots.position_B + 1, variant)
 
 
 def next_tokens(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, h_BD: jax.Array,
@@ -215,23 +215,25 @@ def next_tokens(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slot
 
 
 def emit(slots: slots_lib.Slots, new: slots_lib.NewTokens,
-         position_B: jax.Array) -> tuple[slots_lib.Slots, slots_lib.NewTokens]:
+         position_B: jax.Array, variant: variant_lib.Variant) -> tuple[slots_lib.Slots, slots_lib.NewTokens]:
   """Gives out new tokens, and decides whether they end their requests.
 
   Args:
     slots: whose slots with new tokens are at the full depth, or left at an exit.
     new: tokens, of which `finish_B` is not known yet.
     position_B: of the last of each slot's new tokens.
+    variant: what the program must be able to do. If it cannot penalise, no request needs its tokens to be marked.
   """
   batch_B, given_BW = jnp.arange(slots.phase_B.shape[0]), new.token_BW != -1
   num_B = jnp.sum(given_BW, axis=1, dtype=jnp.int32)
   given_B, last_B = num_B > 0, new.token_BW[batch_B, jnp.maximum(num_B - 1, 0)]
   finish_B = jnp.where(given_B, slots_lib.find_finish(last_B, slots.stop_BE, slots.left_B, num_B), slots_lib.GOES_ON)
-  column_BW = jnp.where(new.token_BW >= 0, new.token_BW, slots.seen_BV.shape[1])
+  if sampling.serves(variant.sampling, "filtered") is not False:
+    column_BW = jnp.where(new.token_BW >= 0, new.token_BW, slots.seen_BV.shape[1])
+    slots = slots.replace(seen_BV=slots.seen_BV.at[batch_B[:, None], column_BW].set(True, mode="drop"))
   slots = slots.replace(
       token_B=jnp.where(given_B, last_B, slots.token_B), position_B=jnp.where(given_B, position_B, slots.position_B),
-      index_B=slots.index_B + num_B, left_B=slots.left_B - num_B,
-      seen_BV=slots.seen_BV.at[batch_B[:, None], column_BW].set(True, mode="drop"))
+      index_B=slots.index_B + num_B, left_B=slots.left_B - num_B)
   ends_B = finish_B != slots_lib.GOES_ON
   slots = slots_lib.move(slots, given_B & ends_B, (slots_lib.LEAVE, slots_lib.CHECK), slots_lib.DONE)
   slots = slots_lib.move(slots, given_B & ~ends_B, (slots_lib.LEAVE, slots_lib.CHECK), slots_lib.START)

@@ -12,6 +12,12 @@ Formats:
   int8       matrices in int8 with a scale for each output, inputs of a product
              rounded to int8 with a scale for each token, sums exact: a quarter.
              The embedding of a token stays bfloat16, routers and norms float32.
+
+XLA:CPU gathers rows of bfloat16 from a table that it has widened to float32, so there
+the embedding is a table of its own, of bits. An accelerator reads the rows of the output
+matrix where they are the embedding, and stores them once. A TPU would store a matrix by
+columns if its inputs do not fill whole lanes, and copy it in each dispatch to read rows,
+so there the output matrix has zeros beyond the model's width.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +30,9 @@ import jax.numpy as jnp
 from mor import config as config_lib
 from mor import parameters
 from mor import sharding
+from mor.decode import control
 from mor.model import block
+from mor.model import kernels
 from mor.model import schedule as schedule_lib
 from mor.model import transformer
 from mor.model.routers import table as router_table
@@ -35,6 +43,7 @@ MERGED = {name: tuple(row for row in parameters.PROJECTIONS if row.merged == nam
 _SPLIT_INPUTS = {name for name, rows in MERGED.items()  # matrices of which a part of a model has some inputs
                  if any(sharding.SPLIT_BY.get(axis) == "tensor" for axis in rows[0].axes[:len(rows[0].ins)])}
 _LEAST_ROWS = {"bfloat16": 4, "int8": 16}  # XLA:CPU multiplies fewer rows more slowly (5x for one)
+_LANES = 128  # numbers of a row that a TPU stores together
 
 
 @struct.dataclass
@@ -83,9 +92,9 @@ class Weights:
   """A model ready to decode.
 
   Attributes:
-    head: the output matrix.
-    lookup_VD: the embedding for single rows; bfloat16 as its bits in uint16,
-      because XLA:CPU gathers bfloat16 from a table widened to float32.
+    head: the output matrix; on a TPU perhaps with more inputs than the model's width.
+    lookup_VD: the embedding for single rows, on a CPU bfloat16 as its bits in uint16;
+      None if `head` has these rows. See `table_VD`.
     draft_head: its first rows, those that exits read; None is all.
     prelude, stack, coda: layers.
     deltas: of each layer of a step, by the name of the matrix in `Layer`.
@@ -95,7 +104,7 @@ class Weights:
   """
 
   head: Matrix
-  lookup_VD: jax.Array
+  lookup_VD: jax.Array | None
   draft_head: Matrix | None
   prelude: tuple[Layer, ...]
   stack: tuple[Layer, ...]
@@ -104,6 +113,15 @@ class Weights:
   final_norm_D: jax.Array
   router: Mapping[str, Any]
   balance: Mapping[str, jax.Array]
+
+  @property
+  def table_VD(self) -> jax.Array:
+    """The embedding for single rows, to be read by `storage.decode`."""
+    return self.head.w_OI if self.lookup_VD is None else self.lookup_VD
+
+  def devices(self) -> set[jax.Device]:
+    """Returns the devices that hold the weights."""
+    return self.head.w_OI.devices()
 
 
 def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_format: str, first: int = 0) -> Weights:
@@ -124,14 +142,11 @@ def prepare(model: config_lib.ModelConfig, variables: Mapping[str, Any], weight_
   rows = router_table.make(model).parameters
   embedding_VD = jnp.asarray(params["embedding"], jnp.float32)
   head_VD = jnp.asarray(transformer.head(params), jnp.float32)
-
-  def bits(x_VD: jax.Array) -> jax.Array:
-    return x_VD if weight_format == "float32" else jax.lax.bitcast_convert_type(x_VD.astype(jnp.bfloat16), jnp.uint16)
-
-  lookup_VD = bits(embedding_VD)
+  apart = control.adapts() or "head" in params or weight_format == "int8"
+  spare = -head_VD.shape[1] % _LANES if kernels.platform() == "tpu" else 0
   return Weights(
-      head=_matrix(head_VD, weight_format),
-      lookup_VD=lookup_VD,
+      head=_matrix(jnp.pad(head_VD, ((0, 0), (0, spare))), weight_format),
+      lookup_VD=_lookup(embedding_VD, weight_format) if apart else None,
       draft_head=_matrix(head_VD[:first], weight_format) if first else None,
       **{group: _layers(model, params.get(group), weight_format) for group in ("prelude", "stack", "coda")},
       deltas=_deltas(model, params.get("lora"), weight_format),
@@ -149,7 +164,8 @@ def project(x_MI: jax.Array, matrix: Matrix, split_inputs: bool = False) -> jax.
     split_inputs: True if each part of a model has some of the inputs, which are summed over all parts; static.
   """
   num, dtype = x_MI.shape[0], matrix.w_OI.dtype
-  x_MI = jnp.pad(x_MI, ((0, max(0, _LEAST_ROWS.get(dtype.name, 1) - num)), (0, 0)))
+  least = _LEAST_ROWS.get(dtype.name, 1) if control.adapts() else 1
+  x_MI = jnp.pad(x_MI, ((0, max(0, least - num)), (0, matrix.w_OI.shape[1] - x_MI.shape[1])))
   contract = (((1,), (1,)), ((), ()))
   add = sharding.sum_over_parts if split_inputs else _keep
   if matrix.scale_O is None:
@@ -217,6 +233,14 @@ def _round(x_MI: jax.Array, widen: Callable[[jax.Array], jax.Array] = _keep) -> 
   """Returns the rows in int8, and the scale of each; `widen` makes the largest number of a row's part that of the row."""
   scale_M1 = jnp.maximum(widen(jnp.max(jnp.abs(x_MI), axis=1, keepdims=True)), 1e-30) / 127.0
   return jnp.round(x_MI / scale_M1).astype(jnp.int8), scale_M1
+
+
+def _lookup(embedding_VD: jax.Array, weight_format: str) -> jax.Array:
+  """Returns the embedding as it is read row by row; int8 weights have it in bfloat16."""
+  if weight_format == "float32":
+    return embedding_VD
+  rounded_VD = embedding_VD.astype(jnp.bfloat16)
+  return jax.lax.bitcast_convert_type(rounded_VD, jnp.uint16) if control.adapts() else rounded_VD
 
 
 def _matrix(w_OI: jax.Array, weight_format: str) -> Matrix:

@@ -192,7 +192,7 @@ def _finish(decoder, weights, slots, room, vocab_size, setup, variant):
   slots, full, position_B = _judge(decoder, slots, leave_B, packed, read, nothing, setup)
   crowded_B = wants_B & ~leave_B
   slots = slots.replace(ring=slots.ring.replace(wait_B=slots.ring.wait_B + crowded_B.astype(jnp.int32)))
-  slots, new = tick_lib.emit(slots, control.pick_rows(leave_B, full, exited), position_B)
+  slots, new = tick_lib.emit(slots, control.pick_rows(leave_B, full, exited), position_B, variant)
   return slots, new, stalled_B, crowded_B
 
 

@@ -158,7 +158,7 @@ class SlotRunner:
 
     if self._parts is not None:
       return self._parts.make(make)
-    device, = self.weights.lookup_VD.devices()
+    device, = self.weights.devices()
     with jax.default_device(device):
       return jax.device_put(make(self.weights), device)  # committed, as a dispatch returns it
 

@@ -10,6 +10,7 @@ from mor.decode import storage
 from mor.decode import weights
 from mor.model import transformer
 from mor.serve import generate
+from tests.helpers import platforms
 from tests.helpers import tiny
 
 ERROR = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 2e-2}  # of a product, relative to the greatest
@@ -59,6 +60,23 @@ def test_the_matrices_have_the_formats_size():
       weights.prepare(config, variables, name).stack, is_leaf=lambda x: isinstance(x, weights.Matrix))
                     if isinstance(m, weights.Matrix)) for name in weights.FORMATS}
   assert size["float32"] == 2 * size["bfloat16"] == 4 * size["int8"] > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weight_format", weights.FORMATS)
+def test_an_accelerator_stores_the_embedding_once(weight_format, tied):
+  """Where the output matrix is the embedding in the same format; the states are those of the CPU's table, bit for bit."""
+  config = tiny.config(model=dict(tie_embeddings=tied)).model
+  variables = transformer.Transformer(config).init(jax.random.key(0), np.zeros((1, 4), np.int32))
+  decoder = decoder_lib.Decoder(config, storage.Dense(4, config.num_kv_heads, config.head_dim, "float32"))
+  tokens_B = jnp.arange(config.vocab_size)[::-3]
+  expected_BD = decoder.embed(weights.prepare(config, variables, weight_format), tokens_B)
+  with platforms.pretend("tpu"):
+    made = weights.prepare(config, variables, weight_format)
+    np.testing.assert_array_equal(decoder.embed(made, tokens_B), expected_BD)
+  assert (made.lookup_VD is None) == (tied and weight_format != "int8")
+  assert made.table_VD.dtype == ("float32" if weight_format == "float32" else "bfloat16")
+  assert made.devices() == {jax.devices()[0]}
 
 
 def test_unknown_format_is_refused():
