@@ -97,11 +97,11 @@ def attend(q_MNH: jax.Array, kv_PKEW: jax.Array, page_MP: jax.Array, length_M: j
 
 
 def choose_block(pages_per_row: int, page_size: int, num_kv_heads: int, width: int, dtype: jnp.dtype) -> int:
-  """Returns the pages of a turn: whole vectors of entries, as many as time and room allow."""
+  """Returns the pages of a turn: whole vectors of entries (also of a shorter row), as many as time and room allow."""
   unit = math.lcm(page_size, LANES)
   most = _MOST_BYTES // _count_bytes(1, num_kv_heads, width, dtype)
-  entries = max(unit, min(_MOST_ENTRIES, most) // unit * unit)
-  return min(entries // page_size, pages_per_row)
+  units = min(_MOST_ENTRIES, most) // unit
+  return max(1, min(units, -(-pages_per_row * page_size // unit))) * unit // page_size
 
 
 def _count_bytes(entries: int, num_kv_heads: int, width: int, dtype: jnp.dtype) -> int:

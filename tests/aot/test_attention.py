@@ -22,7 +22,8 @@ TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100:1", "h200:1")
 SLOTS, PAGE, PAGES = 32, 64, 32  # of the models' context
 
 
-def compile_attention(topology, shape, hides, num_slots=SLOTS, num_pages=3 * SLOTS * PAGES):
+def compile_attention(topology, shape, hides, num_slots=SLOTS, num_pages=3 * SLOTS * PAGES,
+                      pages_per_row=PAGES):
   """Compiles one call, skipping the test where the compiler is missing."""
   try:
     device = chips.devices(topology)[0]
@@ -40,9 +41,9 @@ def compile_attention(topology, shape, hides, num_slots=SLOTS, num_pages=3 * SLO
 
   args = [shaped(jnp.float32, num_slots, num_heads, head_dim),
           shaped(storage.dtype, num_pages, num_kv_heads, PAGE, storage.width),
-          shaped(jnp.int32, num_slots, PAGES), shaped(jnp.int32, num_slots)]
+          shaped(jnp.int32, num_slots, pages_per_row), shaped(jnp.int32, num_slots)]
   if hides:
-    args.append(shaped(jnp.bool_, num_slots, PAGES * PAGE))
+    args.append(shaped(jnp.bool_, num_slots, pages_per_row * PAGE))
   with jax.set_mesh(mesh):
     return jax.jit(packed.KERNELS[kernel].attend).lower(*args).compile()
 
@@ -56,6 +57,12 @@ def test_kernels_compile_for_every_chip(topology, shape, hides):
   assert "packed_attention" in compiled.as_text()
   memory = compiled.memory_analysis()
   assert memory.temp_size_in_bytes < memory.argument_size_in_bytes / 10, "the pool is copied"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v5e:2x2", "h200:1"])
+def test_kernels_compile_for_rows_shorter_than_a_turn(topology):
+  compile_attention(topology, "mor-135m", True, num_pages=9, pages_per_row=1)
 
 
 @pytest.mark.aot
