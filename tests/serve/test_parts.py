@@ -3,10 +3,12 @@
 import jax
 import pytest
 
+from mor.decode import packed
 from mor.model.kv import plans as kv_plans
 from mor.model.routers import table as router_table
 from mor.serve import engine as engine_lib
 from tests.helpers import exiting
+from tests.helpers import platforms
 from tests.helpers import serving
 from tests.helpers import tiny
 
@@ -63,6 +65,16 @@ def test_other_parts(fields, options):
   vocab_size = 64 if "tensor" in options else 62
   requests = serving.requests(12, **(dict(logprobs=False) if "weight_format" in options else {}))
   check(serving.model(**{"vocab_size": vocab_size} | fields), requests, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_parts_read_packed_pages_by_the_kernel_of_their_platform(platform):
+  model, requests = serving.model(**EVEN), serving.requests(6)
+  expected = serving.reference(model, requests)
+  with platforms.pretend(platform):
+    engine = check(model, requests, expected=expected)
+  assert engine.runner.decoder.tables.storage == packed.PackedPages(4, 1, 6, "float32", platform)
 
 
 @pytest.mark.slow

@@ -234,10 +234,9 @@ def test_schedulers_of_one_queue_keep_the_order_of_arrival():
   second = scheduler_lib.Scheduler(2, POOL, 6, 16, first.queue)
   jobs = [submit(first) for _ in range(4)]
   assert [second.admit(), first.admit(), second.admit()] == jobs[:3]
-  first.preempt(jobs[1])
   second.finish(jobs[0])
+  first.preempt(jobs[1])
+  assert second.admit() is jobs[1] and second.held == jobs[1:3] and second.youngest() is jobs[2]
+  second.preempt(jobs[1])
   second.preempt(jobs[2])
   assert list(first.queue) == jobs[1:]
-  assert [second.admit(), first.admit()] == jobs[1:3]
-  first.preempt(jobs[2])
-  assert second.admit() is jobs[2] and second.held == jobs[1:3] and second.youngest() is jobs[2]
