@@ -7,6 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
+from mor import config as config_lib
+from mor import experiments
 from mor.data import text
 from mor.data.tasks import corpus as corpus_lib
 from mor.data.tasks import table
@@ -203,6 +205,15 @@ def test_difficulties_do_not_depend_on_the_row_length(seq_len, monkeypatch):
   hops = np.array([len(found) for _, found in problems("khop-single", corpus.validation.in_order(64))])
   share_K = np.bincount(hops, minlength=5)[1:] / len(hops)
   assert len(hops) > 1000 and np.abs(share_K - 0.25).max() < 4 * np.sqrt(0.25 * 0.75 / len(hops))
+
+
+@pytest.mark.parametrize("name", table.TASKS)
+def test_the_quickstart_trains_on_a_task_as_it_is(name):
+  fields = experiments.read("quickstart").to_dict()
+  fields["data"]["source"] = f"task:{name}"
+  config = config_lib.from_dict(fields)
+  corpus = text.load(config.data, config.model.vocab_size)
+  assert corpus.train.batch(0)["loss_mask_BT"].any(axis=1).all(), "every row asks something"
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -143,15 +143,13 @@ def test_eval_prints_figures_by_difficulty(trained, capsys):
   assert not [name for name in printed if "bpb" in name or name == "beyond"], "packed, no more hops can be asked"
 
 
-def test_beyond_has_levels_that_training_has_not():
-  recursive = dict(sharing="cycle", num_layers=2, num_recursions=2)
-  config = make_config(model=recursive, data=dict(seq_len=57, task=dict(size=6, hardest=2, questions=9, packed=False)))
+def test_harder_questions_are_asked_at_more_steps():
+  config = make_config(model=dict(sharing="cycle", num_layers=2, num_recursions=2), data=dict(
+      seq_len=58, batch_size=4, task=dict(size=6, hardest=2, questions=9, packed=False)))
   mesh, corpus = sharding.make_mesh(config.mesh), text.load(config.data, config.model.vocab_size)
-  state = step_lib.init_state(config, mesh)
-  printed = loop.evaluate_corpus(config, mesh, state, corpus)
+  printed = loop.evaluate_corpus(step_lib.at_recursions(config, 5), mesh, step_lib.init_state(config, mesh), corpus)
   assert list(printed["accuracy"]) == ["all", "1", "2"] and list(printed["beyond"]["accuracy"]) == ["all", "3", "4"]
-  more = loop.evaluate_corpus(step_lib.at_recursions(config, 5), mesh, state, corpus)
-  assert printed["beyond"]["depth"]["3"] == 2 and more["beyond"]["depth"]["3"] == 5, "a recursion has more steps for them"
+  assert printed["beyond"]["depth"] == {"0": 5, "3": 5, "4": 5}, "of a model that was made for 2"
 
 
 def test_the_record_names_the_task_and_its_settings(trained):
@@ -184,6 +182,17 @@ def test_a_run_is_converted_for_the_same_task_only(trained, tmp_path):
   with pytest.raises(ValueError, match="37 symbols of its own, and the source reads others; convert a run of the same"):
     command.convert(make_config(data=dict(task=dict(size=5, questions=3))), f"mor:{workdir}", tmp_path / "other")
   assert not (tmp_path / "other").exists()
+
+
+def test_a_run_goes_on_with_other_questions_by_consent(trained):
+  workdir, _ = trained
+  config = make_config(data=dict(task=dict(questions=15)))
+  with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+    with pytest.raises(ValueError, match="data.task.questions"):
+      checkpoints.check(config, run_lib.free_fields(workdir))
+    checkpoints.check(config, run_lib.free_fields(workdir, accept_new_data=True))
+  corpus = run_lib.load_corpus(workdir, config, accept_new_data=True)
+  assert corpus.identity.settings["task.questions"] == 15
 
 
 @pytest.mark.slow
