@@ -45,15 +45,16 @@ def check(got, requests, whole):
     assert one.error == other.error
 
 
-@pytest.mark.parametrize("plan", [plan if plan == "recursion_wise" else pytest.param(plan, marks=pytest.mark.slow)
-                                  for plan in kv_plans.PLANS])
-def test_a_bad_token_fails_the_requests_that_read_it_and_no_other(plan):
+@pytest.mark.parametrize("plan, storage", [
+    pytest.param(plan, storage, marks=() if (plan, storage) == ("recursion_wise", "paged") else pytest.mark.slow)
+    for plan in kv_plans.PLANS for storage in ("paged", "packed")])
+def test_a_bad_token_fails_the_requests_that_read_it_and_no_other(plan, storage):
   """Few pages, so that those of failed requests are used again at once."""
   model, requests = serving.model(tie_embeddings=False, kv_plan=plan), serving.requests(24)
   requests += [([BAD, 5], dict(max_tokens=3))] * 2
   whole, damaged = serving.reference(model, requests), damage(model)
   check(serving.reference(damaged, requests), requests, whole)
-  engine = serving.engine(damaged, num_pages=24, num_edge_pages=16)
+  engine = serving.engine(damaged, storage=storage, num_pages=24, num_edge_pages=16)
   check(exiting.answers(engine, requests), requests, whole)
   assert engine.metrics()["requests"] == len(requests)
 
