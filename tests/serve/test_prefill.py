@@ -1,11 +1,14 @@
 """Many prompts in one call of the prefill, as on accelerators: fewer calls, and each request's own tokens."""
 
+import random
+
 import pytest
 
 from mor.decode import prefill
 from mor.model import kernels
 from mor.serve import runner as runner_lib
 from mor.serve import scheduler as scheduler_lib
+from tests.helpers import interrupts
 from tests.helpers import serving
 
 
@@ -87,3 +90,18 @@ def test_requests_get_their_own_tokens_whatever_is_stored_beside(model, packing,
       serving.assert_same(completion, expected[place], requests[place])
     serving.assert_all_free(engine)
   assert max(len(chunks) for *_, chunks in calls) > 1 and {pages for _, pages, _ in calls} >= {0, 4}
+
+
+@pytest.mark.slow
+def test_a_step_that_stores_several_prompts_may_be_interrupted_at_any_line(model, packing):
+  requests = [(prompt, options) for prompt, options in serving.requests(9, stop_tokens=[], logprobs=False)
+              if options["repetition_penalty"] == 1]
+  expected, rng, outcomes = serving.reference(model, requests), random.Random(0), []
+  engine = serving.engine(model, storage="paged")
+  lines = interrupts.count_lines(engine, requests, expected)
+  for _ in range(24):
+    at = interrupts.at_line(rng.randint(1, lines), interrupts.interrupt)
+    outcomes.append(interrupts.run(engine, requests, expected, rng.randrange(3), at))
+    if outcomes[-1] == "refused":
+      engine = serving.engine(model, storage="paged")
+  assert outcomes.count("exact") >= 8, outcomes
