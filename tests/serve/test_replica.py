@@ -22,7 +22,7 @@ def pressing(num):
 
 
 def test_two_devices_give_the_tokens_of_one_beside_aborts_and_preemptions():
-  model, requests = serving.model(), pressing(24)
+  model, requests = serving.model(), pressing(17)
   expected = serving.reference(model, requests)
   engine = serving.engine(model, num_pages=24, devices=2)
   done, aborted = serving.serve(engine, requests, 0, abort=0.15)
