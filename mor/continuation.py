@@ -12,11 +12,11 @@ from typing import Any
 from mor import config as config_lib
 
 # Fields that may differ between a checkpoint and the run that continues it: they change
-# logging, storage and placement, but not the result of the computation.
+# logging, storage, placement and decoding, but not the result of training.
 FREE_FIELDS = frozenset((
-    "data.cache_dir", "model.attention", "train.loss_block", "train.log_every", "train.eval_every", "train.eval_rows",
-    "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.step_timeout",
-    "train.sample_prompt", "train.sample_tokens", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"))
+    "data.cache_dir", "model.attention", "model.router.halting_threshold", "train.loss_block", "train.log_every",
+    "train.eval_every", "train.eval_rows", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
+    "train.step_timeout", "train.sample_prompt", "train.sample_tokens", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"))
 
 
 def check(directory: str | os.PathLike, old: dict[str, Any], step: int, saved: Collection[int],

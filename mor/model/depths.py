@@ -38,7 +38,7 @@ def at(model: config_lib.ModelConfig, num_recursions: int) -> config_lib.ModelCo
   """
   router = router_table.make(model)
   fields.require(
-      num_recursions == model.num_recursions or (router.any_depth and not (router.routes and model.router.capacity)),
+      num_recursions == model.num_recursions or router.any_depth,
       f"{num_recursions} recursion steps of a model with model.num_recursions={model.num_recursions} and "
       f"router.name={model.router.name!r}", "its router has scores or capacities for the trained steps alone; use "
       f"{model.num_recursions}")

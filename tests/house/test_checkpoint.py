@@ -103,6 +103,7 @@ def test_another_config_is_refused_by_name(saved):
       checkpoints.check(other)
     checkpoints.check(tiny.config())
     checkpoints.check(tiny.config(train=dict(log_every=9, checkpoint_every=8), data=dict(cache_dir="x")))
+    checkpoints.check(tiny.config(model=dict(router=dict(halting_threshold=0.9))))
     checkpoints.check(tiny.config(data=dict(source="x")), {"data.source"})
     with pytest.raises(ValueError, match="data.source='x'"):
       checkpoints.check(tiny.config(data=dict(source="x")))

@@ -50,7 +50,7 @@ def test_training_is_decoding_where_the_gate_is_sure(kv_plan):
 
 def test_the_output_is_the_expectation_over_the_numbers_of_steps():
   """Neither states nor shares depend on R, so a longer recursion shows the last state of a shorter one."""
-  model = make()
+  model = make(router=dict(capacity=(1.0, 0.7, 0.4)))  # without effect
   params, segment_BT = draw(model), jnp.ones((2, 12), jnp.int32)
   entry_BTD = jnp.asarray(np.random.default_rng(1).normal(size=(2, 12, 20)), jnp.float32)
   longer = recursion.Recursion(depths.at(model, 4))
