@@ -17,6 +17,7 @@ import numpy as np
 
 from mor import config as config_lib
 from mor import types
+from mor.model import kernels
 from mor.model import transformer
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # of bytes that are no whole character
@@ -26,6 +27,7 @@ _PALETTE = ((230, "#ffffd7"), (222, "#ffd787"), (215, "#ffaf5f"), (208, "#ff8700
 
 
 @functools.partial(jax.jit, static_argnums=0)
+@kernels.full_precision
 def measure(model: config_lib.ModelConfig, variables: Mapping[str, Any], tokens_BT: types.Tokens,
           segment_BT: types.Segments) -> jax.Array:
   """Returns the depth `[B, T]` of each token; 0 for padding."""

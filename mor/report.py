@@ -22,6 +22,7 @@ from mor import distributed
 from mor import paths
 from mor import plots
 from mor import types
+from mor.model import kernels
 from mor.model import transformer
 from mor.model.routers import table as router_table
 from mor.train import evaluate as evaluate_lib
@@ -242,6 +243,7 @@ def _last_evaluation(rows: list[dict[str, float]], step: int) -> dict[str, float
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+@kernels.full_precision
 def _next(model: config_lib.ModelConfig, vocab_size: int, variables: Mapping[str, Any], tokens_1T: types.Tokens,
           length: jax.Array, temperature: jax.Array, key: jax.Array) -> jax.Array:
   """Samples the token after the first `length` tokens."""

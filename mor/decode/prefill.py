@@ -231,6 +231,7 @@ def _flatten(x):
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "context_pages"), donate_argnums=2)
+@kernels.full_precision
 def store(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, slot_G: jax.Array,
           tokens_GT: jax.Array, start_G: jax.Array, length_G: jax.Array, *,
           context_pages: int) -> tuple[slots_lib.Slots, jax.Array]:

@@ -39,6 +39,7 @@ from mor.decode import sampling
 from mor.decode import slots as slots_lib
 from mor.decode import variant as variant_lib
 from mor.decode import weights as weights_lib
+from mor.model import kernels
 from mor.model.routers import base as router_base
 
 
@@ -296,6 +297,7 @@ def repeat(one_tick: Tick, decoder: decoder_lib.Decoder, slots: slots_lib.Slots,
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "together", "variant"), donate_argnums=2)
+@kernels.full_precision
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, num_ticks: int,
         vocab_size: int, together: bool,
         variant: variant_lib.Variant = variant_lib.Variant()) -> tuple[slots_lib.Slots, packing.Words]:

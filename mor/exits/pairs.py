@@ -25,6 +25,7 @@ from mor import types
 from mor.decode import sampling
 from mor.exits import confidence
 from mor.exits import policy as exits_lib
+from mor.model import kernels
 from mor.model import schedule as schedule_lib
 from mor.model import transformer
 
@@ -72,6 +73,7 @@ def reduce_to_tokens(confidence_EM: np.ndarray, agreed_EM: np.ndarray,
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@kernels.full_precision
 def _run(model: config_lib.ModelConfig, exits: exits_lib.Exits, vocab_size: int, variables: Mapping[str, Any],
          tokens_BT: types.Tokens, segment_BT: types.Segments) -> tuple[jax.Array, jax.Array, jax.Array]:
   params = variables["params"]

@@ -38,6 +38,7 @@ from mor.decode import weights as weights_lib
 from mor.exits import heads
 from mor.exits import policy as exits_lib
 from mor.exits import ring as ring_lib
+from mor.model import kernels
 
 
 def tick(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, vocab_size: int,
@@ -366,6 +367,7 @@ def _learn(ring, report, leave_B, setup):
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "num_ticks", "vocab_size", "variant"), donate_argnums=2)
+@kernels.full_precision
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, slots: slots_lib.Slots, *, num_ticks: int,
         vocab_size: int, setup: exits_lib.Setup,
         variant: variant_lib.Variant = variant_lib.Variant()) -> tuple[slots_lib.Slots, packing.Words]:

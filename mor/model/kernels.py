@@ -18,6 +18,8 @@ Source: `jax.experimental.pallas.ops.tpu.splash_attention`, `jax.nn.dot_product_
 """
 
 from collections.abc import Callable
+import functools
+from typing import Any
 
 import jax
 from jax.extend import backend as jax_backend
@@ -54,6 +56,22 @@ def interprets() -> bool:
   """Returns True if Pallas kernels are interpreted, as the device has no compiler for them: on a CPU."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return (jax.default_backend() if device is None else device.platform) == "cpu"
+
+
+def full_precision(function: Callable) -> Callable:
+  """Returns a function whose products of float32 numbers are computed in float32 on every platform.
+
+  By default a GPU rounds their factors to TF32, and a TPU to bfloat16. Products of bfloat16 numbers stay as they are.
+  Each function that is compiled and multiplies numbers of a model is wrapped so.
+  """
+  @functools.wraps(function)
+  def run(*args: Any, **options: Any) -> Any:
+    if platform() == "cpu":  # whose products are in full precision anyway
+      return function(*args, **options)
+    with jax.default_matmul_precision("highest"):
+      return function(*args, **options)
+
+  return run
 
 
 def choose(config: config_lib.ModelConfig, in_order: bool) -> str:
@@ -117,6 +135,8 @@ def splash(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys,
     out_BNTH = jax.vmap(row)(*heads_first, _pad(segment_BS, length))
     return jnp.swapaxes(out_BNTH, 1, 2)[:, :q_BTNH.shape[1]]
 
+  if q_BTNH.dtype != jnp.float32:
+    attend = _at_default_precision(attend)
   with jax.named_scope("splash"):
     return _on_each_device(attend, q_BTNH, k_BSKH, v_BSKH, segment_BS)
 
@@ -140,6 +160,30 @@ def cudnn(q_BTNH: types.Queries, k_BSKH: types.Keys, v_BSKH: types.Keys, mask_BT
 
   with jax.named_scope("cudnn"):
     return _on_each_device(attend, q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+def _at_default_precision(attend: Callable) -> Callable:
+  """Returns attention whose products, and those of its gradient, do not ask for full precision.
+
+  The compiler of TPU kernels refuses that of bfloat16, where it would change nothing.
+  """
+  default = functools.partial(jax.default_matmul_precision, None)
+
+  def forward(q_BTNH, k_BSKH, v_BSKH, segment_BS):
+    with default():
+      return jax.vjp(lambda *qkv: attend(*qkv, segment_BS), q_BTNH, k_BSKH, v_BSKH)
+
+  def backward(pull_back, out_BTNH):
+    with default():
+      return *pull_back(out_BTNH), None
+
+  def plain(*given):
+    with default():
+      return attend(*given)
+
+  plain = jax.custom_vjp(plain)
+  plain.defvjp(forward, backward)
+  return plain
 
 
 def _blocks(seq_len: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from mor.decode import prefill
 from mor.decode import sampling
 from mor.decode import slots as slots_lib
 from mor.decode import weights as weights_lib
+from mor.model import kernels
 from mor.serve import request as request_lib
 from mor.serve import scheduler
 from mor.serve import sizes
@@ -121,6 +122,7 @@ def _begin(decoder, weights, requests, context):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@kernels.full_precision
 def _prefill(decoder, weights, cache, tokens_BT, length_B):
   return prefill.run(decoder, weights, cache, tokens_BT, jnp.zeros_like(length_B), length_B, context_pages=0)[0]
 
@@ -150,6 +152,7 @@ def advance(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: c
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+@kernels.full_precision
 def _turns(decoder, weights, state, rows, stop_BE, vocab_size):
   """Decodes tokens until all rows are done, `_TURNS` at most."""
   def turn(state, _):

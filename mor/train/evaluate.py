@@ -26,6 +26,7 @@ from mor import config as config_lib
 from mor import distributed
 from mor import sharding
 from mor.data.tasks import table as task_table
+from mor.model import kernels
 from mor.model import transformer
 from mor.model.routers import table as router_table
 from mor.train import loss as loss_lib
@@ -84,6 +85,7 @@ def compressed_bits_per_byte(text: str) -> dict[str, float]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+@kernels.full_precision
 def _sums(config: config_lib.Config, mesh: Mesh, params: dict, balance: dict, num_bytes_V: jax.Array,
           batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """Returns what a batch adds to each sum over the held-out rows."""

@@ -17,6 +17,7 @@ import numpy as np
 from mor import config as config_lib
 from mor import sharding
 from mor.data import blimp
+from mor.model import kernels
 from mor.model import transformer
 from mor.train import loss as loss_lib
 
@@ -42,6 +43,7 @@ def make(config: config_lib.Config, mesh: Mesh,
   model = dataclasses.replace(config.model, cross_documents=False)
 
   @jax.jit
+  @kernels.full_precision
   def nll(params, balance, batch):
     out = transformer.Transformer(model).apply(
         {"params": params, "balance": balance}, batch["tokens_BT"], batch["segment_BT"], routing="decide",

@@ -15,6 +15,7 @@ from mor import config as config_lib
 from mor import distributed
 from mor import sharding
 from mor.model import depths
+from mor.model import kernels
 from mor.model import transformer
 from mor.model.routers import base as router_base
 from mor.model.routers import table as router_table
@@ -158,6 +159,7 @@ def make_train_step(config: config_lib.Config, mesh: Mesh, teacher: Teacher | No
   shardings = state_shardings(config, mesh)
   replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P(sharding.ROWS))
 
+  @kernels.full_precision
   def update_and_vote(state, batch, teacher, bucket, recursions=None):
     rows = {name: value for name, value in batch.items() if name != "votes"}
     new_state, metrics = update(at_recursions(config, recursions), mesh, state, rows, teacher, bucket)

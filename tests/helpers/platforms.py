@@ -29,11 +29,20 @@ def pretend(platform: str) -> Iterator[None]:
 
 def find_branches(program: Any) -> list[str]:
   """Returns the names of primitives in a jaxpr, at any depth, that choose what runs next by a value."""
+  return [e.primitive.name for e in _list_equations(program) if e.primitive.name in BRANCHES]
+
+
+def find_precisions(program: Any, dtype: str = "float32") -> set[str]:
+  """Returns the precisions that products of numbers of a type in a jaxpr ask for, at any depth."""
+  products = [e for e in _list_equations(program) if e.primitive.name == "dot_general"]
+  return {str(e.params["precision"]) for e in products if any(x.aval.dtype == dtype for x in e.invars)}
+
+
+def _list_equations(program):
   found = []
   for equation in program.eqns:
-    if equation.primitive.name in BRANCHES:
-      found.append(equation.primitive.name)
+    found.append(equation)
     for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
       if hasattr(value, "eqns"):
-        found += find_branches(value)
+        found += _list_equations(value)
   return found
