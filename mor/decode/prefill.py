@@ -83,7 +83,7 @@ class _Chunk:
     rows = self._see(cache.edge_page_BP, self.start_B)
     for i, layer in enumerate(getattr(weights, group), start=first):
       def attend(q, fresh, i=i):
-        out = self._attend(q, fresh, self.valid_BT, [(buffers[i], rows)])
+        out, fresh = self._order(self._attend(q, fresh, self.valid_BT, [(buffers[i], rows)]), fresh)
         buffers[i] = self._write(buffers[i], place, fresh)
         return out
       h_BTD = self._layer(layer, h_BTD, attend)
@@ -132,7 +132,7 @@ class _Chunk:
           rows.append((buffers[i], self._context(own, None)))
         if base >= 0:
           fresh = self._overlay(shared[base, base_buffer], fresh if own >= 0 else None, run_BT)
-        out = self._attend(q, fresh, seen_BT, rows)
+        out, fresh = self._order(self._attend(q, fresh, seen_BT, rows), fresh)
         if own >= 0:
           buffers[i] = self._write(buffers[i], place, fresh)
           shared.setdefault((own, i), fresh)
@@ -203,6 +203,12 @@ class _Chunk:
     k_BSKH, v_BSKH = (jnp.concatenate(parts, axis=1) for parts in (k, v))
     with jax.named_scope("attend"):
       return attend(q_BTNH, k_BSKH, v_BSKH, jnp.concatenate(mask, axis=2))
+
+  def _order(self, out, fresh):
+    """Lets a chunk's entries be written after the context is read: in no order, XLA copies the buffer for a reader."""
+    if not self.context_pages or kernels.platform() == "cpu":  # there a barrier would only cost
+      return out, fresh
+    return jax.lax.optimization_barrier((out, fresh))
 
   def _place(self, page_BP, index_BT, write_BT, buffer):
     size = self.storage.page_size

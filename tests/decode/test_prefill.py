@@ -103,11 +103,14 @@ def test_entries_in_bfloat16_are_read_as_they_are(parts, monkeypatch):
 
   wide = jax.jit(lambda cache: run(cache))(slots.cache)
   monkeypatch.setattr(kernels, "platform", lambda: "gpu")
-  products = [eqn for eqn in _equations(jax.make_jaxpr(run)(slots.cache).jaxpr) if eqn.primitive.name == "dot_general"]
+  equations = list(_equations(jax.make_jaxpr(run)(slots.cache).jaxpr))
+  products = [eqn for eqn in equations if eqn.primitive.name == "dot_general"]
   attention = [eqn for eqn in products if max(x.aval.ndim for x in eqn.invars) == 5]
   assert len(attention) == 2 * (decoder.tables.num_edges + decoder.num_steps * decoder.tables.schedule.depth)
   assert all(x.aval.dtype == jnp.bfloat16 for eqn in attention for x in eqn.invars)
   assert all(eqn.outvars[0].aval.dtype == jnp.float32 for eqn in attention)
+  barriers = [eqn for eqn in equations if eqn.primitive.name == "optimization_barrier"]  # between each read and its write
+  assert len(barriers) == len(attention) // 2
   narrow = jax.jit(lambda cache: run(cache))(slots.cache)
   np.testing.assert_array_equal(narrow[1], wide[1])
   got, expected = (entries(decoder, slots.replace(cache=ran[0]), 0) for ran in (narrow, wide))
