@@ -68,6 +68,7 @@ def test_tpu_kernel_has_no_races(hidden):
   np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tables_larger_than_the_scalar_memory_are_read_in_parts(monkeypatch):
   rows = Rows("tpu", 2, 1, 6, hidden=True)
   whole, _ = rows.attend()
