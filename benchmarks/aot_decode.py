@@ -161,8 +161,8 @@ def measure(model: str, num_slots: int, chip: str, before: bool, commit: str, ar
   return cell
 
 
-NOTE = ("A tick in bfloat16 at {sizes[context]} positions, of which {sizes[position]} are stored; nothing was run. "
-        "Compiled on")
+NOTE = ("In bfloat16 at {sizes[context]} positions, of which {sizes[position]} are stored when a tick runs. Nothing was run; "
+        "compiled on")
 
 
 def table(record: dict) -> list[list[str]]:

@@ -47,4 +47,4 @@ def test_a_tick_has_no_loop_over_pages_and_copies_no_pool(tmp_path, chip, num_sl
 def test_a_prefill_of_many_prompts_copies_no_pool(tmp_path, chip):
   cell = compile_cell(tmp_path, chip, 32, "prefill")
   assert cell["pool_copies"] == 0 and cell["temporaries_of_pool"] < 0.1
-  assert cell["operations"] < 1000
+  assert cell["operations"] < (1000 if chip == "h200" else 2500)

@@ -124,6 +124,8 @@ def test_a_write_in_place_moves_one_row(program):
     ("%a = f32[2,4]{1,0} gather(%x, %i), slice_sizes={1,4}", 32 + 32),
     ("%a = f32[8,4]{1,0} scatter(%x, %i, %u), to_apply=%add", 32),
     ("%a = f32[8,4]{1,0} bitcast(%x)", 0),
+    ('%a = f32[8,4]{1,0} custom-call(%x), custom_call_target="ConcatBitcast"', 0),  # tells the TPU compiler something
+    ('%a = f32[8,4]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"', 128 + 128),
 ])
 def test_only_what_crosses_hbm_is_traffic(line, moved):
   text = ("ENTRY %main (x: f32[8,4]) -> f32[8,4] {\n  %x = f32[8,4]{1,0} parameter(0)\n  %i = s32[1]{0} parameter(1)\n"
