@@ -7,8 +7,8 @@ Shares are of the entries that a row holds, whatever room it has. What a row doe
 The query is zero in the lanes of values, so no lane is cut out; see `attention_tpu.py`. Triton takes powers of two
 only, so entries are padded to one, and a page of any size is read by the page and offset of each entry.
 
-jax deprecates Pallas's Triton back end from 0.11 on, in favour of Mosaic GPU. `explain_misfit` and `attend` are all
-that the rest knows of this file.
+jax deprecates Pallas's Triton back end from 0.11 on, in favour of Mosaic GPU. `round_width`, `explain_misfit` and
+`attend` are all that the rest knows of this file.
 
 Source: `jax.experimental.pallas.ops.gpu.paged_attention`; it has no hidden entries and wants pages of its own layout.
 """

@@ -18,12 +18,19 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from mor.decode import attention_gpu
-from mor.decode import attention_tpu
 from mor.decode import storage as storage_lib
 from mor.model import kernels
 
-KERNELS = {"tpu": attention_tpu, "gpu": attention_gpu}
+KERNELS = ("tpu", "gpu")
+
+
+def find_kernel(name: str) -> python_types.ModuleType:
+  """Returns the module of one of `KERNELS`. The imports stand here, because Pallas takes time that a CPU need not spend."""
+  if name == "gpu":
+    from mor.decode import attention_gpu  # pylint: disable=g-import-not-at-top
+    return attention_gpu
+  from mor.decode import attention_tpu  # pylint: disable=g-import-not-at-top
+  return attention_tpu
 
 
 @struct.dataclass
@@ -58,10 +65,14 @@ class PackedPages:
 
   @property
   def _module(self) -> python_types.ModuleType:
-    return KERNELS[self.kernel]
+    return find_kernel(self.kernel)
 
   def explain_misfit(self) -> str | None:
     """Returns why the kernel cannot serve such pages, with the remedy, or None if it can."""
+    try:
+      find_kernel(self.kernel)
+    except ImportError as error:  # jax will drop the Triton back end of Pallas
+      return f"this jax has no kernels for {self.kernel.upper()}s ({error})"
     return self._module.explain_misfit(self.page_size, self.num_kv_heads, self.width, self.dtype)
 
   def make(self, num_pages: int) -> PackedBuffer:

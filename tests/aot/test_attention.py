@@ -45,7 +45,7 @@ def compile_attention(topology, shape, hides, num_slots=SLOTS, num_pages=3 * SLO
   if hides:
     args.append(shaped(jnp.bool_, num_slots, pages_per_row * PAGE))
   with jax.set_mesh(mesh):
-    return jax.jit(packed.KERNELS[kernel].attend).lower(*args).compile()
+    return jax.jit(packed.find_kernel(kernel).attend).lower(*args).compile()
 
 
 @pytest.mark.aot

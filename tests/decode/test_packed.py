@@ -40,7 +40,7 @@ class Rows:
 
   def attend(self, **options):
     """The kernel's result, and that of plain attention over whole rows; of empty rows that is 0."""
-    kernel = packed.KERNELS[self.storage.kernel]
+    kernel = packed.find_kernel(self.storage.kernel)
     got = kernel.attend(self.q_MNH, self.buffer.kv_PKEW, self.rows.page_MP, self.rows.length_M, self.rows.hidden_MS,
                         **dict(interpret=True) | options)
     expected = storage_lib.attend_whole(self.storage, self.q_MNH, [(self.buffer, self.rows)])
@@ -121,3 +121,13 @@ def test_what_no_kernel_serves_is_gathered_and_the_reason_is_logged(monkeypatch,
   assert "gathered by XLA" in caplog.text and "page_size=24 is no multiple of 16" in caplog.text
   with pytest.raises(ValueError, match="storage='packed': page_size=24 is no multiple .*; or use storage='gather'"):
     storages.make("packed", 5, 64, "bfloat16", 24, 2048)
+
+
+def test_a_jax_without_the_kernel_gathers(monkeypatch, caplog):
+  on(monkeypatch, "gpu", "NVIDIA H200")
+
+  def find_kernel(name):
+    raise ImportError("no pallas.triton")
+  monkeypatch.setattr(packed, "find_kernel", find_kernel)
+  assert storages.make(None, 5, 64, "bfloat16", 64, 2048) == storage_lib.Dense(64, 5, 64, "bfloat16")
+  assert "this jax has no kernels for GPUs (no pallas.triton)" in caplog.text
