@@ -93,7 +93,7 @@ def check_model(model: Any, router: Any) -> None:
   """
   if not all(hasattr(model, name) for name in ("config", "variables", "tokenizer", "context")):
     raise ValueError(f"model={fields.show(model)}; give what mor.load(workdir) returns")
-  if router is not None and not all(hasattr(router, name) for name in ("enter", "decide")):
+  if router is not None and not all(hasattr(router, name) for name in ("enter", "decide", "follow")):
     raise ValueError(f"router={fields.show(router)}; give a router of the model's config, or None for the model's own")
 
 

@@ -40,6 +40,10 @@ class Balanced:
     inner = self.inner.enter(params, h_BTD, valid_BT, balance=balance, position_BT=position_BT)
     return inner, position_BT % self.num_steps
 
+  def follow(self, plan, score_BT):
+    inner, last_BT = plan
+    return self.inner.follow(inner, score_BT), last_BT
+
   def decide(self, plan, h_BTD, alive_BT, step):
     inner, last_BT = plan
     return self.inner.decide(inner, h_BTD, alive_BT, step).replace(keep_BT=alive_BT & (last_BT >= step))

@@ -128,6 +128,7 @@ def _model(meta, weights, aux):
   width = weights["layers.0.self_attn.q_proj.weight"].shape[0]
   _require(width % meta["heads"] == 0, f"{width} query rows do not divide by {meta['heads']} heads")
   sharing = "vanilla" if meta["sharing"] in ("none", "vanilla") else meta["sharing"]
+  defaults = config_lib.default().to_dict()
   fields = dict(
       vocab_size=meta["V"], d_model=meta["d"], num_heads=meta["heads"], num_kv_heads=meta["kv"],
       head_dim=width // meta["heads"], d_ff=meta["ff"], num_layers=meta["num_unrolled_layers"],
@@ -135,8 +136,7 @@ def _model(meta, weights, aux):
       execution="gathered", rope_theta=float(meta["rope_theta"]),
       norm_eps=float(meta["rms_norm_eps"]), init_std=0.02, cross_documents=False,
       compute_dtype="float32", remat="none", scan_layers=True,
-      router=_router(meta, weights, aux))
-  defaults = config_lib.default().to_dict()
+      router={**defaults["model"]["router"], **_router(meta, weights, aux)})
   return config_lib.from_dict({**defaults, "model": {**defaults["model"], **fields}}).model
 
 
