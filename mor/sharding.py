@@ -165,6 +165,11 @@ def max_over_devices(count: jax.Array) -> jax.Array:
   return jax.lax.pmax(jax.lax.stop_gradient(count), axes) if axes else count
 
 
+def is_split_by_parts(*axes: str | None) -> bool:
+  """Returns True if each part of a model has a part of one of the logical axes; see `sum_over_parts`."""
+  return any(SPLIT_BY.get(axis) == "tensor" for axis in axes)
+
+
 def sum_over_parts(x: jax.Array) -> jax.Array:
   """Sums over the parts of a model that is split by hand over `tensor`; elsewhere, returns the array."""
   return jax.lax.psum(x, axes) if (axes := _manual_axes(("tensor",))) else x

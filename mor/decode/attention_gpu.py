@@ -14,14 +14,15 @@ Source: `jax.experimental.pallas.ops.gpu.paged_attention`; it has no hidden entr
 """
 
 import functools
-import math
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 import jax.numpy as jnp
 
-_LOW = -1e30  # a score that no query sees; finite, so that no row is NaN
+from mor.decode import control
+from mor.decode import storage as storage_lib
+
 _LEAST_SIDE = 16  # of a tensor core's product
 _MOST_ENTRIES = 64  # of one turn
 _TURN_BYTES = 16 * 2**10  # of one turn, if that is enough entries; float32 would spill registers beyond
@@ -32,7 +33,7 @@ _WARPS, _STAGES = 4, 2
 
 def round_width(width: int) -> int:
   """Returns the numbers that an entry of `width` numbers takes."""
-  return max(_LEAST_SIDE, 1 << (width - 1).bit_length())
+  return max(_LEAST_SIDE, control.ceil_power(width))
 
 
 def explain_misfit(page_size: int, num_kv_heads: int, width: int, dtype: jnp.dtype) -> str | None:
@@ -50,10 +51,10 @@ def attend(q_MNH: jax.Array, kv_PKEW: jax.Array, page_MP: jax.Array, length_M: j
   num, num_heads, head_dim = q_MNH.shape
   num_pages, num_kv_heads, page_size, width = kv_PKEW.shape
   group = num_heads // num_kv_heads
-  padded = max(_LEAST_SIDE, 1 << (group - 1).bit_length())
+  padded = max(_LEAST_SIDE, control.ceil_power(group))
   block = choose_block(width, kv_PKEW.dtype)
   turns = -(-page_MP.shape[1] * page_size // block)
-  splits = min(1 << (turns - 1).bit_length(), 1 << max(0, math.ceil(math.log2(_PROGRAMS / (num * num_kv_heads)))))
+  splits = min(control.ceil_power(turns), control.ceil_power(-(-_PROGRAMS // (num * num_kv_heads))))
   q_MKGW = jnp.pad(q_MNH.astype(kv_PKEW.dtype).reshape(num, num_kv_heads, group, head_dim),
                    ((0, 0), (0, 0), (0, padded - group), (0, width - head_dim)))
 
@@ -116,13 +117,14 @@ def _kernel(q_ref, kv_ref, page_ref, length_ref, *refs, block, page_size, group,
     kv_SW = plgpu.load(kv_ref.at[*entry_SW[:2], lane_SW], mask=entry_SW[2], other=0.0)
     if hides:
       seen_S &= plgpu.load(hidden_ref.at[index_S], mask=seen_S, other=1) == 0
-    score_GS = jnp.where(seen_S[None, :], dot(q_GW, kv_SW.T) * head_dim ** -0.5, _LOW)
+    score_GS = jnp.where(seen_S[None, :], dot(q_GW, kv_SW.T) * head_dim ** -0.5, storage_lib.LOW)
     new_G = jnp.maximum(top_G, jnp.max(score_GS, axis=-1))
     weight_GS, scale_G = jnp.exp(score_GS - new_G[:, None]).astype(kv_SW.dtype), jnp.exp(top_G - new_G)
     out_GW = out_GW * scale_G[:, None] + dot(weight_GS, kv_SW)
     return new_G, total_G * scale_G + jnp.sum(weight_GS.astype(jnp.float32), axis=-1), out_GW
 
-  carry = jnp.full(padded, _LOW, jnp.float32), jnp.zeros(padded, jnp.float32), jnp.zeros((padded, width), jnp.float32)
+  carry = (jnp.full(padded, storage_lib.LOW, jnp.float32), jnp.zeros(padded, jnp.float32),
+           jnp.zeros((padded, width), jnp.float32))
   top_G, total_G, out_GW = jax.lax.fori_loop(first, jnp.minimum(first + share, turns), attend_turn, carry)
   row_G1, lane_1W = jnp.arange(padded)[:, None], jnp.arange(width)[None, :]
   used_GW = (row_G1 < group) & (lane_1W >= head_dim) & (lane_1W < 2 * head_dim)

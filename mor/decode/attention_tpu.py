@@ -24,8 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from mor.decode import storage as storage_lib
+
 LANES = 128
-_LOW = -1e30  # a score that no query sees; finite, so that no row is NaN
 _SUBLANES = 8  # of float32; a tile of 16-bit numbers has twice as many
 _MOST_ENTRIES = 512  # of one turn
 _MOST_BYTES = 11 * 2**20  # of the buffer and what products make of it; a kernel gets 16 MiB by default
@@ -189,7 +190,7 @@ def _kernel(length_ref, page_ref, q_ref, *refs, pages_per_row, block, scale, hid
     return _accumulate(carry, q_ref[0], buffer_ref[half], seen_1S, scale)
 
   heads, group, width = q_ref.shape[1:]
-  carry = (jnp.full((heads, group, 1), _LOW, jnp.float32), jnp.zeros((heads, group, 1), jnp.float32),
+  carry = (jnp.full((heads, group, 1), storage_lib.LOW, jnp.float32), jnp.zeros((heads, group, 1), jnp.float32),
            jnp.zeros((heads, group, width), jnp.float32))
   _, total_KG1, out_KGW = jax.lax.fori_loop(0, turns, attend_turn, carry)
   out_ref[0] = out_KGW / jnp.maximum(total_KG1, 1e-30)
@@ -202,7 +203,7 @@ def _accumulate(carry, q_KGW, kv_KSW, seen_1S, scale):
   exact = kv_KSW.dtype == jnp.float32  # float32 means it: no passes of bfloat16
   precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
-  score_KGS = jnp.where(seen_1S[None], dot("KGW,KSW->KGS", q_KGW, kv_KSW) * scale, _LOW)
+  score_KGS = jnp.where(seen_1S[None], dot("KGW,KSW->KGS", q_KGW, kv_KSW) * scale, storage_lib.LOW)
   new_KG1 = jnp.maximum(top_KG1, jnp.max(score_KGS, axis=-1, keepdims=True))
   weight_KGS = jnp.exp(score_KGS - new_KG1).astype(kv_KSW.dtype)
   scale_KG1 = jnp.exp(top_KG1 - new_KG1)

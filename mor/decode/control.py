@@ -155,6 +155,11 @@ def run_some(function: Callable[[jax.Array | slice], Any], on_M: jax.Array, widt
   return _switch(run_at, jnp.sum(on_M), (0, *widths))
 
 
+def ceil_power(num: int) -> int:
+  """Returns the least power of two that is not below a count, so that sizes of programs are few."""
+  return 1 << max(num - 1, 0).bit_length()
+
+
 def _switch(run_at, num, widths):
   which = jnp.sum(num > jnp.asarray(widths[:-1]))
   return jax.lax.switch(which, [run_at(width) for width in widths])

@@ -41,7 +41,7 @@ def cut(model: config_lib.ModelConfig, num_parts: int) -> config_lib.ModelConfig
     ValueError: a size of the model is not a multiple of the number of parts.
   """
   split = [letter for row in parameters.LAYER + parameters.TOP for letter, axis in zip(row.ins + row.outs, row.axes)
-           if sharding.SPLIT_BY.get(axis) == _AXIS]
+           if sharding.is_split_by_parts(axis)]
   sizes = {_SIZES[letter]: getattr(model, _SIZES[letter]) for letter in dict.fromkeys(split)}
   wrong = {name: size for name, size in sizes.items() if size % num_parts}
   if wrong:
@@ -161,19 +161,18 @@ def _has_arrays(value: Any) -> bool:
   return any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(value))
 
 
-def _is_split(row: parameters.Parameter, side: str) -> bool:
-  """Returns True if the parts of a model share the inputs ("ins") or the outputs ("outs") of a projection."""
-  axes = row.axes[:len(row.ins)] if side == "ins" else row.axes[len(row.ins):]
-  return any(sharding.SPLIT_BY.get(axis) == _AXIS for axis in axes)
+def _splits_outputs(merged: str) -> bool:
+  """Returns True if each part of a model has some of the outputs of a merged matrix."""
+  row = weights_lib.MERGED[merged][0]
+  return sharding.is_split_by_parts(*row.axes[len(row.ins):])
 
 
 def arrange(model: config_lib.ModelConfig, weights: weights_lib.Weights, num_parts: int) -> weights_lib.Weights:
   """Returns weights of which each part of a model has neighbouring rows: of q, k and v, some heads of each."""
   def gather(merged: str, a: jax.Array) -> jax.Array:
-    rows = weights_lib.MERGED[merged]
-    if not _is_split(rows[0], "outs"):
+    if not _splits_outputs(merged):
       return a
-    widths = [row.matrix(model)[1] for row in rows]
+    widths = [row.matrix(model)[1] for row in weights_lib.MERGED[merged]]
     pieces = jnp.split(a, np.cumsum(widths)[:-1].tolist())
     return jnp.concatenate([x.reshape(num_parts, -1, *x.shape[1:]) for x in pieces], axis=1).reshape(a.shape)
 
@@ -182,7 +181,7 @@ def arrange(model: config_lib.ModelConfig, weights: weights_lib.Weights, num_par
         merged: jax.tree.map(functools.partial(gather, merged), matrix) for merged, matrix in layer.matrices.items()})
 
   def arrange_delta(merged: str, delta: weights_lib.Delta) -> weights_lib.Delta:
-    if not _is_split(weights_lib.MERGED[merged][0], "outs"):
+    if not _splits_outputs(merged):
       return delta
     return delta.replace(outs=tuple(width // num_parts for width in delta.outs))
 
@@ -200,7 +199,7 @@ def list_specs(weights: weights_lib.Weights) -> list[P]:
     merged = next((name for name in names if name in weights_lib.MERGED), None)
     if merged is None or group not in (*parameters.GROUPS, "deltas"):
       return P()
-    outs, name = _is_split(weights_lib.MERGED[merged][0], "outs"), names[-1]
+    outs, name = _splits_outputs(merged), names[-1]
     if group == "deltas" and outs == (names[2] == "a"):  # the factor at the whole side
       return P()
     if outs:

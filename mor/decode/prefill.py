@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mor.decode import cache as cache_lib
+from mor.decode import control
 from mor.decode import decoder as decoder_lib
 from mor.decode import slots as slots_lib
 from mor.decode import storage as storage_lib
@@ -23,7 +24,6 @@ from mor.decode import weights as weights_lib
 from mor.model import kernels
 from mor.model.kv import view as kv_view
 
-_LOW = -1e30  # a score that no query sees; finite, so that no row is NaN
 
 
 def run(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, cache: cache_lib.Cache, tokens_BT: jax.Array,
@@ -197,7 +197,7 @@ class _Chunk:
       mask.append(jnp.broadcast_to(seen_BS[:, None, :], (*self.shape, seen_BS.shape[1])))
     k, v, mask = [*k, fresh.k_BSKH], [*v, fresh.v_BSKH], [*mask, mask_BTS]
     attend = kernels.xla
-    if self.storage.kv_format == "bfloat16" and kernels.platform() != "cpu":
+    if self.storage.kv_format == "bfloat16" and not control.adapts():
       # Entries and their copies for the chunk are bfloat16 numbers: nothing is rounded, and nothing is read in float32.
       attend, (k, v) = _attend_narrow, ([x.astype(jnp.bfloat16) for x in parts] for parts in (k, v))
     k_BSKH, v_BSKH = (jnp.concatenate(parts, axis=1) for parts in (k, v))
@@ -206,7 +206,7 @@ class _Chunk:
 
   def _order(self, out, fresh):
     """Lets a chunk's entries be written after the context is read: in no order, XLA copies the buffer for a reader."""
-    if not self.context_pages or kernels.platform() == "cpu":  # there a barrier would only cost
+    if not self.context_pages or control.adapts():  # on a CPU a barrier would only cost
       return out, fresh
     return jax.lax.optimization_barrier((out, fresh))
 
@@ -225,7 +225,7 @@ def _attend_narrow(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
   k_heads, head_dim = k_BSKH.shape[2:]
   q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], k_heads, -1, head_dim).astype(k_BSKH.dtype)
   score_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-  score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS * head_dim ** -0.5, _LOW)
+  score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS * head_dim ** -0.5, storage_lib.LOW)
   weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
   out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weight_BKGTS, v_BSKH, preferred_element_type=jnp.float32)
   return out_BTKGH.reshape(q_BTNH.shape)

@@ -32,6 +32,7 @@ import numpy as np
 
 from mor import types
 from mor.decode import cache as cache_lib
+from mor.decode import control
 from mor.decode import decoder as decoder_lib
 from mor.decode import packing
 from mor.decode import sampling as sampling_lib
@@ -275,7 +276,7 @@ def make_admission(starts: Sequence[Start], num_rows: int, num_slots: int, vocab
   padding = Start(num_slots, (0,), 0, 0, sampling_lib.Sampling(), (), False)
   starts = [*starts, *[padding] * (num_rows - len(starts))]
   histories = [start.tokens if start.sampling.repetition_penalty != 1 else () for start in starts]
-  width = 1 << max(0, max(map(len, histories)) - 1).bit_length()  # few shapes
+  width = control.ceil_power(max(map(len, histories)))  # few shapes
   seen_GS = np.full((num_rows, width), vocab_size, np.int32)
   stop_GE = np.full((num_rows, STOP_TOKENS), -1, np.int32)
   for g, start in enumerate(starts):

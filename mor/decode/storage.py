@@ -37,7 +37,7 @@ import jax.numpy as jnp
 FORMATS = {"float32": jnp.float32, "bfloat16": jnp.uint16}
 _GROUP = 8  # rows of one loop over pages
 _MERGED = 4  # key heads that one product serves at most
-_LOW = -1e30  # a score that no query sees; finite, so that no row is NaN
+LOW = -1e30  # a score that no query sees; finite, so that no row is NaN
 
 
 @struct.dataclass
@@ -221,7 +221,7 @@ class Paged:
       seen_ME = index_1E < row.length_M[:, None]
       if row.hidden_MS is not None:
         seen_ME &= ~jax.lax.dynamic_slice_in_dim(row.hidden_MS, j * self.page_size, self.page_size, 1)
-      score_MNE = jnp.where(seen_ME[:, None, :], scores(k) * self.head_dim ** -0.5, _LOW)
+      score_MNE = jnp.where(seen_ME[:, None, :], scores(k) * self.head_dim ** -0.5, LOW)
       new_MN = jnp.maximum(top_MN, jnp.max(score_MNE, axis=-1))
       # Rounded where it is made: XLA:CPU rounds a buffer of its own 50 times slower.
       weight_MNE = jnp.exp(score_MNE - new_MN[:, :, None]).astype(v.dtype)
@@ -229,7 +229,7 @@ class Paged:
       return (new_MN, sum_MN * scale_MN + jnp.sum(weight_MNE.astype(jnp.float32), axis=-1),
               out * scale_MN[:, :, None] + values(weight_MNE, v))
 
-    carry = (jnp.full((num, num_heads), _LOW, jnp.float32), jnp.zeros((num, num_heads), jnp.float32), split(None))
+    carry = (jnp.full((num, num_heads), LOW, jnp.float32), jnp.zeros((num, num_heads), jnp.float32), split(None))
     for buffer, row in parts:
       num_pages = (jnp.max(row.length_M) + self.page_size - 1) // self.page_size
       carry = jax.lax.fori_loop(0, num_pages, functools.partial(page, buffer, row), carry)
@@ -287,7 +287,7 @@ def attend_whole(storage: Any, q_MNH: jax.Array, parts: Sequence[tuple[Any, Seen
   k_MSKH, v_MSKH, seen_MS = (jnp.concatenate(arrays, axis=1) for arrays in zip(*whole))
   q_MKGH = q_MNH.reshape(q_MNH.shape[0], storage.num_kv_heads, -1, storage.head_dim)
   score_MKGS = jnp.einsum("MKGH,MSKH->MKGS", q_MKGH, k_MSKH) * storage.head_dim ** -0.5
-  weight_MKGS = jax.nn.softmax(jnp.where(seen_MS[:, None, None, :], score_MKGS, _LOW), axis=-1)
+  weight_MKGS = jax.nn.softmax(jnp.where(seen_MS[:, None, None, :], score_MKGS, LOW), axis=-1)
   return jnp.einsum("MKGS,MSKH->MKGH", weight_MKGS, v_MSKH).reshape(q_MNH.shape)
 
 

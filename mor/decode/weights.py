@@ -41,7 +41,7 @@ FORMATS = ("float32", "bfloat16", "int8")
 MERGED = {name: tuple(row for row in parameters.PROJECTIONS if row.merged == name)  # matrix -> the rows it is made of
           for name in dict.fromkeys(row.merged for row in parameters.PROJECTIONS)}
 _SPLIT_INPUTS = {name for name, rows in MERGED.items()  # matrices of which a part of a model has some inputs
-                 if any(sharding.SPLIT_BY.get(axis) == "tensor" for axis in rows[0].axes[:len(rows[0].ins)])}
+                 if sharding.is_split_by_parts(*rows[0].axes[:len(rows[0].ins)])}
 _LEAST_ROWS = {"bfloat16": 4, "int8": 16}  # XLA:CPU multiplies fewer rows more slowly (5x for one)
 _LANES = 128  # numbers of a row that a TPU stores together
 

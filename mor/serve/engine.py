@@ -40,6 +40,7 @@ from mor.serve import runner as runner_lib
 from mor.serve import scheduler as scheduler_lib
 from mor.serve import sizes
 
+
 class Engine:
   """Serves one model; see the module docstring.
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor.decode import cache as cache_lib
+from mor.decode import control
 from mor.decode import decoder as decoder_lib
 from mor.decode import prefill
 from mor.decode import sampling
@@ -94,7 +95,7 @@ def generate(decoder: decoder_lib.Decoder, weights: weights_lib.Weights, request
 def _begin(decoder, weights, requests, context):
   """Prefills all prompts but their last tokens."""
   length_B = np.array([len(request.prompt) for request in requests])
-  width = 1 << max(int(length_B.max()) - 2, 0).bit_length()
+  width = control.ceil_power(int(length_B.max()) - 1)
   tokens_BT = np.zeros((len(requests), width), np.int32)
   for row_T, request in zip(tokens_BT, requests):
     row_T[:len(request.prompt) - 1] = request.prompt[:-1]

@@ -1,8 +1,8 @@
 """A copy of the model in an engine, on one device or on several.
 
-It has a scheduler (its slots and pages) and a runner (the programs that change them). The replicas share one queue. A turn of the engine dispatches on all of them before it reads the
-results of any, so that their devices run at once. A replica of several devices has a part of the model on each
-(`decode/parts.py`).
+It has a scheduler (its slots and pages) and a runner (the programs that change them). The replicas share one queue. A
+turn of the engine dispatches on all of them before it reads the results of any, so that their devices run at once. A
+replica of several devices has a part of the model on each (`decode/parts.py`).
 """
 
 import collections

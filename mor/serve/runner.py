@@ -104,11 +104,6 @@ def _make_start(job: scheduler_lib.Job) -> slots_lib.Start:
                          request.logprobs)
 
 
-def ceil_power(num: int) -> int:
-  """Returns the least power of two that is not below a count."""
-  return 1 << (num - 1).bit_length()
-
-
 class SlotRunner:
   """Runs requests in slots; see the module docstring.
 
@@ -192,7 +187,7 @@ class SlotRunner:
       size = min(len(job.tokens) - 1 - job.stored, self._chunk)
       if not size:
         continue
-      chunk = _NextTokens(job, size, max(LEAST_CHUNK, ceil_power(size)), self._count_context_pages(job.stored))
+      chunk = _NextTokens(job, size, max(LEAST_CHUNK, control.ceil_power(size)), self._count_context_pages(job.stored))
       if not chosen or (chunk.shape == chosen[0].shape and budget > 0 and len(chosen) < self._count_rows(chunk.width)):
         chosen.append(chunk)
         budget -= size
@@ -211,7 +206,7 @@ class SlotRunner:
       return 0
     if control.adapts():
       return self._pages_per_row
-    return min(self._pages_per_row, ceil_power(-(-stored // self._pool.page_size)))
+    return min(self._pages_per_row, control.ceil_power(-(-stored // self._pool.page_size)))
 
   def _store(self, chunks: Sequence[_NextTokens]) -> None:
     width, context_pages = chunks[0].shape
