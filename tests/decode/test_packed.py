@@ -34,8 +34,10 @@ class Rows:
         self.storage.make(num_pages), jnp.asarray(np.repeat(page_P, PAGE)), jnp.asarray(np.tile(offset_E, num_pages)),
         *(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)))
     page_MP = rng.permutation(num_pages)[:-1].reshape(len(LENGTH_M), PAGES).astype(np.int32)
-    hidden_MS = jnp.asarray(rng.random((len(LENGTH_M), PAGES * PAGE)) < 0.3) if hidden else None
-    self.rows = storage_lib.SeenEntries(jnp.asarray(page_MP), jnp.asarray(LENGTH_M, jnp.int32), hidden_MS)
+    hidden_MS = rng.random((len(LENGTH_M), PAGES * PAGE)) < 0.3
+    hidden_MS[:, 0] = False  # what sees nothing means nothing, so each row that has entries shows one
+    self.rows = storage_lib.SeenEntries(jnp.asarray(page_MP), jnp.asarray(LENGTH_M, jnp.int32),
+                                        jnp.asarray(hidden_MS) if hidden else None)
     self.q_MNH = jnp.asarray(rng.normal(size=(len(LENGTH_M), num_heads, head_dim)), jnp.float32)
 
   def attend(self, **options):

@@ -74,7 +74,8 @@ def test_every_router_and_plan(monkeypatch, router, plan, platform, storage):
 def test_a_small_pool_preempts_and_changes_no_token(platform, storage):
   options = dict(max_tokens=31, stop_tokens=[], temperature=1.5, top_k=0, top_p=1.0, min_p=0.0)
   requests = [(prompt[:1], options) for prompt, options in serving.requests(10, **options)]
-  engine = check_engine(serving.model(), requests, platform=platform, storage=storage, num_pages=24)
+  # With more ticks a dispatch, requests wait in the queue until none would be preempted.
+  engine = check_engine(serving.model(), requests, platform=platform, storage=storage, num_pages=24, ticks=6)
   assert engine.metrics()["preemptions"] > 0
 
 
